@@ -1,0 +1,1 @@
+"""One engine for image-classification training strategies; see docs/ and the README."""

@@ -1,0 +1,85 @@
+"""From a plan to the batch items of one process: the whole run, training and evaluation, as one sequence."""
+
+from collections.abc import Iterator
+from functools import lru_cache
+
+import numpy as np
+
+from common import sampling
+from common.config import TrainConfig
+from common.data import Source
+from common.sampling import BatchItem, View
+from common.scheduling import EpochPlan, Plan, Stage
+
+
+class Batches:
+    """What each process loads at each step; a pure function of the plan, the seed and the position.
+
+    Args:
+        cfg: crop and shape settings, seed.
+        plan: the run's epochs.
+        train, val: labels and image sizes.
+        rank, world: this process, and how many there are.
+    """
+
+    def __init__(self, cfg: TrainConfig, plan: Plan, train: Source, val: Source, rank: int, world: int) -> None:
+        self.cfg, self.plan, self.train, self.val, self.rank, self.world = cfg, plan, train, val, rank, world
+
+    def run_items(self, start_epoch: int, start_step: int) -> Iterator[BatchItem]:
+        """Everything from a position to the end of the run, so that the workers never wait at an epoch's end."""
+        for epoch in self.plan.epochs(start_epoch):
+            yield from self.train_items(epoch, start_step)
+            yield from self.eval_items(epoch.stage.img_size, self.micro_batch(epoch.stage_index))
+
+    def train_items(self, epoch: EpochPlan, start_step: int = 0) -> Iterator[BatchItem]:
+        """This process's micro-batches of an epoch, from optimizer step `start_step` of the run."""
+        stage = epoch.stage
+        pool = self._pool(stage.data_fraction)
+        if stage.shape == "rect":
+            shapes, buckets = self._buckets(stage.img_size)
+            matrix = sampling.rect_epoch(pool, buckets, shapes, epoch.global_batch, self.cfg.seed, epoch.index)
+        else:
+            matrix = sampling.square_epoch(pool, stage.img_size, epoch.global_batch, self.cfg.seed, epoch.index)
+        yield from sampling.local_items(
+            matrix,
+            epoch=epoch.index,
+            view=self.train_view(stage),
+            rank=self.rank,
+            world=self.world,
+            accumulation=self.plan.accumulation(epoch.stage_index),
+            start_step=max(0, start_step - epoch.first_step),
+        )
+
+    def train_view(self, stage: Stage) -> View:
+        if stage.shape == "rect":
+            return View(scale=self.cfg.rect_scale, ratio=(1.0, 1.0))
+        return View(scale=self.cfg.crop_scale)
+
+    def eval_items(self, img_size: int, batch_size: int) -> list[BatchItem]:
+        """This process's share of the validation images, each exactly once over all processes."""
+        size: int | np.ndarray = img_size
+        view = View(None, crop_pct=self.cfg.crop_pct)
+        if self.cfg.rect_val:
+            shapes = self._buckets(img_size)[0]
+            size, view = shapes[sampling.assign(self.val.sizes(), shapes)], View(None, crop_pct=1.0)
+        return sampling.eval_items(len(self.val), size, batch_size, self.rank, self.world, view)
+
+    def micro_batch(self, stage_index: int) -> int:
+        return self.plan.global_batches[stage_index] // self.world // self.plan.accumulation(stage_index)
+
+    def stage_shapes(self, stage: Stage) -> list[tuple[int, int]]:
+        """Heights and widths that training batches of a stage can have."""
+        if stage.shape == "rect":
+            return [(int(h), int(w)) for h, w in self._buckets(stage.img_size)[0]]
+        return [(stage.img_size, stage.img_size)]
+
+    @lru_cache(maxsize=4)  # noqa: B019 -- lives as long as the run
+    def _pool(self, fraction: float) -> np.ndarray:
+        return sampling.subset(self.train.labels, fraction, self.cfg.seed)
+
+    @lru_cache(maxsize=4)  # noqa: B019
+    def _buckets(self, img_size: int) -> tuple[np.ndarray, np.ndarray]:
+        """Shapes [K, 2] for an image size, and the shape of each training image [N]."""
+        sizes = self.train.sizes()
+        shapes = sampling.choose_shapes(sizes, img_size, self.cfg.rect_area, self.cfg.rect_buckets)
+        return shapes, sampling.assign(sizes, shapes)

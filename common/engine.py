@@ -1,0 +1,527 @@
+"""The one loop. It runs any list of stages, and nothing in it knows which strategy that is."""
+
+import itertools
+import time
+from collections import deque
+from collections.abc import Iterator
+from contextlib import closing, nullcontext
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
+
+from common import checkpoint
+from common.augment import Augment
+from common.batching import Batches
+from common.checkpoint import Progress, TrainState
+from common.config import TrainConfig, UserError, as_plain, differences
+from common.data import Batch, Loader, Source, open_dataset
+from common.evaluate import Score, average_buffers, evaluate, final_grid
+from common.lr_finder import find_lr
+from common.model import (
+    create_ema,
+    create_finetuned_model,
+    create_model,
+    create_optimizer,
+    set_trainable_layers,
+    train_mode,
+)
+from common.plots import plot_lr_finder
+from common.progress import EpochMeter, closing_block, peak_memory_mb
+from common.run import Interrupted, Run, start_run
+from common.scheduling import EpochPlan, Plan, Stage, make_plan, scaled_lr
+from common.tools.sample_data import ensure_sample_data
+
+
+def train(cfg: TrainConfig) -> None:
+    """Train as the settings say: what every script does once its curriculum is known."""
+    cfg.data_dir = cfg.data_dir or str(ensure_sample_data())
+    train_source, val_source = open_dataset(cfg)
+    if cfg.dry_run:
+        print(dry_run(cfg, train_source, val_source))
+        return
+    with start_run(cfg) as run:
+        classes = len(train_source.classes)
+        if cfg.weights:
+            model = create_finetuned_model(cfg.model, classes, cfg.weights)
+        else:
+            model = create_model(cfg.model, classes)
+        fit(run, model, train_source, val_source)
+
+
+def fit(run: Run, model: nn.Module, train: Source, val: Source) -> None:
+    """Train `model` through the run's stages; evaluate, record and save as it goes."""
+    cfg, log = run.cfg, run.log
+    state = _new_state(run, model)
+    _resume(run, state, train)
+    progress = state.progress
+    plan = _settle_memory(run, state, _make_plan(run.cfg, run.accelerator.num_processes, train, progress))
+    batches = Batches(cfg, plan, train, val, run.accelerator.process_index, run.accelerator.num_processes)
+    loader = Loader(
+        train,
+        val,
+        seed=cfg.seed,
+        workers=cfg.workers,
+        prefetch=cfg.prefetch,
+        device=run.accelerator.device,
+        skip_unreadable=cfg.skip_unreadable,
+    )
+    with closing(loader):
+        trainer = Trainer(run, state, plan, batches, loader, num_classes=len(train.classes))
+        try:
+            plan = trainer.settle_lr()
+            log.info("%s", plan.table())
+            if progress.epochs_done == plan.total_epochs:
+                log.info("this run is complete: %d of %d epochs", progress.epochs_done, plan.total_epochs)
+                return
+            stream = loader.stream(batches.run_items(progress.epochs_done, progress.step))
+            for epoch in plan.epochs(progress.epochs_done):
+                trainer.enter_stage(epoch)
+                meter = trainer.train_epoch(epoch, stream)
+                scores = trainer.evaluate(epoch, stream)
+                trainer.record(epoch, meter, scores)
+            if cfg.final_eval:
+                final_grid(run, state, loader, batches, plan.stages[-1])
+        except Interrupted:
+            trainer.save()
+            raise
+        log.info("%s", closing_block(run, progress))
+
+
+class Trainer:
+    """What the steps of a run share."""
+
+    def __init__(
+        self, run: Run, state: TrainState, plan: Plan, batches: Batches, loader: Loader, num_classes: int
+    ) -> None:
+        self.run, self.state, self.plan, self.batches, self.loader = run, state, plan, batches, loader
+        cfg = run.cfg
+        self.augment = Augment(
+            num_classes=num_classes,
+            seed=cfg.seed,
+            mixup_alpha=cfg.mixup_alpha,
+            cutmix_alpha=cfg.cutmix_alpha,
+            batch_aug_prob=cfg.batch_aug_prob,
+            label_smoothing=cfg.label_smoothing,
+            flip=cfg.flip,
+            erasing_prob=cfg.erasing_prob,
+            erasing_area=cfg.erasing_area,
+            cutout_prob=cfg.cutout_prob,
+            cutout_holes=cfg.cutout_holes,
+            cutout_length=cfg.cutout_length,
+        )
+        self.stage_index = -1  # the stage that the model is set up for
+        self.net: nn.Module = state.model  # the same model, as training calls it
+        self.not_finite = torch.zeros((), dtype=torch.int64, device=run.accelerator.device)  # steps in a row
+        self.recent: deque[tuple[int, list[int]]] = deque(maxlen=2 * cfg.nan_patience)
+        self.started = time.monotonic() - state.progress.wall_s
+        if cfg.compile:
+            torch._dynamo.config.recompile_limit = 64  # one graph per shape and frozen set, known beforehand
+            state.model.compile(dynamic=False)
+
+    # --- one step --------------------------------------------------------------------------------------------------
+
+    def step(self, stream: Iterator[Batch], epoch: EpochPlan, lr: float, momentum: float) -> tuple[Tensor, float]:
+        """Take one optimizer step on the next micro-batches.
+
+        Returns:
+            Sums over this process's images on the device, float64 [loss, hits, images], and the seconds waited for data.
+        """
+        accelerator, optimizer, scaler = self.run.accelerator, self.state.optimizer, self.state.scaler
+        micro_batches = self.plan.accumulation(epoch.stage_index)
+        sums = torch.zeros(3, dtype=torch.float64, device=accelerator.device)
+        waited = 0.0
+        for number in range(micro_batches):
+            batch = next(stream)
+            waited += batch.wait_s
+            self.recent.append((self.state.progress.step, batch.item.indices))
+            images_nchw, targets = self.augment(
+                batch.images, batch.labels, batch.item, mix=epoch.mix, strength=epoch.stage.strength
+            )
+            last = number == micro_batches - 1
+            with nullcontext() if last else accelerator.no_sync(self.net):
+                with accelerator.autocast():
+                    logits = self.net(images_nchw)
+                loss = F.cross_entropy(logits.float(), targets)
+                accelerator.backward(loss / micro_batches)
+            with torch.no_grad():
+                hits = (logits.argmax(1) == targets.argmax(1)).sum()
+                sums += torch.stack([loss.detach() * len(targets), hits, hits.new_tensor(len(targets))])
+                self.not_finite = torch.where(loss.detach().isfinite(), 0, self.not_finite + last)
+        set_rates(optimizer, lr, momentum)
+        if self.run.cfg.clip_grad is not None:
+            if scaler:
+                scaler.unscale_(optimizer)
+            nn.utils.clip_grad_norm_(self.state.model.parameters(), self.run.cfg.clip_grad)
+        if scaler:
+            scale = scaler.get_scale()
+            scaler.step(optimizer)
+            scaler.update()
+            self.state.progress.skipped_steps += scaler.get_scale() < scale
+        else:
+            optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return sums, waited
+
+    def settle_lr(self) -> Plan:
+        """Find the peak learning rate, or take the one that was given or found before."""
+        run, progress = self.run, self.state.progress
+        if progress.peak_lr == 0 and run.cfg.lr == "auto":
+            epoch = next(self.plan.epochs())
+            self.enter_stage(epoch)
+            items = itertools.chain.from_iterable(self.batches.train_items(e) for e in self.plan.epochs())
+            stream = self.loader.stream(items)
+            iterations = min(run.cfg.lr_finder_iterations, self.plan.total_steps)
+
+            def train_step(lr: float) -> float:
+                run.stop_if_asked()
+                sums, _ = self.step(stream, epoch, lr, self.run.cfg.momentum)
+                if run.accelerator.num_processes > 1:
+                    torch.distributed.all_reduce(sums)
+                loss, _, images = sums.tolist()
+                return loss / images
+
+            run.log.info("finding the learning rate: %d steps", iterations)
+            sweep = find_lr(self.state, train_step, iterations)
+            self.not_finite.zero_()
+            progress.peak_lr = sweep.suggested
+            if run.is_main:
+                sweep.write_csv(run.folder / "lr_finder.csv")
+                plot_lr_finder(run.folder)
+        elif progress.peak_lr == 0:
+            progress.peak_lr = scaled_lr(run.cfg.lr, self.plan.global_batches[0], run.cfg.lr_scaling)
+        run.log.info("peak learning rate %.4g (--lr %s)", progress.peak_lr, run.cfg.lr)
+        self.plan = self.batches.plan = self.plan.with_peak(progress.peak_lr)
+        return self.plan
+
+    # --- one epoch -------------------------------------------------------------------------------------------------
+
+    def train_epoch(self, epoch: EpochPlan, stream: Iterator[Batch]) -> EpochMeter:
+        """Train from where the progress stands to the end of the epoch."""
+        run, state, progress = self.run, self.state, self.state.progress
+        train_mode(state.model, epoch.stage.frozen)
+        sums = torch.tensor(progress.epoch_sums, dtype=torch.float64, device=run.accelerator.device)
+        meter = EpochMeter(run, self.plan, epoch, progress.step)
+        try:
+            self._train_steps(epoch, stream, sums, meter)
+        finally:
+            progress.epoch_sums = sums.tolist()
+        self._check_finite(epoch)
+        return meter
+
+    def _train_steps(self, epoch: EpochPlan, stream: Iterator[Batch], sums: Tensor, meter: EpochMeter) -> None:
+        run, state, progress = self.run, self.state, self.state.progress
+        for step in range(progress.step, epoch.first_step + epoch.steps):
+            with out_of_memory_advice(epoch, self.batches.micro_batch(epoch.stage_index)):
+                step_sums, waited = self.step(stream, epoch, self.plan.lr(step), self.plan.momentum(step))
+            sums += step_sums
+            progress.step += 1
+            progress.images_seen += epoch.global_batch
+            if state.ema is not None:
+                state.ema.update(state.model, step=progress.step)
+            if meter.tick(waited):
+                self._check_finite(epoch)
+                meter.show(sums)
+            if run.step_done():
+                progress.epoch_sums = sums.tolist()
+                self.save()
+
+    def _check_finite(self, epoch: EpochPlan) -> None:
+        bad = int(self.not_finite)
+        if bad < self.run.cfg.nan_patience:
+            return
+        ids = {str(step): [int(i) for i in indices] for step, indices in self.recent}
+        path = self.run.folder / f"not_finite_rank{self.run.accelerator.process_index}.json"
+        checkpoint.write_durably(path, checkpoint.json.dumps(ids).encode())
+        raise UserError(
+            f"the loss has not been finite for {bad} steps (epoch {epoch.index + 1}, step {self.state.progress.step}): lower --lr "
+            f"(peak {self.state.progress.peak_lr:.3g} now), set --clip_grad 1.0, or check --weight_decay; the last good "
+            f"checkpoint is kept, and the samples of these steps are in {path}"
+        )
+
+    def evaluate(self, epoch: EpochPlan, stream: Iterator[Batch]) -> list[Score]:
+        """Score the raw and the EMA weights on the whole validation set."""
+        run, state = self.run, self.state
+        average_buffers(state.model, run.accelerator)
+        items = self.batches.eval_items(epoch.stage.img_size, self.batches.micro_batch(epoch.stage_index))
+        rounds = -run.agreed_minimum(-len(items))
+
+        def between(number: int) -> None:
+            run.stop_if_asked()
+
+        models = [state.model] if state.ema is None else [state.model, state.ema.module]
+        scores = evaluate(models, stream, len(items), len(self.batches.val), run.accelerator, self.augment, between=between)
+        for _ in range(len(items), rounds):  # others have batches left, and ask all whether to stop
+            run.stop_if_asked()
+        return scores
+
+    def record(self, epoch: EpochPlan, meter: EpochMeter, scores: list[Score]) -> None:
+        """Write the epoch down, then save what has to be saved."""
+        run, progress, last_step = self.run, self.state.progress, epoch.first_step + epoch.steps - 1
+        sums = torch.tensor(progress.epoch_sums, dtype=torch.float64, device=run.accelerator.device)
+        if run.accelerator.num_processes > 1:
+            torch.distributed.all_reduce(sums)
+        loss, hits, images = sums.tolist()
+        raw, *ema = scores
+        top1 = max(score.top1 for score in scores)
+        improved = top1 > progress.best_top1
+        if improved:
+            progress.best_top1, progress.best_epoch = top1, epoch.index + 1
+            progress.best_is_ema = top1 > raw.top1
+        progress.epochs_done, progress.epoch_sums = epoch.index + 1, [0.0, 0.0, 0.0]
+        progress.wall_s = time.monotonic() - self.started
+        row = {
+            "epoch": epoch.index + 1,
+            "stage": epoch.stage_index + 1,
+            "img_size": epoch.stage.img_size,
+            "batch_size": self.batches.micro_batch(epoch.stage_index),
+            "lr": self.plan.lr(last_step),
+            "momentum": self.plan.momentum(last_step),
+            "train_loss": loss / images,
+            "train_top1": 100 * hits / images,
+            "val_loss": raw.loss,
+            "val_top1": raw.top1,
+            "val_top5": raw.top5,
+            "ema_top1": ema[0].top1 if ema else "",
+            "images_per_s": meter.images_per_s,
+            "data_wait": meter.data_wait,
+            "memory_mb": peak_memory_mb(run.accelerator.device),
+            "epoch_s": meter.seconds_since_start(),
+            "total_s": progress.wall_s,
+            "images_seen": progress.images_seen,
+            "skipped_steps": progress.skipped_steps,
+        }
+        run.record(row, progress.step)
+        run.log.info("%s", meter.line(row, progress))
+        is_last = progress.epochs_done == self.plan.total_epochs
+        numbered = run.cfg.keep_every and progress.epochs_done % run.cfg.keep_every == 0
+        if improved or numbered or is_last or progress.epochs_done % run.cfg.save_freq_last == 0:
+            self.save(best=improved, numbered=bool(numbered))
+        run.sync()
+
+    # --- stages and checkpoints ------------------------------------------------------------------------------------
+
+    def enter_stage(self, epoch: EpochPlan) -> None:
+        """Make the model ready for a stage: what trains, how gradients are shared, what is compiled."""
+        run, model, stage = self.run, self.state.model, epoch.stage
+        if epoch.stage_index == self.stage_index:
+            return
+        trained = {p for p in model.parameters() if p.requires_grad}
+        set_trainable_layers(model, stage.frozen)
+        for parameter in trained:
+            if not parameter.requires_grad:
+                self.state.optimizer.state.pop(parameter, None)  # old momentum must not move it when it thaws
+        if run.accelerator.num_processes > 1:
+            self.net = _distribute(run, model)
+        self.stage_index = epoch.stage_index
+        train_mode(model, stage.frozen)
+        run.log.info("stage %d of %d: %s", epoch.stage_index + 1, len(self.plan.stages), describe(stage))
+        if run.cfg.compile or run.accelerator.device.type == "cuda":
+            self._warm_up(epoch)
+
+    def _warm_up(self, epoch: EpochPlan) -> None:
+        """Compile, or let cuDNN choose, for every shape of the stage, so that no step of training has to wait for it."""
+        started, shapes = time.monotonic(), self.batches.stage_shapes(epoch.stage)
+        before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+        for height, width in shapes:
+            trial_step(self.run, self.state.model, self.batches.micro_batch(epoch.stage_index), height, width)
+        graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"] - before
+        self.run.log.info(
+            "warmed up %d shapes in %.1f s, %d graphs compiled", len(shapes), time.monotonic() - started, graphs
+        )
+
+    def save(self, best: bool = False, numbered: bool = False) -> None:
+        """Write `checkpoints/last`, and under the same bytes `best` or a numbered one; all processes must call it."""
+        run, state, progress = self.run, self.state, self.state.progress
+        started = time.monotonic()
+        progress.wall_s = started - self.started
+        if run.agreed(bool(self.not_finite > 0))[0]:
+            run.log.info("not saved: the loss is not finite")
+            return
+        files = checkpoint.capture(state, run.accelerator, as_plain(run.cfg))
+        if run.is_main:
+            folder = run.folder / "checkpoints"
+            checkpoint.write(folder / "last", files)
+            if best:
+                checkpoint.link(folder / "last", folder / "best")
+                weights = files["ema.safetensors" if progress.best_is_ema else "model.safetensors"]
+                checkpoint.write_durably(run.folder / "best_weights.safetensors", checkpoint.save_tensors(weights))
+            if numbered:
+                checkpoint.link(folder / "last", folder / f"epoch_{progress.epochs_done}")
+            run.log.info("saved step %d in %.2f s", progress.step, time.monotonic() - started)
+        run.saved()
+        run.sync()
+
+
+def set_rates(optimizer: torch.optim.Optimizer, lr: float, momentum: float) -> None:
+    """Set every group's learning rate, and its momentum or first beta."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["lr_scale"]
+        if "momentum" in group:
+            group["momentum"] = momentum
+        elif "betas" in group:
+            group["betas"] = (momentum, *group["betas"][1:])
+
+
+def trial_step(run: Run, model: nn.Module, batch_size: int, height: int, width: int) -> None:
+    """Forward and backward on blank images, without a trace: no gradients, statistics or random numbers are kept."""
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    rng = checkpoint.rng_state()
+    images_nchw = torch.zeros(batch_size, 3, height, width, device=run.accelerator.device)
+    with run.accelerator.autocast():
+        logits = model(images_nchw.contiguous(memory_format=torch.channels_last))
+    logits.float().logsumexp(1).mean().backward()
+    model.zero_grad(set_to_none=True)
+    for name, buffer in model.named_buffers():
+        buffer.copy_(buffers[name])
+    checkpoint.set_rng_state(rng)
+
+
+class out_of_memory_advice:  # noqa: N801 -- reads as a statement
+    """Turn an out-of-memory error into a sentence that names what to change."""
+
+    def __init__(self, epoch: EpochPlan, micro_batch: int) -> None:
+        self.epoch, self.micro_batch = epoch, micro_batch
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise UserError(
+                f"out of memory in stage {self.epoch.stage_index + 1} at {self.epoch.stage.img_size} px with {self.micro_batch} images "
+                "per process: lower --batch_size and raise --accumulation, or pass --auto_batch; the last checkpoint is whole"
+            ) from error
+
+
+# --- setting up ----------------------------------------------------------------------------------------------------
+
+
+def describe(stage: Stage) -> str:
+    text = f"{stage.epochs} epochs at {stage.img_size} px ({stage.shape}), {stage.data_fraction:.0%} of the data"
+    return text + (f", frozen: {', '.join(stage.frozen)}" if stage.frozen else "")
+
+
+def _new_state(run: Run, model: nn.Module) -> TrainState:
+    cfg, device = run.cfg, run.accelerator.device
+    layout = torch.channels_last if cfg.channels_last else torch.contiguous_format
+    model = model.to(device, memory_format=layout)
+    ema = create_ema(model, cfg.ema_decay) if cfg.ema else None
+    checkpoint.seed_everything(cfg.seed + run.accelerator.process_index)  # dropout differs, the first weights did not
+    return TrainState(model, create_optimizer(cfg, model), ema, run.accelerator.scaler, Progress())
+
+
+def _distribute(run: Run, model: nn.Module) -> nn.Module:
+    """Wrap for distributed training anew, so that only what trains now is reduced."""
+    device_ids = [run.accelerator.local_process_index] if run.accelerator.device.type == "cuda" else None
+    net = DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True)
+    run.accelerator.ddp_handler.register_comm_hook(net)
+    return net
+
+
+def _resume(run: Run, state: TrainState, train: Source) -> None:
+    """Go on from a checkpoint if there is one. What is taken, in this order:
+
+    1. `--resume none`: nothing.
+    2. `--resume PATH` of one checkpoint: that one.
+    3. the newest undamaged one of the run's folder, also after `--resume PATH` or `s3://…` of a whole run.
+    """
+    cfg, folder = run.cfg, run.folder / "checkpoints"
+    found: checkpoint.Path | None = None
+    files, problem = None, [""]
+    if run.is_main and cfg.resume != "none":
+        try:
+            if (checkpoint.Path(cfg.resume) / checkpoint.MANIFEST).exists():
+                found = checkpoint.Path(cfg.resume)
+                checkpoint.verify(found)
+            else:
+                found, damaged = checkpoint.newest_whole(folder)
+                for sentence in damaged:
+                    run.log.info("damaged checkpoint passed over: %s", sentence)
+                if damaged and found is None:
+                    raise UserError(f"no whole checkpoint is left in {folder}; start anew with another --run_name")
+            files = checkpoint.read(found) if found else None
+            _must_match(files, cfg, train)
+        except UserError as error:
+            problem = [str(error)]
+    if run.accelerator.num_processes > 1:
+        checkpoint.broadcast_object_list(problem)
+    if problem[0]:
+        raise UserError(problem[0])
+    files = checkpoint.share(files, run.accelerator)
+    if files is not None:
+        checkpoint.apply(files, state, run.accelerator.process_index)
+        run.log.info(
+            "resumed %s: epoch %d, step %d", found or "", state.progress.epochs_done + 1, state.progress.step
+        )
+    run.keep_epochs(state.progress.epochs_done)
+    state.progress.wandb_id = run.start_tracker(state.progress.wandb_id)
+    state.progress.num_images = len(train)
+
+
+def _must_match(files: dict | None, cfg: TrainConfig, train: Source) -> None:
+    if files is None:
+        return
+    meta = files["state.json"]
+    changed = differences(as_plain(cfg), meta["config"])
+    if changed:
+        raise UserError(f"the checkpoint was made with other settings: {', '.join(changed)}; choose another --run_name")
+    if meta["progress"]["num_images"] != len(train):
+        raise UserError(
+            f"the checkpoint was made with {meta['progress']['num_images']} training images, --data_dir has {len(train)}"
+        )
+
+
+def _make_plan(cfg: TrainConfig, processes: int, train: Source, progress: Progress) -> Plan:
+    """The plan of the run; a resumed one keeps its global batches, whatever the number of processes now."""
+    held = tuple(progress.global_batches) or None
+    plan = make_plan(
+        cfg.stages_in_force(), len(train), processes, cfg.accumulation, cfg.schedule(progress.peak_lr or 1.0), held
+    )
+    progress.global_batches = list(plan.global_batches)
+    return plan
+
+
+def _settle_memory(run: Run, state: TrainState, plan: Plan) -> Plan:
+    """With `--auto_batch`, halve each stage's batch until a step fits; accumulation keeps the global batch."""
+    if not run.cfg.auto_batch:
+        return plan
+    stages = list(plan.stages)
+    for index, stage in enumerate(stages):
+        set_trainable_layers(state.model, stage.frozen)
+        size = plan.global_batches[index] // plan.processes // plan.accumulation(index)
+        while True:
+            try:
+                trial_step(run, state.model, size, stage.img_size, stage.img_size)
+                break
+            except torch.OutOfMemoryError:
+                if size == 1:
+                    raise UserError(f"one image of {stage.img_size} px does not fit; lower --img_size") from None
+                size //= 2
+                torch.cuda.empty_cache()
+        size = run.agreed_minimum(size)
+        if size < stage.batch_size:
+            run.log.info("stage %d: %d images per process and micro-batch fit", index + 1, size)
+            stages[index] = replace(stage, batch_size=size)
+    set_trainable_layers(state.model, ())
+    return replace(plan, stages=tuple(stages))
+
+
+def dry_run(cfg: TrainConfig, train: Source, val: Source) -> str:
+    """The plan in words and numbers, training nothing."""
+    import os
+
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    progress = Progress()
+    plan = _make_plan(cfg, processes, train, progress)
+    note = "relative to the LR finder's peak"
+    if cfg.lr != "auto":
+        plan, note = plan.with_peak(scaled_lr(cfg.lr, plan.global_batches[0], cfg.lr_scaling)), "in force"
+    return (
+        f"{len(train):,} training and {len(val):,} validation images, {len(train.classes)} classes, {processes} processes\n"
+        f"{plan.table()}\n"
+        f"{plan.total_epochs} epochs, {plan.total_steps:,} optimizer steps, {plan.images_to_see:,} images to be seen; "
+        f"learning rates are {note}"
+    )

@@ -1,0 +1,419 @@
+"""Sources: labels, sizes and encoded bytes of a dataset, by index. A folder, a Hugging Face dataset, a prepared pyramid.
+
+No source keeps Python objects per image: file names, offsets and labels are a few long arrays, memory-mapped where
+they are large, so that 1.28 million images start at once and all processes share the pages.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import re
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import pyarrow as pa
+
+from common.decode import DecodeError, read_header
+from common.errors import UserError
+
+log = logging.getLogger(__name__)
+
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+VAL_NAMES = ("val", "validation", "valid", "test")  # the first that is there
+HEAD_BYTES = 16 << 10  # enough for most headers; the whole file is read where it is not
+
+
+class Source(Protocol):
+    """A labelled set of encoded images."""
+
+    classes: list[str]
+    labels: np.ndarray  # int64 [N]
+    fingerprint: str  # changes when the data change
+    prepared: bool  # the bytes are upright JPEGs by `prepare`, maybe smaller than the originals in sizes()
+
+    def __len__(self) -> int: ...
+
+    def read(self, index: int, short_side: int) -> np.ndarray:
+        """Return an image's bytes, uint8 [n], from the level of a pyramid that serves `short_side` pixels.
+
+        Raises:
+            OSError: the storage fails.
+        """
+
+    def describe(self, index: int) -> str:
+        """Say where an image lies, for messages."""
+
+    def sizes(self) -> np.ndarray:
+        """Return int32 [N, 2], the originals' heights and widths as seen; 1, 1 where the header cannot be read."""
+
+
+def cache_folder() -> Path:
+    """Where what is derived from datasets is kept: the user's cache folder, never the dataset."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "image-classification-training"
+
+
+# --- a folder of class folders ------------------------------------------------------------------------------------
+
+
+class FolderSource:
+    """One split of an ImageFolder tree: `<folder>/<class>/**/*.jpg`.
+
+    The list of files is a manifest in the user's cache folder: it is valid as long as no directory has changed, so the
+    second start costs one `stat` per directory.
+    """
+
+    prepared = False
+
+    def __init__(self, folder: Path):
+        self.folder = folder.resolve()
+        self._root = os.fsencode(self.folder) + b"/"
+        name = hashlib.sha256(self._root).hexdigest()[:16]
+        self._cached = cache_folder() / "manifests" / f"{name}.arrow"
+        manifest = _load_manifest(self._cached, self._root)
+        if manifest is None:
+            log.info("listing the images of %s", self.folder)
+            _write_arrow(self._cached, _scan(self._root))
+            manifest = _load_manifest(self._cached, self._root)
+            assert manifest is not None
+        self.classes, self.fingerprint, self._offsets, self._paths, self.labels = manifest
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def _path(self, index: int) -> bytes:
+        return self._root + self._paths[self._offsets[index] : self._offsets[index + 1]].tobytes()
+
+    def read(self, index: int, short_side: int) -> np.ndarray:
+        with open(self._path(index), "rb", buffering=0) as file:
+            return np.frombuffer(file.read(), np.uint8)
+
+    def _read_head(self, index: int) -> np.ndarray:
+        with open(self._path(index), "rb", buffering=0) as file:
+            return np.frombuffer(file.read(HEAD_BYTES), np.uint8)
+
+    def describe(self, index: int) -> str:
+        return os.fsdecode(self._path(index))
+
+    def sizes(self) -> np.ndarray:
+        return _cached_sizes(self, self._read_head)
+
+
+def _scan(root: bytes) -> pa.Table:
+    """List a tree: one row per image, sorted by class and name; directories and their times in the metadata."""
+    directories: list[tuple[str, int]] = []
+    classes: list[str] = []
+    lengths: list[np.ndarray] = []
+    blobs: list[bytes] = []
+    counts: list[int] = []
+
+    def images_below(prefix: bytes) -> Iterator[bytes]:
+        directory = root + prefix
+        directories.append((os.fsdecode(prefix), os.stat(directory).st_mtime_ns))
+        with os.scandir(directory) as entries:
+            for entry in sorted(entries, key=lambda entry: entry.name):
+                if entry.is_dir():
+                    yield from images_below(prefix + entry.name + b"/")
+                elif entry.name.lower().endswith(_EXTENSIONS) and not entry.name.startswith(b"."):
+                    yield prefix + entry.name
+
+    directories.append(("", os.stat(root).st_mtime_ns))
+    for name in sorted(os.fsdecode(entry.name) for entry in os.scandir(root) if entry.is_dir()):
+        paths = list(images_below(os.fsencode(name) + b"/"))
+        if not paths:
+            raise UserError(f"{os.fsdecode(root)}{name} holds no images; remove the folder or fill it")
+        classes.append(name)
+        counts.append(len(paths))
+        lengths.append(np.fromiter(map(len, paths), np.int64, len(paths)))
+        blobs.append(b"".join(paths))
+    if not classes:
+        raise UserError(f"{os.fsdecode(root)} holds no class folders; expected <class>/<image>.jpg below it")
+
+    offsets = np.concatenate([[0], np.cumsum(np.concatenate(lengths))])
+    blob = b"".join(blobs)
+    paths = pa.LargeBinaryArray.from_buffers(
+        pa.large_binary(), len(offsets) - 1, [None, pa.py_buffer(offsets), pa.py_buffer(blob)]
+    )
+    labels = np.repeat(np.arange(len(classes), dtype=np.int64), counts)
+    metadata = {
+        "classes": json.dumps(classes),
+        "directories": json.dumps(directories),
+        "digest": _digest(classes, offsets, np.frombuffer(blob, np.uint8), labels),
+    }
+    return pa.table({"path": paths, "label": labels}).replace_schema_metadata(metadata)
+
+
+_EXTENSIONS = tuple(extension.encode() for extension in EXTENSIONS)
+
+
+def _load_manifest(cached: Path, root: bytes):
+    """Map a manifest, or return None where there is none, it is damaged, or a directory has changed since."""
+    table = _map_arrow(cached)
+    if table is None or table.schema.names != ["path", "label"]:
+        return None
+    metadata = {key.decode(): value.decode() for key, value in (table.schema.metadata or {}).items()}
+    try:
+        for name, modified in json.loads(metadata["directories"]):
+            if os.stat(root + os.fsencode(name)).st_mtime_ns != modified:
+                return None
+        classes, digest = json.loads(metadata["classes"]), metadata["digest"]
+    except (OSError, KeyError, ValueError):
+        return None
+    _, offsets, blob = table.column("path").chunk(0).buffers()
+    offsets, blob = np.frombuffer(offsets, np.int64), np.frombuffer(blob, np.uint8)
+    labels = table.column("label").chunk(0).to_numpy()
+    offsets = offsets[: len(labels) + 1]
+    blob = blob[: offsets[-1]]
+    if _digest(classes, offsets, blob, labels) != digest:
+        return None
+    return classes, digest, offsets, blob, labels
+
+
+def _digest(*parts) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        digest.update(np.ascontiguousarray(part) if isinstance(part, np.ndarray) else repr(part).encode())
+    return digest.hexdigest()
+
+
+# --- Arrow: Hugging Face datasets and pyramids --------------------------------------------------------------------
+
+
+class ArrowSource:
+    """One split of an Arrow table, memory-mapped: a Hugging Face dataset, or a pyramid of smaller copies.
+
+    Where the bytes of row i lie is three numbers (chunk, start, length), so that reading a row makes no Arrow object.
+    """
+
+    def __init__(self, table: pa.Table, name: str, fingerprint: str):
+        """Find the image and label columns by their features.
+
+        Args:
+            table: with the features of `datasets` in its metadata.
+            name: for messages, "train of org/name".
+            fingerprint: changes when the data change.
+        """
+        from datasets import ClassLabel, Features, Image, Value
+
+        self.name, self.fingerprint = name, fingerprint
+        features = Features.from_arrow_schema(table.schema)
+        images = [column for column, feature in features.items() if isinstance(feature, Image)]
+        levels = {int(column[6:]): column for column in images if re.fullmatch(r"image_\d+", column)}
+        self.prepared = bool(levels)
+        if not levels:
+            if len(images) != 1:
+                raise UserError(
+                    f"--data_dir: {name} has {len(images)} image columns, not one: {list(features)}"
+                )
+            levels = {0: images[0]}
+        self._levels = sorted(levels)
+        self._chunks: list[np.ndarray] = []  # the bytes of each chunk of each level
+        self._where: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []  # per level: chunk, start, length
+        for level in self._levels:
+            self._where.append(self._locate(table.column(levels[level])))
+        self._fill_missing()
+
+        labelled = [column for column, feature in features.items() if isinstance(feature, ClassLabel)]
+        if labelled:  # several (coarse and fine): the finest
+            column = max(labelled, key=lambda column: features[column].num_classes)
+            self.classes = list(features[column].names)
+        elif isinstance(features.get("label"), Value):
+            column, self.classes = "label", []
+        else:
+            raise UserError(f"--data_dir: {name} has no class label column: {list(features)}")
+        labels = table.column(column)
+        if labels.null_count or not pa.types.is_integer(labels.type):
+            raise UserError(f"--data_dir: column {column} of {name} is not a class number in every row")
+        self.labels = labels.to_numpy().astype(np.int64)
+        if len(self.labels) and self.labels.min() < 0:
+            raise UserError(f"--data_dir: {name} has rows without a label (-1)")
+        if not self.classes:
+            self.classes = [str(number) for number in range(int(self.labels.max(initial=-1)) + 1)]
+        self._sizes: np.ndarray | None = None
+        if self.prepared:
+            columns = [table.column(side).to_numpy().astype(np.int32) for side in ("height", "width")]
+            self._sizes = np.stack(columns, 1)
+
+    def _locate(self, column: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Note where each row's bytes lie; a missing row has length 0."""
+        chunks, starts, lengths = [], [], []
+        for chunk in column.chunks:
+            if pa.types.is_struct(chunk.type):
+                chunk = chunk.flatten()[chunk.type.get_field_index("bytes")]
+            offset_type = np.int64 if pa.types.is_large_binary(chunk.type) else np.int32
+            _, offsets, data = chunk.buffers()
+            offsets = np.frombuffer(offsets, offset_type)[chunk.offset : chunk.offset + len(chunk) + 1]
+            length = np.diff(offsets)
+            if chunk.null_count:
+                length[chunk.is_null().to_numpy(zero_copy_only=False)] = 0
+            starts.append(offsets[:-1].astype(np.int64))
+            lengths.append(length.astype(np.int32))
+            chunks.append(np.full(len(chunk), len(self._chunks), np.int32))
+            self._chunks.append(np.frombuffer(data or b"", np.uint8))
+        empty = [np.empty(0, np.int32)]
+        return tuple(np.concatenate(parts or empty) for parts in (chunks, starts, lengths))
+
+    def _fill_missing(self) -> None:
+        """Let a level point at the next smaller one for images that are stored once because they are small."""
+        for smaller, larger in zip(self._where, self._where[1:], strict=False):
+            missing = larger[2] == 0
+            for to, of in zip(larger, smaller, strict=True):
+                to[missing] = of[missing]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def read(self, index: int, short_side: int) -> np.ndarray:
+        chunk, start, length = self._where[self._level(short_side)]
+        begin = start[index]
+        return self._chunks[chunk[index]][begin : begin + length[index]]
+
+    def _level(self, short_side: int) -> int:
+        """The smallest level that still has an eighth more than asked, as Resize(256) has for CenterCrop(224)."""
+        for place, level in enumerate(self._levels):
+            if level >= short_side * 8 // 7:
+                return place
+        return len(self._levels) - 1
+
+    def describe(self, index: int) -> str:
+        return f"row {index} of {self.name}"
+
+    def sizes(self) -> np.ndarray:
+        if self._sizes is None:
+            self._sizes = _cached_sizes(self, lambda index: self.read(index, 0)[:HEAD_BYTES])
+        return self._sizes
+
+
+# --- sizes from headers -------------------------------------------------------------------------------------------
+
+
+def _cached_sizes(source: Source, read_head: Callable[[int], np.ndarray]) -> np.ndarray:
+    """Scan the headers once; the result lives beside the manifests, under the fingerprint of the data."""
+    cached = cache_folder() / "sizes" / f"{source.fingerprint}.arrow"
+    table = _map_arrow(cached)
+    if table is None or table.schema.names != ["height", "width"] or len(table) != len(source):
+        table = _scan_sizes(source, read_head)
+        _write_arrow(cached, table)
+    return np.stack([table.column(side).to_numpy() for side in ("height", "width")], 1)
+
+
+def _scan_sizes(source: Source, read_head: Callable[[int], np.ndarray]) -> pa.Table:
+    from tqdm import tqdm
+
+    sizes = np.ones((len(source), 2), np.int32)
+
+    def scan(begin: int) -> int:
+        end = min(begin + 1024, len(source))
+        for index in range(begin, end):
+            try:
+                try:
+                    header = read_header(read_head(index))
+                except DecodeError:  # a long EXIF block or colour profile comes first
+                    header = read_header(source.read(index, 0))
+            except (DecodeError, OSError) as error:
+                log.warning("no size in the header of %s: %s", source.describe(index), error)
+            else:
+                sizes[index] = header[:2]
+        return end - begin
+
+    # Threads, because on a network disk the time goes into waiting, and one core reads 20,000 headers a second anyway.
+    with (
+        ThreadPoolExecutor(16) as pool,
+        tqdm(total=len(source), desc="image headers", delay=2, leave=False) as bar,
+    ):
+        for done in pool.map(scan, range(0, len(source), 1024)):
+            bar.update(done)
+    return pa.table({"height": sizes[:, 0].copy(), "width": sizes[:, 1].copy()})
+
+
+# --- small Arrow files --------------------------------------------------------------------------------------------
+
+
+def _write_arrow(path: Path, table: pa.Table) -> None:
+    """Write an uncompressed Arrow file of one record batch, under its name only when whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
+        writer.write_table(table.combine_chunks())
+    temporary.replace(path)
+
+
+def _map_arrow(path: Path) -> pa.Table | None:
+    """Memory-map an Arrow file; None where there is none or it is damaged (what is derived can be derived again)."""
+    try:
+        return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+    except (FileNotFoundError, pa.ArrowInvalid, OSError):
+        return None
+
+
+# --- which source a name means ------------------------------------------------------------------------------------
+
+
+def open_source(data_dir: str, split: str) -> Source:
+    """Open one split of what `--data_dir` names.
+
+    Args:
+        data_dir: an ImageFolder tree, a folder of Arrow or Parquet files, or a hub dataset `org/name`.
+        split: "train" or "val", which stands for the first of val, validation, valid and test that is there.
+
+    Raises:
+        UserError: there is nothing there, or not what is needed.
+    """
+    if not data_dir:
+        raise UserError(
+            "--data_dir is needed: a folder with train/<class>/ and val/<class>/, or a dataset org/name"
+        )
+    folder = Path(data_dir).expanduser()
+    names = ("train",) if split == "train" else VAL_NAMES
+    if not folder.is_dir():
+        if folder.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", data_dir) or data_dir.startswith("."):
+            raise UserError(f"--data_dir {data_dir} is not a folder")
+        return _open_datasets(data_dir, names)
+    for name in names:
+        if (folder / name).is_dir() and not any((folder / name).glob("*.parquet")):
+            return FolderSource(folder / name)
+    if shards := sorted(folder.glob("data/*.arrow")):
+        return _open_shards(data_dir, shards, names)
+    if next(folder.rglob("*.parquet"), None):
+        return _open_datasets(data_dir, names)
+    wanted = " or ".join(f"{name}/<class>/" for name in names)
+    raise UserError(f"--data_dir {data_dir} has no {wanted}, no data/*.arrow and no Parquet files")
+
+
+def _open_shards(data_dir: str, shards: list[Path], names: tuple[str, ...]) -> ArrowSource:
+    """Map the Arrow shards that `prepare` wrote."""
+    for name in names:
+        chosen = [shard for shard in shards if shard.name.startswith(f"{name}-")]
+        if chosen:
+            break
+    else:
+        raise UserError(f"--data_dir {data_dir} has no data/{names[0]}-*.arrow")
+    tables = []
+    for shard in chosen:
+        try:
+            tables.append(pa.ipc.open_file(pa.memory_map(str(shard))).read_all())
+        except pa.ArrowInvalid as error:
+            raise UserError(f"{shard} is damaged ({error}); remove it and run prepare again") from error
+    fingerprint = _digest(
+        [(shard.name, shard.stat().st_size, len(table)) for shard, table in zip(chosen, tables)]
+    )
+    return ArrowSource(pa.concat_tables(tables), f"{name} of {data_dir}", fingerprint)
+
+
+def _open_datasets(data_dir: str, names: tuple[str, ...]) -> ArrowSource:
+    """Let `datasets` find, fetch and convert; its cache is an Arrow file, which we map."""
+    import datasets
+
+    try:
+        found = datasets.get_dataset_split_names(data_dir)
+        name = next((name for name in names if name in found), None)
+        if name is None:
+            raise UserError(f"--data_dir {data_dir} has the splits {found} but no {names[0]}")
+        dataset = datasets.load_dataset(data_dir, split=name)
+    except (datasets.exceptions.DatasetNotFoundError, datasets.exceptions.DataFilesNotFoundError) as error:
+        raise UserError(f"--data_dir {data_dir} is neither a folder here nor a dataset of the hub") from error
+    return ArrowSource(dataset.data.table, f"{name} of {data_dir}", dataset._fingerprint)

@@ -1,0 +1,209 @@
+"""Split one folder of class folders into train and val, the layout that the training scripts read.
+
+    python -m common.tools.split --data_dir photos --out photos-split --val_fraction 0.2
+
+Each class is split by itself, so that val has the classes in the proportions of the whole. Which image goes where
+depends on the seed and on its own class alone: a class that is added later leaves the others as they were.
+
+Files gather in `<out>.partial`, whose `plan.json` says what goes where, and the folder gets its name when all are there.
+A split that was interrupted goes on when the same command is given again; at every moment each image is whole in at
+least one place.
+"""
+
+import argparse
+import errno
+import json
+import os
+import shutil
+import zlib
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from common.errors import UserError
+from common.sources import VAL_NAMES, FolderSource
+
+PLAN = "plan.json"
+
+
+def plan_split(folder: Path, val_fraction: float, seed: int) -> dict[str, dict[str, list[str]]]:
+    """Deal the images of each class to train and val.
+
+    Args:
+        folder: holds `<class>/**/*.jpg`.
+        val_fraction: share of each class for val, in (0, 1); rounded, but at least one image and never all.
+        seed: another seed, another choice.
+
+    Returns:
+        {"train": {class: [paths relative to folder]}, "val": ...}, sorted.
+
+    Raises:
+        UserError: no class folders, a class of one image, or a folder that is split already.
+    """
+    if not folder.is_dir():
+        raise UserError(f"--data_dir {folder} is not a folder")
+    source = FolderSource(folder)
+    if "train" in source.classes and set(VAL_NAMES) & set(source.classes):
+        raise UserError(f"--data_dir {folder} is split already: it holds {', '.join(source.classes)}")
+    plan: dict[str, dict[str, list[str]]] = {"train": {}, "val": {}}
+    for label, name in enumerate(source.classes):
+        members = np.flatnonzero(source.labels == label)
+        if len(members) < 2:
+            raise UserError(f"{folder / name} holds one image only, and train and val need one each")
+        count = min(max(round(val_fraction * len(members)), 1), len(members) - 1)
+        rng = np.random.default_rng((seed, zlib.crc32(name.encode())))
+        chosen = np.zeros(len(members), bool)
+        chosen[rng.permutation(len(members))[:count]] = True
+        for split, indices in (("train", members[~chosen]), ("val", members[chosen])):
+            paths = (Path(source.describe(int(index))).relative_to(source.folder) for index in indices)
+            plan[split][name] = [path.as_posix() for path in paths]
+    return plan
+
+
+def split(
+    folder: Path, out: Path, val_fraction: float, seed: int, how: str
+) -> dict[str, dict[str, list[str]]]:
+    """Carry out `plan_split`, or go on with one that was interrupted; return the plan.
+
+    Args:
+        folder: holds the class folders.
+        out: will hold train/ and val/; must not exist.
+        val_fraction: as in `plan_split`.
+        seed: as in `plan_split`.
+        how: "copy", "link" (hard links: no space, same disk) or "move".
+
+    Raises:
+        UserError: `out` exists, the disk is full, or another problem that the sentence names.
+    """
+    partial = out.with_name(out.name + ".partial")
+    settings = {
+        "data_dir": str(folder.resolve()),
+        "val_fraction": val_fraction,
+        "seed": seed,
+        "how": how,
+    }
+    if (partial / PLAN).is_file():
+        saved = json.loads((partial / PLAN).read_text())
+        if saved["settings"] != settings:
+            raise UserError(f"{partial} holds an unfinished split with other settings: {saved['settings']}")
+        plan = saved["plan"]  # after some moves the folder would no longer give the same one
+    else:
+        if partial.exists():
+            raise UserError(f"{partial} is in the way; remove it or choose another --out")
+        plan = plan_split(folder, val_fraction, seed)
+    _refuse(folder, out)
+
+    files = [(name, path) for name in plan for paths in plan[name].values() for path in paths]
+    try:
+        partial.mkdir(parents=True, exist_ok=True)
+        _write(partial / PLAN, json.dumps({"settings": settings, "plan": plan}).encode())
+        for name, path in tqdm(files, desc=how, unit="file", delay=2):
+            target = partial / name / path
+            target.parent.mkdir(parents=True, exist_ok=True)
+            _place(folder / path, target, how)
+        (partial / PLAN).unlink()
+        partial.rename(out)
+    except FileNotFoundError as error:
+        raise UserError(f"{error.filename} is gone since the split was planned") from error
+    except OSError as error:
+        if error.errno == errno.EXDEV:
+            raise UserError("--how link needs --out on the disk of --data_dir; take --how copy") from error
+        again = "the same command goes on from here"
+        raise UserError(f"cannot {how} to {partial}: {error.strerror}; {again}") from error
+    return plan
+
+
+def _refuse(folder: Path, out: Path) -> None:
+    if out.exists():
+        raise UserError(f"--out {out} exists already; choose another name")
+    if out.resolve().is_relative_to(folder.resolve()):
+        raise UserError(f"--out {out} lies inside --data_dir {folder}; choose a place outside")
+
+
+def _place(source: Path, target: Path, how: str) -> None:
+    """Bring one file to its place, whole or not at all; harmless when it is there already."""
+    if how == "link":
+        if not target.exists():
+            os.link(source, target)
+        return
+    if how == "move":
+        if (
+            target.exists()
+        ):  # moved by an earlier run, or copied by one that did not come to remove the original
+            source.unlink(missing_ok=True)
+            return
+        try:
+            source.rename(target)
+            return
+        except OSError as error:
+            if error.errno != errno.EXDEV:
+                raise
+    if not target.exists():
+        copy = target.with_name(f".{target.name}.copy")
+        shutil.copy2(source, copy)
+        if how == "move":  # to another disk: the copy must be safe before the original goes
+            with open(copy, "rb") as file:
+                os.fsync(file.fileno())
+        copy.rename(target)
+    if how == "move":
+        source.unlink()
+
+
+def _write(path: Path, content: bytes) -> None:
+    temporary = path.with_suffix(".tmp")
+    temporary.write_bytes(content)
+    temporary.rename(path)
+
+
+def _table(plan: dict[str, dict[str, list[str]]], limit: int = 20) -> str:
+    """Images per class and in all."""
+    counts = {name: (len(plan["train"][name]), len(plan["val"][name])) for name in plan["train"]}
+    rows = [(name, *counts[name]) for name in list(counts)[:limit]]
+    if len(counts) > limit:
+        rest = list(counts.values())[limit:]
+        rows.append((f"... {len(rest)} more", *map(sum, zip(*rest, strict=True))))
+    rows.append(("all", *map(sum, zip(*counts.values(), strict=True))))
+    width = max(len(row[0]) for row in rows) + 2
+    return "\n".join(
+        f"{name:<{width}}{train:>9}{val:>9}" for name, train, val in [("class", "train", "val"), *rows]
+    )
+
+
+def main(args: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m common.tools.split",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--data_dir", type=Path, required=True, help="folder that holds one folder per class")
+    parser.add_argument(
+        "--out", type=Path, required=True, help="will hold train/ and val/; must not exist yet"
+    )
+    parser.add_argument(
+        "--val_fraction", type=float, default=0.2, help="share of each class for val (default: 0.2)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="another seed, another choice (default: 0)")
+    parser.add_argument(
+        "--how", choices=("copy", "link", "move"), default="copy", help="link = hard links (default: copy)"
+    )
+    parser.add_argument("--dry_run", action="store_true", help="say what would be done and do nothing")
+    options = parser.parse_args(args)
+    try:
+        if not 0 < options.val_fraction < 1:
+            raise UserError(f"--val_fraction must lie between 0 and 1, not {options.val_fraction}")
+        if options.seed < 0:
+            raise UserError(f"--seed must not be negative, not {options.seed}")
+        if options.dry_run:
+            _refuse(options.data_dir, options.out)
+            plan = plan_split(options.data_dir, options.val_fraction, options.seed)
+        else:
+            plan = split(options.data_dir, options.out, options.val_fraction, options.seed, options.how)
+    except UserError as error:
+        parser.exit(2, f"error: {error}\n")
+    print(_table(plan))
+    print("nothing was done (--dry_run)" if options.dry_run else f"written to {options.out}")
+
+
+if __name__ == "__main__":
+    main()

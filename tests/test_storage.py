@@ -1,0 +1,625 @@
+"""The mirror against a real S3 server: what arrives, what an outage or a death at any moment leaves, what comes back."""
+
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from common import storage
+from common.config import UserError
+from common.storage import S3Mirror, restore
+from tests.conftest import S3Server
+
+OUTAGE_S = float(os.environ.get("S3_OUTAGE_S", "3"))  # S3_OUTAGE_S=30 for the long version; a restart adds 3 s
+Handler = Callable[[str, dict[str, Any]], None]
+
+
+@pytest.fixture(autouse=True)
+def _fast_retries(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storage, "FIRST_RETRY_S", 0.05)
+    monkeypatch.setattr(storage, "LONGEST_RETRY_S", 0.2)
+    monkeypatch.setattr(storage, "CLOSING_RETRY_S", 0.2)
+
+
+@pytest.fixture
+def address(s3: S3Server, request: pytest.FixtureRequest) -> str:
+    """A prefix of this test's own."""
+    return f"s3://{s3.bucket}/{re.sub('[^a-z0-9]+', '-', request.node.name.lower())}"
+
+
+@pytest.fixture
+def intercept(monkeypatch: pytest.MonkeyPatch) -> Callable[[Handler], None]:
+    """Have a function called with (operation, request) before every request that storage makes; it may raise."""
+    real, handlers = storage._client, []
+
+    def hooked(*args: Any, **kwargs: Any) -> Any:
+        client = real(*args, **kwargs)
+
+        def before_call(model: Any, params: dict[str, Any], **_: Any) -> None:
+            for handler in handlers:
+                handler(model.name, params)
+
+        client.meta.events.register("before-call.s3", before_call)
+        return client
+
+    monkeypatch.setattr(storage, "_client", hooked)
+    return handlers.append
+
+
+def make_run(folder: Path) -> Path:
+    """A run's folder with one file of each kind, one checkpoint under two names, and what must not be mirrored."""
+    files = {
+        "config.yaml": b"model: resnet50\n",
+        "training_log.csv": b"epoch,val_top1\n1,10.0\n",
+        "training_log.txt": b"",
+        "logs/process_0.log": b"hello\n" * 1000,
+        "plots/accuracy_live.png": os.urandom(20_000),
+        "best_weights.safetensors": os.urandom(100_000),
+        "name with späces+%&.txt": b"x",
+        "summary.json.tmp": b"half a file",
+        "half.tmp/file": b"half a folder",
+    }
+    for name, content in files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    save_checkpoint(folder, step=1)
+    shutil.copytree(folder / "checkpoints/last", folder / "checkpoints/best")
+    (folder / "checkpoints/last.tmp").mkdir()
+    (folder / "checkpoints/last.tmp/model.safetensors").write_bytes(b"half a checkpoint")
+    return folder
+
+
+def save_checkpoint(folder: Path, step: int, size: int = 50_000) -> None:
+    """What a training loop does: a CSV row, a new folder under a temporary name, then two renames."""
+    with (folder / "training_log.csv").open("a") as file:
+        file.write(f"{step},{step}.5\n")
+    new, last, previous = (folder / "checkpoints" / name for name in ("new.tmp", "last", "previous"))
+    new.mkdir(parents=True)
+    (new / "model.safetensors").write_bytes(step.to_bytes(4, "big") * (size // 4))
+    (new / "state.json").write_text(json.dumps({"step": step}))
+    (new / "manifest.json").write_text(json.dumps({file.name: sha256(file) for file in new.iterdir()}))
+    shutil.rmtree(previous, ignore_errors=True)
+    if last.exists():
+        last.rename(previous)
+    new.rename(last)
+
+
+def sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def is_whole(checkpoint: Path) -> bool:
+    manifest = json.loads((checkpoint / "manifest.json").read_text())
+    files = {file.name for file in checkpoint.iterdir()} - {"manifest.json"}
+    return files == set(manifest) and all(sha256(checkpoint / name) == digest for name, digest in manifest.items())
+
+
+def step_of(checkpoint: Path) -> int:
+    return json.loads((checkpoint / "state.json").read_text())["step"]
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    """Path -> content of what belongs to a run, i.e. is neither temporary nor the mirror's own."""
+    files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
+    ours = re.compile(r"(^|/)[^/]*\.tmp(/|$)|^\.s3-spool/")
+    return {name: path.read_bytes() for name, path in files.items() if not ours.search(name)}
+
+
+def remote(s3: S3Server, url: str) -> dict[str, bytes]:
+    """Name -> content of every object of a run, each checked against the SHA-256 in its metadata."""
+    bucket, prefix = url.removeprefix("s3://").split("/", 1)
+    client, found = s3.client(), {}
+    for page in client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=f"{prefix}/"):
+        for item in page.get("Contents", []):
+            answer = client.get_object(Bucket=bucket, Key=item["Key"])
+            content, name = answer["Body"].read(), item["Key"].removeprefix(f"{prefix}/")
+            assert len(content) == item["Size"]
+            if name != "checkpoints/index.json":
+                assert answer["Metadata"]["sha256"] == hashlib.sha256(content).hexdigest(), name
+            found[name] = content
+    return found
+
+
+def wait_until(condition: Callable[[], bool], timeout_s: float = 10) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.01)
+
+
+# What arrives
+
+
+def test_everything_arrives_and_comes_back_byte_identical(s3: S3Server, address: str, tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run-1")
+    mirror = S3Mirror(run, address, s3.endpoint)
+    mirror.submit()
+    save_checkpoint(run, step=2)
+    mirror.submit()
+    report = mirror.close(timeout_s=30)
+
+    assert report.pending == []
+    assert {"training_log.csv", "checkpoints/last", "checkpoints/best"} <= set(report.uploaded)
+    assert "nothing is left" in str(report)
+    assert not (run / ".s3-spool").exists()
+    objects = remote(s3, f"{address}/run-1")
+    index = json.loads(objects["checkpoints/index.json"])["checkpoints"]
+    assert index["best"] == index["previous"] != index["last"]  # one copy serves both names
+    local = tree(run)
+    assert report.bytes >= sum(len(content) for name, content in local.items() if "previous" not in name)
+    assert {name for name in objects if "checkpoints/" not in name} == {n for n in local if "checkpoints/" not in n}
+    assert sum("checkpoints/" in name for name in objects) == 2 * 3 + 1
+
+    fresh = restore(f"{address}/run-1", tmp_path / "elsewhere" / "run-1", s3.endpoint)
+    assert tree(fresh) == local
+    assert [path.name for path in fresh.parent.iterdir()] == ["run-1"]
+    assert is_whole(fresh / "checkpoints/last")
+
+
+def test_a_restored_run_goes_on_and_sends_only_what_is_new(s3: S3Server, address: str, tmp_path: Path) -> None:
+    first = make_run(tmp_path / "a" / "run-1")
+    S3Mirror(first, address, s3.endpoint).close(timeout_s=30)
+    second = restore(f"{address}/run-1", tmp_path / "b" / "run-1", s3.endpoint)
+    mirror = S3Mirror(second, address, s3.endpoint)
+    save_checkpoint(second, step=2)
+    save_checkpoint(second, step=3)
+    report = mirror.close(timeout_s=30)
+    assert "checkpoints/best" not in report.uploaded  # S3 had it
+    third = restore(f"{address}/run-1", tmp_path / "c" / "run-1", s3.endpoint)
+    assert tree(third) == tree(second)
+
+
+def test_a_large_file_goes_up_in_parts(
+    s3: S3Server, address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(storage, "PART_BYTES", 5 << 20)
+    run = tmp_path / "run-1"
+    run.mkdir()
+    sizes = {"below": (5 << 20) - 1, "one_part": 5 << 20, "three_parts": (10 << 20) + 1, "empty": 0}
+    for name, size in sizes.items():
+        (run / name).write_bytes(os.urandom(size))
+    assert S3Mirror(run, address, s3.endpoint).close(timeout_s=30).pending == []
+    objects = remote(s3, f"{address}/run-1")
+    assert {name: objects[name] for name in sizes} == tree(run)
+    key = f"{address}/run-1/three_parts".removeprefix(f"s3://{s3.bucket}/")
+    assert s3.client().head_object(Bucket=s3.bucket, Key=key)["ETag"].endswith('-3"')
+
+
+def test_replaced_checkpoints_are_deleted_from_s3(s3: S3Server, address: str, tmp_path: Path) -> None:
+    run = tmp_path / "run-1"
+    mirror = S3Mirror(run, address, s3.endpoint)
+    for step in range(1, 6):
+        save_checkpoint(run, step)
+        mirror.submit()
+        wait_until(lambda: mirror._done == mirror._asked)
+    mirror.close(timeout_s=30)
+    objects = remote(s3, f"{address}/run-1")
+    assert len({name.split("/")[1] for name in objects if name.endswith("manifest.json")}) == 2
+    fresh = restore(f"{address}/run-1", tmp_path / "b", s3.endpoint)
+    assert [step_of(fresh / "checkpoints" / name) for name in ("previous", "last")] == [4, 5]
+
+
+# Nothing torn
+
+
+def test_a_checkpoint_replaced_in_mid_upload_arrives_as_it_was(
+    s3: S3Server, address: str, tmp_path: Path, intercept: Callable[[Handler], None]
+) -> None:
+    run = tmp_path / "run-1"
+    uploading, go_on = threading.Event(), threading.Event()
+
+    def hold(operation: str, request: dict[str, Any]) -> None:
+        if operation == "PutObject" and "model.safetensors" in request["url"]:
+            uploading.set()
+            assert go_on.wait(20)
+
+    intercept(hold)
+    mirror = S3Mirror(run, address, s3.endpoint)
+    save_checkpoint(run, step=1)
+    mirror.submit()
+    assert uploading.wait(10)
+    for step in (2, 3, 4):  # step 1 is gone from the folder while it is being sent
+        save_checkpoint(run, step)
+        mirror.submit()
+    links = [link.stat().st_nlink for link in (run / ".s3-spool").rglob("model.safetensors")]
+    assert sorted(links) == [1, 1, 2, 2]  # only 1 and 2 cost disk space; 3 and 4 are in the folder as well
+    assert is_whole(run / "checkpoints/last")
+    go_on.set()
+    assert mirror.close(timeout_s=30).pending == []
+    for name, content in remote(s3, f"{address}/run-1").items():
+        assert "model" not in name or len(content) == 50_000
+    fresh = restore(f"{address}/run-1", tmp_path / "b", s3.endpoint)
+    assert tree(fresh) == tree(run)
+
+
+def test_a_log_that_grows_in_mid_upload_arrives_as_it_was(
+    s3: S3Server, address: str, tmp_path: Path, intercept: Callable[[Handler], None]
+) -> None:
+    run = tmp_path / "run-1"
+    run.mkdir()
+    (run / "training_log.csv").write_text("1,1\n")
+    rows = iter(range(2, 5))
+
+    def append(operation: str, request: dict[str, Any]) -> None:
+        if operation == "PutObject" and request["url"].endswith("training_log.csv") and (row := next(rows, None)):
+            with (run / "training_log.csv").open("a") as file:
+                file.write(f"{row},{row}\n")
+
+    intercept(append)
+    mirror = S3Mirror(run, address, s3.endpoint)
+    mirror.submit()
+    wait_until(lambda: mirror._done == mirror._asked)
+    assert remote(s3, f"{address}/run-1")["training_log.csv"] == b"1,1\n"
+    assert mirror.close(timeout_s=30).pending == [("training_log.csv", "not reached in time")]  # row 3 came since
+    assert remote(s3, f"{address}/run-1")["training_log.csv"] == b"1,1\n2,2\n"
+
+
+def test_death_between_any_two_requests_leaves_a_whole_checkpoint_and_its_log(
+    s3: S3Server, address: str, tmp_path: Path, intercept: Callable[[Handler], None]
+) -> None:
+    from botocore.exceptions import EndpointConnectionError
+
+    requests_left = [0]
+
+    def cut(operation: str, request: dict[str, Any]) -> None:
+        requests_left[0] -= 1
+        if requests_left[0] < 0:
+            raise EndpointConnectionError(endpoint_url="cut")
+
+    intercept(cut)
+    newest = []
+    for requests in range(2, 100):  # 2 open the mirror
+        run = tmp_path / f"run-{requests}"
+        requests_left[0] = 10_000
+        save_checkpoint(run, step=1)
+        save_checkpoint(run, step=2)
+        assert S3Mirror(run, address, s3.endpoint).close(timeout_s=10).pending == []
+
+        requests_left[0] = requests
+        mirror = S3Mirror(run, address, s3.endpoint)
+        save_checkpoint(run, step=3)
+        was_cut = mirror.close(timeout_s=0.2).pending != []
+
+        requests_left[0] = 10_000
+        url = f"{address}/{run.name}"
+        fresh = restore(url, tmp_path / "fresh" / run.name, s3.endpoint)
+        checkpoints = list((fresh / "checkpoints").iterdir())
+        assert len(checkpoints) == 2
+        assert all(is_whole(checkpoint) for checkpoint in checkpoints)
+        newest.append(max(step_of(checkpoint) for checkpoint in checkpoints))
+        assert newest[-1] == step_of(fresh / "checkpoints/last")
+        assert f"\n{newest[-1]}," in "\n" + (fresh / "training_log.csv").read_text()
+
+        S3Mirror(run, address, s3.endpoint).close(timeout_s=10)  # the next process brings it all
+        assert tree(restore(url, tmp_path / "again" / run.name, s3.endpoint)) == tree(run)
+        assert len(remote(s3, url)) == 1 + 2 * 3 + 1  # CSV, checkpoints, index: the leftovers are gone
+        if not was_cut:
+            break
+    else:
+        pytest.fail("the upload never ended")
+    assert newest == sorted(newest)
+    assert set(newest) == {2, 3}
+    assert len(newest) > 10
+
+
+# Outages
+
+
+def test_a_server_that_dies_in_mid_upload_and_returns_loses_nothing(
+    s3: S3Server,
+    address: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    intercept: Callable[[Handler], None],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.INFO)
+    monkeypatch.setattr(storage, "PART_BYTES", 5 << 20)
+    parts: list[str] = []
+
+    def die_at_the_third_part(operation: str, request: dict[str, Any]) -> None:
+        if operation == "UploadPart":
+            parts.append(request["url"])
+            if len(parts) == 3:
+                s3.stop()
+                threading.Timer(OUTAGE_S, s3.start).start()
+
+    intercept(die_at_the_third_part)
+    run = make_run(tmp_path / "run-1")
+    mirror = S3Mirror(run, address, s3.endpoint)
+    save_checkpoint(run, step=2, size=20 << 20)
+    mirror.submit()
+    wait_until(lambda: len(parts) >= 3)
+    assert s3._process is None
+    save_checkpoint(run, step=3, size=20 << 20)  # training goes on meanwhile
+    mirror.submit()
+    report = mirror.close(timeout_s=OUTAGE_S + 30)
+    assert report.pending == []
+    assert len(parts) > 8  # the file was begun anew
+    assert tree(restore(f"{address}/run-1", tmp_path / "b", s3.endpoint)) == tree(run)
+    messages = [record.getMessage() for record in caplog.records if record.name == storage.__name__]
+    assert sum("uploads are retried" in message for message in messages) <= 3  # not one for each attempt
+    assert "S3: uploads work again" in messages
+
+
+def test_without_a_server_training_ends_well_and_hears_what_is_missing(
+    s3: S3Server, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = make_run(tmp_path / "run-1")
+    mirror = S3Mirror(run, f"s3://{s3.bucket}/absent", "http://127.0.0.1:9")  # nobody listens there
+    assert "training goes on" in caplog.text
+    mirror.submit()
+    start = time.monotonic()
+    report = mirror.close(timeout_s=1)
+    assert 0.9 < time.monotonic() - start < 2
+    assert report.uploaded == []
+    assert {name for name, _why in report.pending} == {
+        *(name for name in tree(run) if "checkpoints/" not in name),
+        "checkpoints/last",
+        "checkpoints/best",
+    }
+    assert "8 NOT uploaded" not in str(report)
+    assert f"{len(report.pending)} NOT uploaded" in str(report)
+    assert "config.yaml (EndpointConnectionError)" in str(report)
+    assert mirror.close() is report
+
+
+def test_a_server_that_comes_late_is_found(s3: S3Server, address: str, tmp_path: Path) -> None:
+    s3.stop()
+    run = make_run(tmp_path / "run-1")
+    mirror = S3Mirror(run, address, s3.endpoint)
+    mirror.submit()
+    s3.start()
+    assert mirror.close(timeout_s=30).pending == []
+    assert tree(restore(f"{address}/run-1", tmp_path / "b", s3.endpoint)) == tree(run)
+
+
+def test_submit_never_waits_and_only_the_newest_goes_up(
+    s3: S3Server, address: str, tmp_path: Path, intercept: Callable[[Handler], None]
+) -> None:
+    puts: list[str] = []
+    intercept(lambda operation, request: puts.append(request["url"]) if operation == "PutObject" else None)
+    run = tmp_path / "run-1"
+    mirror = S3Mirror(run, address, s3.endpoint)
+    puts.clear()
+    times = []
+    with s3.paused():
+        for step in range(1, 31):
+            save_checkpoint(run, step)
+            start = time.perf_counter()
+            mirror.submit()
+            times.append(time.perf_counter() - start)
+        held = len(list((run / ".s3-spool").glob("*/model.safetensors")))
+    assert max(times) < 0.1
+    assert held >= 2
+    assert mirror.close(timeout_s=60).pending == []
+    assert sum(url.endswith("training_log.csv") for url in puts) <= 3  # and not 30
+    assert sum(url.endswith("manifest.json") for url in puts) <= 3
+    fresh = restore(f"{address}/run-1", tmp_path / "b", s3.endpoint)
+    assert tree(fresh) == tree(run)
+    assert step_of(fresh / "checkpoints/last") == 30
+
+
+def test_a_process_that_forgets_to_close_still_exits(s3: S3Server, tmp_path: Path) -> None:
+    make_run(tmp_path / "run-1")
+    code = (
+        "import sys; from pathlib import Path; from common.storage import S3Mirror\n"
+        "mirror = S3Mirror(Path(sys.argv[1]), 's3://bucket/p', sys.argv[2]); mirror.submit(); print('end')"
+    )
+    with s3.paused():  # the thread hangs in a request that nobody answers
+        command = [sys.executable, "-c", code, str(tmp_path / "run-1"), "http://127.0.0.1:9"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, cwd=Path(__file__).parents[1])
+    assert (done.returncode, done.stdout) == (0, "end\n")
+
+
+# What is wrong is said in one sentence
+
+
+@pytest.mark.parametrize(
+    ("change", "url", "says"),
+    [
+        ({"AWS_ACCESS_KEY_ID": "AKIAWRONG"}, "s3://training-runs/x", "refused (GetObject answered InvalidAccessKeyId)"),
+        ({"AWS_SECRET_ACCESS_KEY": "wrong-secret"}, "s3://training-runs/x", "answered SignatureDoesNotMatch"),
+        ({"AWS_ACCESS_KEY_ID": None, "AWS_SECRET_ACCESS_KEY": None}, "s3://training-runs/x", "no credentials"),
+        ({"AWS_PROFILE": "nobody"}, "s3://training-runs/x", "ProfileNotFound"),
+        ({}, "s3://no-such-bucket/x", "there is no bucket no-such-bucket"),
+        ({}, "training-runs/x", "--s3 takes s3://bucket/prefix"),
+        ({}, "s3://Key:secret-that@training-runs/x", "--s3 takes s3://bucket/prefix"),
+        ({}, "s3://training-runs/../x", "--s3 takes s3://bucket/prefix"),
+    ],
+)
+def test_a_wrong_start_is_one_sentence_without_a_secret(
+    s3: S3Server,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    change: dict[str, str | None],
+    url: str,
+    says: str,
+) -> None:
+    caplog.set_level(logging.DEBUG)
+    monkeypatch.setenv("AWS_SESSION_TOKEN", "token-that-must-appear-nowhere")
+    monkeypatch.delenv("AWS_SESSION_TOKEN") if not change else None
+    for name, value in change.items():
+        monkeypatch.setenv(name, value) if value is not None else monkeypatch.delenv(name)
+    with pytest.raises(UserError) as caught:
+        S3Mirror(tmp_path / "run-1", url, s3.endpoint)
+    sentence = str(caught.value)
+    assert says in sentence
+    assert sentence.startswith("--s3 ") or sentence.startswith("--s3:")
+    assert "\n" not in sentence
+    for secret in (s3.secret_key, "wrong-secret", "secret-that", "AKIA", "token-that"):
+        assert secret not in sentence + caplog.text
+
+
+def test_an_endpoint_with_a_password_is_refused_and_not_repeated(s3: S3Server, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="--s3_endpoint") as caught:
+        S3Mirror(tmp_path / "run-1", "s3://training-runs/x", "http://user:hunter2@127.0.0.1")
+    assert "hunter2" not in str(caught.value)
+
+
+def test_another_runs_checkpoints_are_not_overwritten(s3: S3Server, address: str, tmp_path: Path) -> None:
+    run = make_run(tmp_path / "a" / "run-1")
+    S3Mirror(run, address, s3.endpoint).close(timeout_s=30)
+    before = remote(s3, f"{address}/run-1")
+    with pytest.raises(UserError, match=f"already holds checkpoints .* pass --resume {address}/run-1"):
+        S3Mirror(tmp_path / "b" / "run-1", address, s3.endpoint)
+    # The same run's own folder may go on, of course.
+    S3Mirror(run, address, s3.endpoint).close(timeout_s=30)
+    assert remote(s3, f"{address}/run-1") == before
+
+
+def test_one_file_that_cannot_be_sent_does_not_hold_up_the_others(
+    s3: S3Server, address: str, tmp_path: Path, intercept: Callable[[Handler], None]
+) -> None:
+    from botocore.exceptions import ClientError
+
+    def refuse(operation: str, request: dict[str, Any]) -> None:
+        if "refused.txt" in request["url"]:
+            answer = {"Error": {"Code": "EntityTooLarge"}, "ResponseMetadata": {"HTTPStatusCode": 400}}
+            raise ClientError(answer, operation)
+
+    intercept(refuse)
+    run = make_run(tmp_path / "run-1")
+    (run / "refused.txt").write_text("x")
+    (run / "back\\slash.txt").write_text("x")
+    (run / "outside.txt").symlink_to("/etc/hostname")
+    report = S3Mirror(run, address, s3.endpoint).close(timeout_s=1)
+    reasons = dict(report.pending)
+    assert reasons == {
+        "refused.txt": "PutObject answered EntityTooLarge",
+        "back\\slash.txt": "restoring refuses such a name",
+    }
+    objects = remote(s3, f"{address}/run-1")
+    assert set(objects) & {"refused.txt", "back\\slash.txt", "outside.txt"} == set()
+    assert "config.yaml" in objects
+    assert set(json.loads(objects["checkpoints/index.json"])["checkpoints"]) == {"last", "best"}
+
+
+def test_an_object_that_arrives_different_is_sent_again(
+    s3: S3Server, address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, flips = storage._FirstBytes.read, [2]
+
+    def read(self: Any, amount: int | None = -1) -> bytes:
+        data = real(self, amount)
+        if data.startswith(b"important") and flips[0]:
+            flips[0] -= 1
+            return b"?" + data[1:]
+        return data
+
+    monkeypatch.setattr(storage._FirstBytes, "read", read)
+    run = tmp_path / "run-1"
+    run.mkdir()
+    (run / "file").write_bytes(b"important")
+    assert S3Mirror(run, address, s3.endpoint).close(timeout_s=10).pending == []
+    assert flips == [0]
+    assert remote(s3, f"{address}/run-1")["file"] == b"important"
+
+
+# What restoring refuses
+
+
+@pytest.mark.parametrize("name", ["../x", "/etc/x", "a/../../x", "a//x", "./x", "..", "a\\..\\x", "a\0x", "a\nx"])
+def test_a_key_that_would_leave_the_folder_is_refused(
+    s3: S3Server, address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    make_run(tmp_path / "run-1")
+    S3Mirror(tmp_path / "run-1", address, s3.endpoint).close(timeout_s=30)
+    prefix = f"{address}/run-1".removeprefix(f"s3://{s3.bucket}/")
+    real = storage._list  # the test's server refuses to store such keys, others do not
+    monkeypatch.setattr(storage, "_list", lambda *args: [*real(*args), (f"{prefix}/{name}", 1)])
+    with pytest.raises(UserError, match="would leave the run's folder"):
+        restore(f"{address}/run-1", tmp_path / "b" / "run-1", s3.endpoint)
+    assert not (tmp_path / "b").exists()
+
+
+@pytest.mark.parametrize(
+    "index",
+    [
+        {"layout": 1, "checkpoints": {"../../evil": "0" * 16}},
+        {"layout": 1, "checkpoints": {"a/b": "0" * 16}},
+        {"layout": 1, "checkpoints": {"last": "../../../../evil"}},
+        {"layout": 1, "checkpoints": {"last": 7}},
+        {"layout": 1, "checkpoints": ["last"]},
+        {"layout": 2, "checkpoints": {}},
+        {},
+        [],
+    ],
+)
+def test_an_index_that_is_not_ours_is_refused(s3: S3Server, address: str, tmp_path: Path, index: Any) -> None:
+    prefix = address.removeprefix(f"s3://{s3.bucket}/")
+    s3.client().put_object(Bucket=s3.bucket, Key=f"{prefix}/run-1/checkpoints/index.json", Body=json.dumps(index))
+    with pytest.raises(UserError, match="is not an index that this version can read"):
+        restore(f"{address}/run-1", tmp_path / "run-1", s3.endpoint)
+
+
+def test_what_is_damaged_on_s3_is_left_out_and_named(
+    s3: S3Server, address: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = tmp_path / "run-1"
+    save_checkpoint(run, step=1)
+    save_checkpoint(run, step=2)
+    (run / "plot.png").write_bytes(b"plot")
+    S3Mirror(run, address, s3.endpoint).close(timeout_s=30)
+    prefix = f"{address}/run-1".removeprefix(f"s3://{s3.bucket}/")
+    last = json.loads(remote(s3, f"{address}/run-1")["checkpoints/index.json"])["checkpoints"]["last"]
+    client = s3.client()
+    for name in ("plot.png", f"checkpoints/{last}/model.safetensors"):
+        head = client.head_object(Bucket=s3.bucket, Key=f"{prefix}/{name}")
+        body = b"#" * head["ContentLength"]
+        client.put_object(Bucket=s3.bucket, Key=f"{prefix}/{name}", Body=body, Metadata=head["Metadata"])
+    client.put_object(Bucket=s3.bucket, Key=f"{prefix}/notes.txt", Body=b"not the mirror's")
+    client.put_object(Bucket=s3.bucket, Key=f"{prefix}/folder/", Body=b"")
+
+    fresh = restore(f"{address}/run-1", tmp_path / "b", s3.endpoint)
+    assert set(tree(run)) - set(tree(fresh)) == {"plot.png", "checkpoints/last/model.safetensors"}
+    assert is_whole(fresh / "checkpoints/previous")
+    for name in ("plot.png", f"{last}/model.safetensors", "notes.txt"):
+        assert re.search(rf"{name} does not match its checksum", caplog.text)
+
+
+def test_restoring_says_what_is_wrong_and_leaves_no_half_folder(
+    s3: S3Server, address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = make_run(tmp_path / "run-1")
+    S3Mirror(run, address, s3.endpoint).close(timeout_s=30)
+    url = f"{address}/run-1"
+    with pytest.raises(UserError, match="there is no run at this address"):
+        restore(f"{address}/run-2", tmp_path / "b", s3.endpoint)
+    with pytest.raises(UserError, match="run-1 is not empty"):
+        restore(url, run, s3.endpoint)
+    with pytest.raises(UserError, match="there is no bucket"):
+        restore("s3://no-such-bucket/run-1", tmp_path / "b", s3.endpoint)
+    with monkeypatch.context() as patch:
+        patch.setattr(storage, "RESTORE_ATTEMPTS", 2)
+        with pytest.raises(UserError, match=r"S3 cannot be used \(EndpointConnectionError\)"):
+            restore(url, tmp_path / "b", "http://127.0.0.1:9")
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 0, 10))
+        with pytest.raises(UserError, match="bytes of disk"):
+            restore(url, tmp_path / "b", s3.endpoint)
+    with monkeypatch.context() as patch:
+        patch.setattr(storage, "_download", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            restore(url, tmp_path / "b", s3.endpoint)
+    assert not (tmp_path / "b").exists()
+    (tmp_path / "b").mkdir()  # an empty folder is as good as none
+    assert tree(restore(url, tmp_path / "b", s3.endpoint)) == tree(run)
+
+
+def interrupted(client: Any, bucket: str, key: str, path: Path, size: int) -> bool:
+    path.write_bytes(b"half")
+    raise KeyboardInterrupt
