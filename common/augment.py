@@ -160,8 +160,8 @@ class Augment:
     ) -> tuple[str, np.ndarray, np.ndarray]:
         """Draw "mixup", "cutmix" or "", an image's own share of the mix [B, 1], and the box to cut [B, 4]."""
         batch = len(item.indices)
-        # Kind of mix: alpha and probability. Strength acts on CutMix's probability, since a small alpha does not
-        # make its mixes weaker: of a box as large as the image, the border leaves about half.
+        # Alpha and probability of each. Strength acts on CutMix's probability, since a smaller alpha would
+        # not weaken its mixes: the border leaves about half of a box as large as the image.
         kinds = {
             "mixup": (self.mixup_alpha * strength, self.batch_aug_prob),
             "cutmix": (self.cutmix_alpha, self.batch_aug_prob * strength),

@@ -4,13 +4,15 @@ import dataclasses
 import math
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, TypeVar
 
 from common.errors import UserError
 from common.scheduling import Schedule, Stage, couple_strength
 
-__all__ = ["TrainConfig", "UserError", "debug_stages", "main_with", "parse_args"]
+__all__ = ["CurriculumConfig", "TrainConfig", "UserError", "main_with", "parse_args"]
+
+DEBUG_SCALE = {"epochs": 6, "img_size": 64, "batch_size": 64}  # about a minute on two CPU cores
 
 
 @dataclass
@@ -168,10 +170,8 @@ class TrainConfig:
 
     def stages_in_force(self) -> list[Stage]:
         stages = self.curriculum()
-        if not stages:
-            raise UserError("--stages is empty; a curriculum needs at least one stage")
         stages = couple_strength(stages) if self.couple_strength else stages
-        return debug_stages(stages) if self.debug else stages
+        return scale_stages(stages, **DEBUG_SCALE) if self.debug else stages
 
     def schedule(self, peak_lr: float) -> Schedule:
         return Schedule(
@@ -240,20 +240,61 @@ def _lists(value: Any) -> Any:
     return [_lists(item) for item in value] if isinstance(value, list | tuple) else value
 
 
-def debug_stages(stages: list[Stage], epochs: int = 6, img_size: int = 64, batch_size: int = 64) -> list[Stage]:
-    """The same curriculum in miniature: proportions stay, about `epochs` epochs of `img_size` px at most in all."""
+def scale_stages(
+    stages: list[Stage], epochs: int | None = None, img_size: int | None = None, batch_size: int | None = None
+) -> list[Stage]:
+    """The same curriculum, shorter, smaller or on smaller GPUs: proportions stay.
+
+    Args:
+        epochs: of the whole run; each stage keeps at least one.
+        img_size: of the largest stage; the others come out as multiples of 8, at least 16.
+        batch_size: of the stage with the largest images.
+    """
+    largest = max(stages, key=lambda stage: stage.img_size)
     total = sum(stage.epochs for stage in stages)
-    size_scale = img_size / max(stage.img_size for stage in stages)
-    batch_scale = batch_size / max(stage.batch_size for stage in stages)
+    size_scale = (img_size or largest.img_size) / largest.img_size
+    batch_scale = (batch_size or largest.batch_size) / largest.batch_size
+
+    def size(stage: Stage) -> int:
+        if size_scale == 1 or stage.img_size == largest.img_size:
+            return round(stage.img_size * size_scale)
+        return max(16, 8 * round(stage.img_size * size_scale / 8))
+
     return [
         dataclasses.replace(
             stage,
-            epochs=max(1, round(stage.epochs * epochs / total)),
-            img_size=max(16, 8 * round(stage.img_size * size_scale / 8)),
-            batch_size=max(16, round(stage.batch_size * batch_scale)),
+            epochs=max(1, round(stage.epochs * (epochs or total) / total)),
+            img_size=size(stage),
+            batch_size=max(1, round(stage.batch_size * batch_scale)),
         )
         for stage in stages
     ]
+
+
+@dataclass
+class CurriculumConfig(TrainConfig):
+    """Settings of a training run through a list of stages.
+
+    Args:
+        stages: the curriculum, as a YAML list in --config or on the command line.
+        epochs: stretch or shrink all stages to this many epochs in all; null = as listed.
+        img_size: scale all stages so that the largest has this size; null = as listed.
+        batch_size: scale all batches so that the stage with the largest images has this one; null = as listed.
+    """
+
+    stages: list[Stage] = field(default_factory=list)
+    epochs: int | None = None
+    img_size: int | None = None
+    batch_size: int | None = None
+
+    def curriculum(self) -> list[Stage]:
+        for name in ("epochs", "img_size", "batch_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"--{name} must be at least 1, not {value}")
+        if not self.stages:
+            raise UserError("--stages is empty; a curriculum needs at least one stage")
+        return scale_stages(self.stages, self.epochs, self.img_size, self.batch_size)
 
 
 Config = TypeVar("Config", bound=TrainConfig)

@@ -118,8 +118,20 @@ class ResNet(nn.Module):
 
     def group_matcher(self, coarse: bool = False) -> dict[str, str]:
         """Depth of each parameter in timm's terms: the stem, every block, the head."""
-        return {"stem": r"^(conv1|bn1)", "blocks": r"^layer(\d+)" if coarse else r"^layer(\d+)\.(\d+)"}
+        return {"stem": r"^(?:conv1|bn1)", "blocks": r"^layer(\d+)" if coarse else r"^layer(\d+)\.(\d+)"}
 
+
+# What torch.load may stumble over in a file of something else, taking its bytes for instructions.
+LOAD_ERRORS = (
+    AttributeError,
+    EOFError,
+    LookupError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    UnpicklingError,
+    ValueError,
+)
 
 RESNETS = {
     "resnet18": (BasicBlock, (2, 2, 2, 2)),
@@ -217,7 +229,7 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
     else:
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
-        except (UnpicklingError, RuntimeError, EOFError, OSError) as error:
+        except LOAD_ERRORS as error:
             reason = next(iter(str(error).splitlines()), type(error).__name__)
             raise UserError(f"--weights {path} cannot be read as a file of tensors only: {reason}") from error
     for wrapper in ("model_state", "state_dict", "model"):

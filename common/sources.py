@@ -1,7 +1,7 @@
-"""Sources: labels, sizes and encoded bytes of a dataset, by index. A folder, a Hugging Face dataset, a prepared pyramid.
+"""Labels, sizes and encoded bytes of a dataset, by index: a folder, a Hugging Face dataset, a prepared pyramid.
 
-No source keeps Python objects per image: file names, offsets and labels are a few long arrays, memory-mapped where
-they are large, so that 1.28 million images start at once and all processes share the pages.
+No source keeps Python objects per image: file names, offsets and labels are a few long arrays, memory-mapped
+where they are large, so that 1.28 million images start at once and all processes share the pages.
 """
 
 import hashlib
@@ -48,7 +48,7 @@ class Source(Protocol):
         """Say where an image lies, for messages."""
 
     def sizes(self) -> np.ndarray:
-        """Return int32 [N, 2], the originals' heights and widths as seen; 1, 1 where the header cannot be read."""
+        """Return int32 [N, 2]: the originals' heights and widths as seen; 1, 1 where a header is unreadable."""
 
 
 def cache_folder() -> Path:
@@ -57,14 +57,14 @@ def cache_folder() -> Path:
     return Path(base) / "image-classification-training"
 
 
-# --- a folder of class folders ------------------------------------------------------------------------------------
+# --- a folder of class folders ------------------------------------------------------------------------------
 
 
 class FolderSource:
     """One split of an ImageFolder tree: `<folder>/<class>/**/*.jpg`.
 
-    The list of files is a manifest in the user's cache folder: it is valid as long as no directory has changed, so the
-    second start costs one `stat` per directory.
+    The list of files is a manifest in the user's cache folder: it is valid as long as no directory has changed,
+    so the second start costs one `stat` per directory.
     """
 
     prepared = False
@@ -104,7 +104,7 @@ class FolderSource:
 
 
 def _scan(root: bytes) -> pa.Table:
-    """List a tree: one row per image, sorted by class and name; directories and their times in the metadata."""
+    """List a tree: a row per image, by class and name; directories and their times in the metadata."""
     directories: list[tuple[str, int]] = []
     classes: list[str] = []
     lengths: list[np.ndarray] = []
@@ -180,13 +180,13 @@ def _digest(*parts) -> str:
     return digest.hexdigest()
 
 
-# --- Arrow: Hugging Face datasets and pyramids --------------------------------------------------------------------
+# --- Arrow: Hugging Face datasets and pyramids --------------------------------------------------------------
 
 
 class ArrowSource:
     """One split of an Arrow table, memory-mapped: a Hugging Face dataset, or a pyramid of smaller copies.
 
-    Where the bytes of row i lie is three numbers (chunk, start, length), so that reading a row makes no Arrow object.
+    Where the bytes of row i lie is three numbers (chunk, start, length), so reading a row makes no Arrow object.
     """
 
     def __init__(self, table: pa.Table, name: str, fingerprint: str):
@@ -258,7 +258,7 @@ class ArrowSource:
         return tuple(np.concatenate(parts or empty) for parts in (chunks, starts, lengths))
 
     def _fill_missing(self) -> None:
-        """Let a level point at the next smaller one for images that are stored once because they are small."""
+        """Let a level point at the next smaller one for small images, which are stored once."""
         for smaller, larger in zip(self._where, self._where[1:], strict=False):
             missing = larger[2] == 0
             for to, of in zip(larger, smaller, strict=True):
@@ -273,7 +273,7 @@ class ArrowSource:
         return self._chunks[chunk[index]][begin : begin + length[index]]
 
     def _level(self, short_side: int) -> int:
-        """The smallest level that still has an eighth more than asked, as Resize(256) has for CenterCrop(224)."""
+        """The smallest level with a margin of 8 to 7, as Resize(256) leaves for CenterCrop(224)."""
         for place, level in enumerate(self._levels):
             if level >= short_side * 8 // 7:
                 return place
@@ -288,7 +288,7 @@ class ArrowSource:
         return self._sizes
 
 
-# --- sizes from headers -------------------------------------------------------------------------------------------
+# --- sizes from headers -------------------------------------------------------------------------------------
 
 
 def _cached_sizes(source: Source, read_head: Callable[[int], np.ndarray]) -> np.ndarray:
@@ -320,7 +320,7 @@ def _scan_sizes(source: Source, read_head: Callable[[int], np.ndarray]) -> pa.Ta
                 sizes[index] = header[:2]
         return end - begin
 
-    # Threads, because on a network disk the time goes into waiting, and one core reads 20,000 headers a second anyway.
+    # Threads, because on a network disk the time goes into waiting; one core reads 20,000 headers a second.
     with (
         ThreadPoolExecutor(16) as pool,
         tqdm(total=len(source), desc="image headers", delay=2, leave=False) as bar,
@@ -330,7 +330,7 @@ def _scan_sizes(source: Source, read_head: Callable[[int], np.ndarray]) -> pa.Ta
     return pa.table({"height": sizes[:, 0].copy(), "width": sizes[:, 1].copy()})
 
 
-# --- small Arrow files --------------------------------------------------------------------------------------------
+# --- small Arrow files --------------------------------------------------------------------------------------
 
 
 def _write_arrow(path: Path, table: pa.Table) -> None:
@@ -343,14 +343,14 @@ def _write_arrow(path: Path, table: pa.Table) -> None:
 
 
 def _map_arrow(path: Path) -> pa.Table | None:
-    """Memory-map an Arrow file; None where there is none or it is damaged (what is derived can be derived again)."""
+    """Memory-map an Arrow file; None where it is missing or damaged (it can be derived again)."""
     try:
         return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
     except (FileNotFoundError, pa.ArrowInvalid, OSError):
         return None
 
 
-# --- which source a name means ------------------------------------------------------------------------------------
+# --- which source a name means ------------------------------------------------------------------------------
 
 
 def open_source(data_dir: str, split: str) -> Source:
@@ -365,7 +365,7 @@ def open_source(data_dir: str, split: str) -> Source:
     """
     if not data_dir:
         raise UserError(
-            "--data_dir is needed: a folder with train/<class>/ and val/<class>/, or a dataset org/name"
+            "--data_dir is empty; it names a folder with train/<class>/ and val/<class>/, or a dataset org/name"
         )
     folder = Path(data_dir).expanduser()
     names = ("train",) if split == "train" else VAL_NAMES

@@ -32,11 +32,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from common.config import UserError
+from common.errors import UserError
 
 log = logging.getLogger(__name__)
 
 PART_BYTES = 16 << 20  # files from this size on go up in parts of it, one of which is in memory at a time
+CONNECT_TIMEOUT_S, READ_TIMEOUT_S = 10.0, 30.0
 FIRST_RETRY_S, LONGEST_RETRY_S, CLOSING_RETRY_S = 1.0, 60.0, 5.0
 RESTORE_ATTEMPTS = 6
 
@@ -91,6 +92,7 @@ class S3Mirror:
         self._lock = threading.Condition()  # guards what submit() and close() share with the thread:
         self._asked = self._done = 0  # submissions made; the latest of them that S3 has in full
         self._wanted: dict[str, str] = {}  # checkpoint name -> id, as the folder has them
+        self._sending: dict[str, str] = {}  # the same, as it was when the pass under way began
         self._complete: set[str] = set()  # ids of which S3 has every file
         self._unlinked: dict[str, str] = {}  # checkpoint name -> why it could not be linked
         self._closing = self._stopped = self._ended = False
@@ -129,6 +131,7 @@ class S3Mirror:
                     if folder.name in self._wanted:  # S3 keeps what it has under that name
                         wanted[folder.name] = self._wanted[folder.name]
             self._wanted = wanted
+            self._drop_superseded()
             self._asked += 1
             self._lock.notify_all()
 
@@ -136,8 +139,8 @@ class S3Mirror:
         """Upload what is left, for at most `timeout_s` seconds, and say what is and what is not on S3."""
         if self._report is not None:
             return self._report
-        self.submit()
         log.info("S3: uploading what is left to %s, for at most %.0f s", self.url, timeout_s)
+        self.submit()
         with self._lock:
             self._closing = True
             self._lock.notify_all()
@@ -196,13 +199,22 @@ class S3Mirror:
         finally:
             os.close(inode)
 
+    def _drop_superseded(self) -> None:
+        """Empty the spool, with the lock held, of checkpoints that were replaced before their turn came."""
+        keep = {*self._wanted.values(), *self._sending.values()}
+        for path in self._spool.glob("*/"):
+            if path.name not in keep:
+                shutil.rmtree(path, ignore_errors=True)
+
     def _pending(self) -> list[tuple[str, str]]:
-        """What S3 does not have, and why: found by looking at the folder, so nothing can be forgotten."""
-        why = "the upload thread died of an error" if self._ended else self._trouble or "not reached in time"
-        index = self._index or {}
-        names = [f"checkpoints/{name}" for name, id_ in self._wanted.items() if index.get(name) != id_]
-        names += [name for name, version in self._scan().items() if self._sent.get(name) != version]
-        pending = {name: self._reasons.get(name, why) for name in names}
+        """What of the last submission S3 does not have, and why."""
+        pending = dict(self._reasons)
+        if self._done != self._asked:  # compare with the folder, so that nothing can be forgotten
+            why = "the upload thread died" if self._ended else self._trouble or "not reached in time"
+            index = self._index or {}
+            names = [f"checkpoints/{name}" for name, id_ in self._wanted.items() if index.get(name) != id_]
+            names += [name for name, version in self._scan().items() if self._sent.get(name) != version]
+            pending = {name: self._reasons.get(name, why) for name in names}
         pending |= {f"checkpoints/{name}": reason for name, reason in self._unlinked.items()}
         return list(pending.items())
 
@@ -238,9 +250,10 @@ class S3Mirror:
                     self._lock.wait_for(lambda: self._asked != self._done or self._closing)
                     if self._stopped or self._asked == self._done:
                         return
-                    asked, wanted = self._asked, self._wanted
+                    asked, self._sending = self._asked, self._wanted
+                    self._drop_superseded()
                 try:
-                    trouble = self._sync(wanted)
+                    trouble = self._sync(self._sending)
                 except (BotoCoreError, ClientError) as error:
                     trouble = _reason(error)
                 except (UserError, OSError) as error:  # S3 answers, but refuses us; or our disk is full
@@ -284,7 +297,6 @@ class S3Mirror:
         for name, version in self._scan().items():
             if self._sent.get(name) != version and self._send(name, self.run_dir / name, name):
                 self._sent[name] = version
-        self._drop_superseded(wanted)
         for name in sorted(wanted, key=lambda name: name != "last"):  # what a resume needs comes first
             if wanted[name] in self._complete or self._send_checkpoint(name, wanted[name]):
                 self._write_index({**self._index, name: wanted[name]})
@@ -306,7 +318,7 @@ class S3Mirror:
 
     def _send(self, name: str, path: Path, relative_key: str) -> bool:
         """Upload one file; False if it is unreadable or S3 refuses it alone, which spares the others."""
-        from botocore.exceptions import ClientError
+        from botocore.exceptions import BotoCoreError, ClientError
 
         if self._stopped:
             return False
@@ -318,6 +330,8 @@ class S3Mirror:
             self._bytes += upload_file_to_s3(self._client, path, self._bucket, key)
         except FileNotFoundError:
             return False  # deleted since the scan
+        except BotoCoreError:  # before OSError, which some of botocore's timeouts are as well
+            raise
         except OSError as error:
             self._reasons[name] = str(error.strerror)
             return False
@@ -350,15 +364,6 @@ class S3Mirror:
             body = json.dumps({"layout": _LAYOUT, "checkpoints": index}, indent=1, sort_keys=True).encode()
             self._client.put_object(Bucket=self._bucket, Key=key, Body=body, ChecksumAlgorithm="SHA256")
             self._index = index
-
-    def _drop_superseded(self, wanted: dict[str, str]) -> None:
-        """Empty the spool of the checkpoints that were replaced before their turn came."""
-        with self._lock:
-            keep = {*wanted.values(), *self._wanted.values()}
-            held = [path for path in self._spool.iterdir() if _ID.fullmatch(path.name)]
-            dropped = [path.rename(path.with_suffix(".dropped")) for path in held if path.name not in keep]
-        for path in dropped:  # without the lock, as freeing large files takes a while
-            shutil.rmtree(path)
 
     def _delete_unnamed(self) -> None:
         """Delete remote checkpoints without a name: replaced ones and what a dead machine left half sent."""
@@ -538,8 +543,8 @@ def _client(endpoint: str | None, flag: str, attempts: int) -> Any:
         logger = logging.getLogger(name)
         logger.setLevel(max(logging.INFO, logger.level))  # at DEBUG they log the session token, in headers
     config = Config(
-        connect_timeout=10,
-        read_timeout=30,
+        connect_timeout=CONNECT_TIMEOUT_S,
+        read_timeout=READ_TIMEOUT_S,
         retries={"total_max_attempts": attempts, "mode": "standard"},
         s3={"addressing_style": "path"} if endpoint else {},  # bucket.host is a name only at Amazon
     )
@@ -596,12 +601,12 @@ def _retry_s(failures: int, longest: float) -> float:
 
 def _is_transient(error: Exception) -> bool:
     """Whether S3 as a whole is in trouble and waiting may help."""
-    from botocore.exceptions import ClientError, HTTPClientError
+    from botocore.exceptions import ClientError, ConnectionError, HTTPClientError
 
     if isinstance(error, ClientError):
         status = error.response["ResponseMetadata"]["HTTPStatusCode"]
         return status >= 500 or status == 429 or error.response["Error"].get("Code") == "RequestTimeout"
-    return isinstance(error, HTTPClientError)
+    return isinstance(error, ConnectionError | HTTPClientError)
 
 
 def _reason(error: Exception) -> str:

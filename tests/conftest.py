@@ -58,13 +58,12 @@ class S3Server:
         flags = [f"-{name}={port}" for name, port in zip(names, http, strict=True)]
         flags += [f"-{name}.grpc={port}" for name, port in zip(names, grpc, strict=True)]
         flags += [f"-{part}.localSocket={self._folder}/{part}.sock" for part in ("s3", "filer")]
-        flags += """
-            -dir=data -ip=127.0.0.1 -ip.bind=127.0.0.1 -master.telemetry=false
-            -volume.max=100 -master.volumeSizeLimitMB=256
-            -master.electionTimeout=500ms -master.heartbeatInterval=50ms
-            -s3 -s3.config=s3.json -s3.autoCreateBucket=false -s3.iam=false
-            -s3.port.iceberg=0 -s3.port.lance=0
-        """.split()  # a restart waits for an election, which takes 15 s at the default timeout
+        flags += ["-dir=data", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-master.telemetry=false"]
+        flags += ["-volume.max=100", "-master.volumeSizeLimitMB=256"]
+        # A restart waits for an election, which takes 15 s with the default timeouts.
+        flags += ["-master.electionTimeout=500ms", "-master.heartbeatInterval=50ms"]
+        flags += ["-s3", "-s3.config=s3.json", "-s3.autoCreateBucket=false", "-s3.iam=false"]
+        flags += ["-s3.port.iceberg=0", "-s3.port.lance=0"]
         with (self._folder / "log").open("ab") as log:
             self._process = subprocess.Popen(
                 [self._program, "-logtostderr=true", "server", *flags],
@@ -74,6 +73,10 @@ class S3Server:
                 stderr=log,
             )
         self._wait_until_ready()
+
+    @property
+    def is_running(self) -> bool:
+        return self._process is not None
 
     def stop(self) -> None:
         """Pull the plug: connections break in the middle, unlike with a polite SIGTERM, which takes 25 s."""

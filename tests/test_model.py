@@ -404,7 +404,7 @@ def test_sgd_goes_on_from_a_state_in_another_memory_layout():
     for layout in (torch.contiguous_format, torch.channels_last):
         model = copy.deepcopy(first).to(memory_format=layout)
         optimizer = create_optimizer(config(), model)
-        optimizer.load_state_dict(saved.state_dict())
+        optimizer.load_state_dict(copy.deepcopy(saved.state_dict()))
         for mine, other in zip(model.parameters(), first.parameters(), strict=True):
             mine.grad = torch.zeros_like(mine).copy_(other.grad)
         optimizer.step()
@@ -422,8 +422,8 @@ def test_optimizers_by_name():
     before = snapshot(model)
     step(model, optimizer)
     assert "conv1.weight" in changed(model, before)
-    with pytest.raises(UserError, match=r"--optimizer adanw is unknown; did you mean .*adamw"):
-        create_optimizer(config(optimizer="adanw"), model)
+    with pytest.raises(UserError, match=r"--optimizer addamw is unknown; did you mean .*adamw"):
+        create_optimizer(config(optimizer="addamw"), model)
     with pytest.raises(UserError, match="--nesterov"):
         create_optimizer(config(momentum=0.0), model)
 

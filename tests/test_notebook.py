@@ -2,6 +2,7 @@
 
 import ast
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ NOTEBOOK = Path(__file__).parents[1] / "docs" / "compare_runs.ipynb"
 
 
 def code_cells() -> list[str]:
-    """Source of each code cell; a `;` at its end, which keeps Jupyter from printing the last value, is Python as well."""
+    """Source of each code cell; none has IPython's magics, so it is plain Python."""
     cells = json.loads(NOTEBOOK.read_text())["cells"]
     return ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
 
@@ -26,7 +27,7 @@ def run_cells(folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict:
     from matplotlib import pyplot
 
     monkeypatch.chdir(folder)
-    monkeypatch.setattr("sys.path", [*__import__("sys").path])
+    monkeypatch.setattr("sys.path", [*sys.path])
     pyplot.close("all")
     namespace: dict = {"__name__": "__main__"}
     for number, source in enumerate(code_cells()):
@@ -93,5 +94,6 @@ def test_notebook_compares_two_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_without_runs_it_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "new" / "docs").mkdir(parents=True)
     with pytest.raises(FileNotFoundError, match="no folder `runs`"):
-        run_cells(tmp_path, monkeypatch)
+        run_cells(tmp_path / "new" / "docs", monkeypatch)

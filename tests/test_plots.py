@@ -17,7 +17,7 @@ LIVE |= {"accuracy_time.png", "loss_time.png"}
 
 
 def make_run(folder: Path, top1: list[float], epoch_s: float = 60, **columns: list) -> Path:
-    """A run's folder with a log of these accuracies, 1,000 images an epoch; `columns` replace the usual ones."""
+    """A run's folder with a log of these accuracies, 1,000 images an epoch; `columns` replace the usual."""
     rows = [
         {
             "epoch": i + 1,

@@ -1,5 +1,6 @@
-"""The mirror against a real S3 server: what arrives, what an outage or a death at any moment leaves, what comes back."""
+"""The mirror against a real S3 server: what arrives, what outages and deaths leave, what comes back."""
 
+import functools
 import hashlib
 import json
 import logging
@@ -17,11 +18,11 @@ from typing import Any
 import pytest
 
 from common import storage
-from common.config import UserError
+from common.errors import UserError
 from common.storage import S3Mirror, restore
 from tests.conftest import S3Server
 
-OUTAGE_S = float(os.environ.get("S3_OUTAGE_S", "3"))  # S3_OUTAGE_S=30 for the long version; a restart adds 3 s
+OUTAGE_S = float(os.environ.get("S3_OUTAGE_S", "3"))  # plus 3 s for the restart; try S3_OUTAGE_S=30, too
 Handler = Callable[[str, dict[str, Any]], None]
 
 
@@ -40,8 +41,8 @@ def address(s3: S3Server, request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def intercept(monkeypatch: pytest.MonkeyPatch) -> Callable[[Handler], None]:
-    """Have a function called with (operation, request) before every request that storage makes; it may raise."""
-    real, handlers = storage._client, []
+    """Have a function called with (operation, request) before every request of storage; it may raise."""
+    real, handlers = functools.cache(storage._client), []  # a client takes boto3 a tenth of a second
 
     def hooked(*args: Any, **kwargs: Any) -> Any:
         client = real(*args, **kwargs)
@@ -50,7 +51,7 @@ def intercept(monkeypatch: pytest.MonkeyPatch) -> Callable[[Handler], None]:
             for handler in handlers:
                 handler(model.name, params)
 
-        client.meta.events.register("before-call.s3", before_call)
+        client.meta.events.register("before-call.s3", before_call, unique_id="intercept")
         return client
 
     monkeypatch.setattr(storage, "_client", hooked)
@@ -58,7 +59,7 @@ def intercept(monkeypatch: pytest.MonkeyPatch) -> Callable[[Handler], None]:
 
 
 def make_run(folder: Path) -> Path:
-    """A run's folder with one file of each kind, one checkpoint under two names, and what must not be mirrored."""
+    """A run with a file of each kind, one checkpoint under two names, and what must not be mirrored."""
     files = {
         "config.yaml": b"model: resnet50\n",
         "training_log.csv": b"epoch,val_top1\n1,10.0\n",
@@ -83,6 +84,7 @@ def make_run(folder: Path) -> Path:
 
 def save_checkpoint(folder: Path, step: int, size: int = 50_000) -> None:
     """What a training loop does: a CSV row, a new folder under a temporary name, then two renames."""
+    folder.mkdir(exist_ok=True)
     with (folder / "training_log.csv").open("a") as file:
         file.write(f"{step},{step}.5\n")
     new, last, previous = (folder / "checkpoints" / name for name in ("new.tmp", "last", "previous"))
@@ -102,8 +104,8 @@ def sha256(path: Path) -> str:
 
 def is_whole(checkpoint: Path) -> bool:
     manifest = json.loads((checkpoint / "manifest.json").read_text())
-    files = {file.name for file in checkpoint.iterdir()} - {"manifest.json"}
-    return files == set(manifest) and all(sha256(checkpoint / name) == digest for name, digest in manifest.items())
+    files = {file.name: sha256(file) for file in checkpoint.iterdir() if file.name != "manifest.json"}
+    return files == manifest
 
 
 def step_of(checkpoint: Path) -> int:
@@ -130,6 +132,10 @@ def remote(s3: S3Server, url: str) -> dict[str, bytes]:
                 assert answer["Metadata"]["sha256"] == hashlib.sha256(content).hexdigest(), name
             found[name] = content
     return found
+
+
+def is_plain(name: str) -> bool:
+    return not name.startswith("checkpoints/")
 
 
 def wait_until(condition: Callable[[], bool], timeout_s: float = 10) -> None:
@@ -159,8 +165,8 @@ def test_everything_arrives_and_comes_back_byte_identical(s3: S3Server, address:
     assert index["best"] == index["previous"] != index["last"]  # one copy serves both names
     local = tree(run)
     assert report.bytes >= sum(len(content) for name, content in local.items() if "previous" not in name)
-    assert {name for name in objects if "checkpoints/" not in name} == {n for n in local if "checkpoints/" not in n}
-    assert sum("checkpoints/" in name for name in objects) == 2 * 3 + 1
+    assert set(filter(is_plain, objects)) == set(filter(is_plain, local))
+    assert len(objects) == sum(map(is_plain, local)) + 2 * 3 + 1
 
     fresh = restore(f"{address}/run-1", tmp_path / "elsewhere" / "run-1", s3.endpoint)
     assert tree(fresh) == local
@@ -168,7 +174,7 @@ def test_everything_arrives_and_comes_back_byte_identical(s3: S3Server, address:
     assert is_whole(fresh / "checkpoints/last")
 
 
-def test_a_restored_run_goes_on_and_sends_only_what_is_new(s3: S3Server, address: str, tmp_path: Path) -> None:
+def test_a_restored_run_sends_only_what_is_new(s3: S3Server, address: str, tmp_path: Path) -> None:
     first = make_run(tmp_path / "a" / "run-1")
     S3Mirror(first, address, s3.endpoint).close(timeout_s=30)
     second = restore(f"{address}/run-1", tmp_path / "b" / "run-1", s3.endpoint)
@@ -250,19 +256,18 @@ def test_a_log_that_grows_in_mid_upload_arrives_as_it_was(
     run = tmp_path / "run-1"
     run.mkdir()
     (run / "training_log.csv").write_text("1,1\n")
-    rows = iter(range(2, 5))
 
     def append(operation: str, request: dict[str, Any]) -> None:
-        if operation == "PutObject" and request["url"].endswith("training_log.csv") and (row := next(rows, None)):
+        if operation == "PutObject" and request["url"].endswith("training_log.csv"):
             with (run / "training_log.csv").open("a") as file:
-                file.write(f"{row},{row}\n")
+                file.write("2,2\n")
 
     intercept(append)
     mirror = S3Mirror(run, address, s3.endpoint)
     mirror.submit()
     wait_until(lambda: mirror._done == mirror._asked)
     assert remote(s3, f"{address}/run-1")["training_log.csv"] == b"1,1\n"
-    assert mirror.close(timeout_s=30).pending == [("training_log.csv", "not reached in time")]  # row 3 came since
+    assert mirror.close(timeout_s=30).pending == []  # what came after close() is not its business
     assert remote(s3, f"{address}/run-1")["training_log.csv"] == b"1,1\n2,2\n"
 
 
@@ -280,7 +285,7 @@ def test_death_between_any_two_requests_leaves_a_whole_checkpoint_and_its_log(
 
     intercept(cut)
     newest = []
-    for requests in range(2, 100):  # 2 open the mirror
+    for requests in range(1, 100):  # the first opens the mirror
         run = tmp_path / f"run-{requests}"
         requests_left[0] = 10_000
         save_checkpoint(run, step=1)
@@ -290,16 +295,16 @@ def test_death_between_any_two_requests_leaves_a_whole_checkpoint_and_its_log(
         requests_left[0] = requests
         mirror = S3Mirror(run, address, s3.endpoint)
         save_checkpoint(run, step=3)
-        was_cut = mirror.close(timeout_s=0.2).pending != []
-
-        requests_left[0] = 10_000
+        report = mirror.close(timeout_s=0.5)
+        was_cut, requests_left[0] = requests_left[0] < 0, 10_000
         url = f"{address}/{run.name}"
         fresh = restore(url, tmp_path / "fresh" / run.name, s3.endpoint)
         checkpoints = list((fresh / "checkpoints").iterdir())
         assert len(checkpoints) == 2
         assert all(is_whole(checkpoint) for checkpoint in checkpoints)
-        newest.append(max(step_of(checkpoint) for checkpoint in checkpoints))
-        assert newest[-1] == step_of(fresh / "checkpoints/last")
+        newest.append(step_of(fresh / "checkpoints/last"))
+        assert newest[-1] == max(step_of(checkpoint) for checkpoint in checkpoints)
+        assert (report.pending == []) <= (newest[-1] == 3)  # the report promises no more than what is there
         assert f"\n{newest[-1]}," in "\n" + (fresh / "training_log.csv").read_text()
 
         S3Mirror(run, address, s3.endpoint).close(timeout_s=10)  # the next process brings it all
@@ -311,7 +316,7 @@ def test_death_between_any_two_requests_leaves_a_whole_checkpoint_and_its_log(
         pytest.fail("the upload never ended")
     assert newest == sorted(newest)
     assert set(newest) == {2, 3}
-    assert len(newest) > 10
+    assert len(newest) > 12
 
 
 # Outages
@@ -328,24 +333,25 @@ def test_a_server_that_dies_in_mid_upload_and_returns_loses_nothing(
     caplog.set_level(logging.INFO)
     monkeypatch.setattr(storage, "PART_BYTES", 5 << 20)
     parts: list[str] = []
+    restart = threading.Timer(OUTAGE_S, s3.start)
 
     def die_at_the_third_part(operation: str, request: dict[str, Any]) -> None:
         if operation == "UploadPart":
             parts.append(request["url"])
             if len(parts) == 3:
                 s3.stop()
-                threading.Timer(OUTAGE_S, s3.start).start()
+                restart.start()
 
     intercept(die_at_the_third_part)
     run = make_run(tmp_path / "run-1")
     mirror = S3Mirror(run, address, s3.endpoint)
     save_checkpoint(run, step=2, size=20 << 20)
     mirror.submit()
-    wait_until(lambda: len(parts) >= 3)
-    assert s3._process is None
+    wait_until(lambda: not s3.is_running)
     save_checkpoint(run, step=3, size=20 << 20)  # training goes on meanwhile
     mirror.submit()
     report = mirror.close(timeout_s=OUTAGE_S + 30)
+    restart.join()
     assert report.pending == []
     assert len(parts) > 8  # the file was begun anew
     assert tree(restore(f"{address}/run-1", tmp_path / "b", s3.endpoint)) == tree(run)
@@ -366,11 +372,10 @@ def test_without_a_server_training_ends_well_and_hears_what_is_missing(
     assert 0.9 < time.monotonic() - start < 2
     assert report.uploaded == []
     assert {name for name, _why in report.pending} == {
-        *(name for name in tree(run) if "checkpoints/" not in name),
+        *filter(is_plain, tree(run)),
         "checkpoints/last",
         "checkpoints/best",
     }
-    assert "8 NOT uploaded" not in str(report)
     assert f"{len(report.pending)} NOT uploaded" in str(report)
     assert "config.yaml (EndpointConnectionError)" in str(report)
     assert mirror.close() is report
@@ -387,13 +392,22 @@ def test_a_server_that_comes_late_is_found(s3: S3Server, address: str, tmp_path:
 
 
 def test_submit_never_waits_and_only_the_newest_goes_up(
-    s3: S3Server, address: str, tmp_path: Path, intercept: Callable[[Handler], None]
+    s3: S3Server,
+    address: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    intercept: Callable[[Handler], None],
 ) -> None:
-    puts: list[str] = []
-    intercept(lambda operation, request: puts.append(request["url"]) if operation == "PutObject" else None)
+    monkeypatch.setattr(storage, "READ_TIMEOUT_S", 0.5)
+    manifests: list[str] = []
+
+    def count(operation: str, request: dict[str, Any]) -> None:
+        if operation == "PutObject" and request["url"].endswith("manifest.json"):
+            manifests.append(request["url"])
+
+    intercept(count)
     run = tmp_path / "run-1"
     mirror = S3Mirror(run, address, s3.endpoint)
-    puts.clear()
     times = []
     with s3.paused():
         for step in range(1, 31):
@@ -401,39 +415,53 @@ def test_submit_never_waits_and_only_the_newest_goes_up(
             start = time.perf_counter()
             mirror.submit()
             times.append(time.perf_counter() - start)
+            time.sleep(0.05)
         held = len(list((run / ".s3-spool").glob("*/model.safetensors")))
     assert max(times) < 0.1
-    assert held >= 2
+    assert 2 <= held <= 10  # what was replaced during the outage is dropped
     assert mirror.close(timeout_s=60).pending == []
-    assert sum(url.endswith("training_log.csv") for url in puts) <= 3  # and not 30
-    assert sum(url.endswith("manifest.json") for url in puts) <= 3
+    assert len(set(manifests)) <= 5  # of 30
     fresh = restore(f"{address}/run-1", tmp_path / "b", s3.endpoint)
     assert tree(fresh) == tree(run)
     assert step_of(fresh / "checkpoints/last") == 30
 
 
-def test_a_process_that_forgets_to_close_still_exits(s3: S3Server, tmp_path: Path) -> None:
-    make_run(tmp_path / "run-1")
-    code = (
-        "import sys; from pathlib import Path; from common.storage import S3Mirror\n"
-        "mirror = S3Mirror(Path(sys.argv[1]), 's3://bucket/p', sys.argv[2]); mirror.submit(); print('end')"
-    )
-    with s3.paused():  # the thread hangs in a request that nobody answers
-        command = [sys.executable, "-c", code, str(tmp_path / "run-1"), "http://127.0.0.1:9"]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20, cwd=Path(__file__).parents[1])
-    assert (done.returncode, done.stdout) == (0, "end\n")
+def test_a_process_that_forgets_to_close_still_exits(s3: S3Server, address: str, tmp_path: Path) -> None:
+    code = """
+import pathlib, sys, time
+from common.storage import S3Mirror
+mirror = S3Mirror(pathlib.Path(sys.argv[1]), sys.argv[2], sys.argv[3])
+print("started", flush=True)
+sys.stdin.readline()
+mirror.submit()
+time.sleep(0.5)
+"""
+    run = make_run(tmp_path / "run-1")
+    command = [sys.executable, "-c", code, str(run), address, s3.endpoint]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[1]
+    ) as process:
+        assert process.stdout.readline() == "started\n"
+        with s3.paused():  # the thread hangs in a request that nobody answers
+            process.stdin.write("go\n")
+            process.stdin.flush()
+            assert process.wait(timeout=5) == 0
 
 
 # What is wrong is said in one sentence
 
 
+GOOD = "s3://training-runs/x"
+
+
 @pytest.mark.parametrize(
     ("change", "url", "says"),
     [
-        ({"AWS_ACCESS_KEY_ID": "AKIAWRONG"}, "s3://training-runs/x", "refused (GetObject answered InvalidAccessKeyId)"),
-        ({"AWS_SECRET_ACCESS_KEY": "wrong-secret"}, "s3://training-runs/x", "answered SignatureDoesNotMatch"),
-        ({"AWS_ACCESS_KEY_ID": None, "AWS_SECRET_ACCESS_KEY": None}, "s3://training-runs/x", "no credentials"),
-        ({"AWS_PROFILE": "nobody"}, "s3://training-runs/x", "ProfileNotFound"),
+        ({"AWS_ACCESS_KEY_ID": "AKIAWRONG"}, GOOD, "refused (GetObject answered InvalidAccessKeyId)"),
+        ({"AWS_SECRET_ACCESS_KEY": "wrong-secret"}, GOOD, "refused (GetObject answered SignatureDoesNotMatch)"),
+        ({"AWS_SESSION_TOKEN": "token-that-expired"}, GOOD, "refused (GetObject answered InvalidAccessKeyId)"),
+        ({"AWS_ACCESS_KEY_ID": None, "AWS_SECRET_ACCESS_KEY": None}, GOOD, "boto3 finds no credentials"),
+        ({"AWS_PROFILE": "nobody"}, GOOD, "ProfileNotFound"),
         ({}, "s3://no-such-bucket/x", "there is no bucket no-such-bucket"),
         ({}, "training-runs/x", "--s3 takes s3://bucket/prefix"),
         ({}, "s3://Key:secret-that@training-runs/x", "--s3 takes s3://bucket/prefix"),
@@ -450,8 +478,6 @@ def test_a_wrong_start_is_one_sentence_without_a_secret(
     says: str,
 ) -> None:
     caplog.set_level(logging.DEBUG)
-    monkeypatch.setenv("AWS_SESSION_TOKEN", "token-that-must-appear-nowhere")
-    monkeypatch.delenv("AWS_SESSION_TOKEN") if not change else None
     for name, value in change.items():
         monkeypatch.setenv(name, value) if value is not None else monkeypatch.delenv(name)
     with pytest.raises(UserError) as caught:
@@ -532,7 +558,9 @@ def test_an_object_that_arrives_different_is_sent_again(
 # What restoring refuses
 
 
-@pytest.mark.parametrize("name", ["../x", "/etc/x", "a/../../x", "a//x", "./x", "..", "a\\..\\x", "a\0x", "a\nx"])
+@pytest.mark.parametrize(
+    "name", ["../x", "/etc/x", "a/../../x", "a//x", "./x", "..", "a\\..\\x", "a\0x", "checkpoints/../../x"]
+)
 def test_a_key_that_would_leave_the_folder_is_refused(
     s3: S3Server, address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
@@ -561,7 +589,8 @@ def test_a_key_that_would_leave_the_folder_is_refused(
 )
 def test_an_index_that_is_not_ours_is_refused(s3: S3Server, address: str, tmp_path: Path, index: Any) -> None:
     prefix = address.removeprefix(f"s3://{s3.bucket}/")
-    s3.client().put_object(Bucket=s3.bucket, Key=f"{prefix}/run-1/checkpoints/index.json", Body=json.dumps(index))
+    key = f"{prefix}/run-1/checkpoints/index.json"
+    s3.client().put_object(Bucket=s3.bucket, Key=key, Body=json.dumps(index))
     with pytest.raises(UserError, match="is not an index that this version can read"):
         restore(f"{address}/run-1", tmp_path / "run-1", s3.endpoint)
 

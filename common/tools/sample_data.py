@@ -2,16 +2,15 @@
 
     python -m common.tools.sample_data [--out DIR]
 
-Ten classes of things (a boat, a mushroom, ...) of random proportions, colours, pose and place, in front of random
-scenery with distractors, under random light, seen through a random lens. Colour, position and size say nothing about
-the class; shape does.
+Ten classes of things (a boat, a mushroom, ...) of random proportions, colours, pose and place, in front of
+random scenery with distractors, under random light, seen through a random lens. Colour, position and size say
+nothing about the class; shape does.
 """
 
 import argparse
 import errno
 import io
 import math
-import os
 import shutil
 import sys
 import tempfile
@@ -224,7 +223,7 @@ def _scenery(rng: np.random.Generator, size: tuple[int, int]) -> Image.Image:
 
 
 def render(split: str, label: int, number: int) -> bytes:
-    """One picture as the bytes of a JPEG file: a pure function of its arguments, given NumPy's and Pillow's versions."""
+    """One picture as a JPEG file's bytes: a pure function of the arguments, given NumPy's and Pillow's versions."""
     rng = np.random.default_rng((sorted(IMAGES_PER_CLASS).index(split), label, number))
     short = int(rng.integers(96, 141))
     long = round(short * 2 ** rng.uniform(0, 1))
@@ -290,10 +289,10 @@ def _write_class(folder: Path, split: str, label: int) -> None:
 
 
 def ensure_sample_data(cache: Path | None = None) -> Path:
-    """Make the sample unless it is there; return its folder, an ImageFolder tree of 2,000 train and 500 val images.
+    """Make the sample unless it is there; return its folder, an ImageFolder tree: 2,000 train, 500 val images.
 
-    `cache` is the folder to put `sample-v1` into (default: the user's cache folder). It appears under its name only
-    when it is whole, so a process that is killed leaves none, and several that start at once end with one.
+    `cache` is the folder to put `sample-v1` into (default: the user's cache folder). It appears under its name
+    only when it is whole, so a process that is killed leaves none, and several that start at once end with one.
     UserError: cannot be written.
     """
     if cache is None:
@@ -330,7 +329,7 @@ def ensure_sample_data(cache: Path | None = None) -> Path:
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        description="Make the small sample data set: 10 classes of drawn things, 2,000 train and 500 val JPEGs."
+        description="Make the small sample data set: 10 classes of drawn things, 2,000 train and 500 val."
     )
     where = f"folder to put {VERSION} into (default: ~/.cache/image-classification-training)"
     parser.add_argument("--out", type=Path, help=where)

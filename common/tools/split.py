@@ -2,16 +2,17 @@
 
     python -m common.tools.split --data_dir photos --out photos-split --val_fraction 0.2
 
-Each class is split by itself, so that val has the classes in the proportions of the whole. Which image goes where
-depends on the seed and on its own class alone: a class that is added later leaves the others as they were.
+Each class is split by itself, so that val has the classes in the proportions of the whole. Which image goes
+where depends on the seed and on its own class alone: a class that is added later leaves the others as they were.
 
-Files gather in `<out>.partial`, whose `plan.json` says what goes where, and the folder gets its name when all are there.
-A split that was interrupted goes on when the same command is given again; at every moment each image is whole in at
-least one place.
+Files gather in `<out>.partial`, whose `plan.json` says what goes where; the folder gets its name when all are
+there. A split that was interrupted goes on when the same command is given again. At every moment each image is
+whole in at least one place.
 """
 
 import argparse
 import errno
+import filecmp
 import json
 import os
 import shutil
@@ -25,6 +26,7 @@ from common.errors import UserError
 from common.sources import VAL_NAMES, FolderSource
 
 PLAN = "plan.json"
+_TEMPORARY = "plan.tmp"
 
 
 def plan_split(folder: Path, val_fraction: float, seed: int) -> dict[str, dict[str, list[str]]]:
@@ -89,21 +91,22 @@ def split(
             raise UserError(f"{partial} holds an unfinished split with other settings: {saved['settings']}")
         plan = saved["plan"]  # after some moves the folder would no longer give the same one
     else:
-        if partial.exists():
-            raise UserError(f"{partial} is in the way; remove it or choose another --out")
+        if partial.exists() and set(os.listdir(partial)) - {_TEMPORARY}:
+            raise UserError(f"{partial} is in the way and no unfinished split; choose another --out")
         plan = plan_split(folder, val_fraction, seed)
     _refuse(folder, out)
 
     files = [(name, path) for name in plan for paths in plan[name].values() for path in paths]
     try:
         partial.mkdir(parents=True, exist_ok=True)
-        _write(partial / PLAN, json.dumps({"settings": settings, "plan": plan}).encode())
+        (partial / _TEMPORARY).write_text(json.dumps({"settings": settings, "plan": plan}))
+        (partial / _TEMPORARY).rename(partial / PLAN)
         for name, path in tqdm(files, desc=how, unit="file", delay=2):
             target = partial / name / path
             target.parent.mkdir(parents=True, exist_ok=True)
             _place(folder / path, target, how)
-        (partial / PLAN).unlink()
         partial.rename(out)
+        (out / PLAN).unlink()  # not before: without it, moved files would be hard to tell from rubbish
     except FileNotFoundError as error:
         raise UserError(f"{error.filename} is gone since the split was planned") from error
     except OSError as error:
@@ -122,38 +125,30 @@ def _refuse(folder: Path, out: Path) -> None:
 
 
 def _place(source: Path, target: Path, how: str) -> None:
-    """Bring one file to its place, whole or not at all; harmless when it is there already."""
-    if how == "link":
-        if not target.exists():
-            os.link(source, target)
-        return
-    if how == "move":
-        if (
-            target.exists()
-        ):  # moved by an earlier run, or copied by one that did not come to remove the original
-            source.unlink(missing_ok=True)
-            return
-        try:
-            source.rename(target)
-            return
-        except OSError as error:
-            if error.errno != errno.EXDEV:
-                raise
+    """Bring one file to its place, whole or not at all. A file that is there was put there by an earlier run."""
     if not target.exists():
-        copy = target.with_name(f".{target.name}.copy")
-        shutil.copy2(source, copy)
-        if how == "move":  # to another disk: the copy must be safe before the original goes
-            with open(copy, "rb") as file:
-                os.fsync(file.fileno())
-        copy.rename(target)
-    if how == "move":
+        if how == "move" and not source.is_symlink():
+            try:
+                source.rename(target)
+                return
+            except OSError as error:
+                if error.errno != errno.EXDEV:
+                    raise
+        if how == "link":
+            os.link(source, target)
+        elif how == "move" and source.is_symlink():
+            target.symlink_to(source.resolve())  # a relative one would lead nowhere from its new place
+        else:
+            copy = target.with_name(f".{target.name}.copy")
+            shutil.copy2(source, copy)
+            if how == "move":  # to another disk: the copy must be safe before the original goes
+                with open(copy, "rb") as file:
+                    os.fsync(file.fileno())
+            copy.rename(target)
+    if how == "move" and source.exists():
+        if not filecmp.cmp(source, target, shallow=False):
+            raise UserError(f"{source} is not the image that was moved from there to {target}; move it away")
         source.unlink()
-
-
-def _write(path: Path, content: bytes) -> None:
-    temporary = path.with_suffix(".tmp")
-    temporary.write_bytes(content)
-    temporary.rename(path)
 
 
 def _table(plan: dict[str, dict[str, list[str]]], limit: int = 20) -> str:

@@ -136,9 +136,8 @@ def test_curves(fast: Path, slow: Path, tmp_path: Path, monkeypatch: pytest.Monk
     label, curves = seen["accuracy_time.png"]
     assert label == "minutes since the run began"
     np.testing.assert_allclose(curves["fast"], [(0.5, 30), (1, 50), (1.5, 60.25)])
-    assert [(1, 50)] in [points.tolist() for points in curves.values()] or [[1, 50]] in [
-        points.tolist() for points in curves.values()
-    ]  # the dot where it reached 50 %
+    dots = [points.tolist() for points in curves.values() if len(points) == 1]
+    assert dots == [[[1, 50]], [[3, 55.55]]]  # where they reached 50 %
     label, curves = seen["accuracy_images.png"]
     assert label == "training images seen (thousands)"
     np.testing.assert_allclose(curves["slow"], [(1, 20), (2, 40), (3, 55.55), (4, 52)])
@@ -197,7 +196,7 @@ def test_numbers_that_make_no_sense_and_a_folder_that_cannot_be_written(fast: Pa
     with pytest.raises(UserError, match="--usd_per_hour must be above 0"):
         compare([fast], [50], -1, out=tmp_path / "out")
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="--out .*file cannot be written: "):
+    with pytest.raises(UserError, match="file cannot be written"):
         compare([fast], [50], out=tmp_path / "file")
 
 

@@ -1,0 +1,76 @@
+"""What several test files need: a tiny dataset, and a training run in this process or in several."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from common.config import TrainConfig, parse_args
+from common.engine import train
+from common.run import Run
+
+ROOT = Path(__file__).parent.parent
+FAST = ["--model", "test_resnet", "--wandb", "off", "--workers", "0", "--lr", "0.1", "--img_size", "32"]
+
+
+def make_images(folder: Path, classes: int = 3, train: int = 24, val: int = 7) -> Path:
+    """An ImageFolder tree of small noisy JPEGs whose colour tells the class; aspect ratios vary."""
+    rng = np.random.default_rng(0)
+    for split, count in (("train", train), ("val", val)):
+        for label in range(classes):
+            place = folder / split / f"class{label}"
+            place.mkdir(parents=True)
+            for number in range(count):
+                height, width = rng.integers(30, 60, 2)
+                pixels = rng.integers(0, 90, (height, width, 3), dtype=np.uint8)
+                pixels[..., label % 3] += np.uint8(60)
+                Image.fromarray(pixels).save(place / f"{number}.jpg", quality=90)
+    return folder
+
+
+def run_training(config_class: type[TrainConfig], data: Path, output: Path, name: str, *flags: str) -> Path:
+    """Train in this process; returns the run's folder. Raises SystemExit as a script would."""
+    args = ["--data_dir", str(data), "--output", str(output), "--run_name", name, *FAST, *flags]
+    cfg = parse_args(config_class, "", args)
+    cfg.validate()
+    train(cfg)
+    return output / name
+
+
+def stop_after(monkeypatch, steps: int) -> None:
+    """Behave as if SIGTERM arrived during the given optimizer step, once."""
+    original, count = Run.step_done, [0]
+
+    def step_done(self: Run) -> bool:
+        count[0] += 1
+        if count[0] == steps:
+            self._signal = 15
+        return original(self)
+
+    monkeypatch.setattr(Run, "step_done", step_done)
+
+
+def weights(run: Path, checkpoint: str = "last", file: str = "model") -> dict[str, torch.Tensor]:
+    return load_file(run / "checkpoints" / checkpoint / f"{file}.safetensors")
+
+
+def assert_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.equal(a[name], b[name]), name
+
+
+def launch(processes: int, script: str, *flags: str, timeout: float = 240) -> subprocess.CompletedProcess:
+    """Run a script of this project under torchrun with CPU processes."""
+    command = [sys.executable]
+    if processes > 1:
+        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
+    return subprocess.run(
+        [*command, script, *flags], env=env, cwd=ROOT, capture_output=True, text=True, timeout=timeout, check=False
+    )
