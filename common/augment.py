@@ -108,20 +108,23 @@ class Augment:
         batch, channels, height, width = images.shape
         assert len(item.indices) == batch
         assert images.dtype == torch.uint8
-        flips = uniforms(self.seed, item.epoch, item.indices, FLIP, 1) < self.flip
+        flips = uniforms(self.seed, item.epoch, item.indices, FLIP, 1)[:, 0] < self.flip
+        flipped_first = np.argsort(~flips, kind="stable")[:, None]
         mixing, share, box = self._draw_mixing(item, height, width, strength if mix else 0.0)
         holes = [hole for hole in self._draw_holes(item, height, width, strength) if hole.any()]
-        table = _to_device(
-            np.concatenate([flips, share, box, *holes], axis=1, dtype=np.float32), images.device
-        )
-        flipped, lam, box, *holes = table.split([1, 1] + [4] * (1 + len(holes)), dim=1)
+        table = np.concatenate([flipped_first, share, box, *holes], axis=1, dtype=np.float32)
+        flipped, lam, box, *holes = _to_device(table, images.device).split([1, 1] + [4] * (1 + len(holes)), 1)
 
         rows = _as_rows(images)
         if flips.any():
-            mirrored = rows.view(batch, height, width, channels).flip(2).view_as(rows)
-            rows = torch.where(flipped[:, :, None] > 0, mirrored, rows)
+            flipped = flipped[: flips.sum(), 0].long()
+            mirrored = rows[flipped].unflatten(2, (width, channels)).flip(2).flatten(2)
+            rows = rows.index_copy(0, flipped, mirrored)
         if mixing == "cutmix":
-            rows = torch.where(_inside(box, height, width, channels), _partners(rows), rows)
+            inside = _inside(box, height, width, channels)
+            rows = (
+                rows + (_partners(rows) - rows) * inside
+            )  # exact, as uint8 wraps around; faster than where()
         out = self._normalise_rows(rows, width)
         if mixing == "mixup":
             half = batch // 2
@@ -133,7 +136,7 @@ class Augment:
             covered = _inside(holes[0], height, width, channels)
             for hole in holes[1:]:
                 covered |= _inside(hole, height, width, channels)
-            out.masked_fill_(covered, 0.0)  # 0 is the mean colour, now that the pixels are normalised
+            out.masked_fill_(covered.view(torch.bool), 0.0)  # 0 is the mean colour of normalised pixels
         return _as_images(out, width).to(self.dtype), self._targets(labels, lam if mixing else None)
 
     def normalise(self, images: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -239,13 +242,16 @@ def _partners(values: Tensor) -> Tensor:
 
 
 def _inside(box: Tensor, height: int, width: int, channels: int) -> Tensor:
-    """Mask of the boxes' inside, bool [B, H, W * C], from float32 [B, 4] (top, bottom, left, right)."""
+    """Mask of the boxes' inside, uint8 [B, H, W * C] of 0 and 1, from float32 [B, 4] (top, bottom, left, right).
+
+    uint8, since PyTorch vectorises its products on a CPU, but not the conjunction of booleans.
+    """
     top, bottom, left, right = box.split(1, dim=1)
     y = torch.arange(height, device=box.device)
     x = torch.arange(width * channels, device=box.device)
     in_rows = (y >= top) & (y < bottom)
     in_columns = (x >= left * channels) & (x < right * channels)
-    return in_rows[:, :, None] & in_columns[:, None, :]
+    return in_rows.to(torch.uint8)[:, :, None] * in_columns.to(torch.uint8)[:, None, :]
 
 
 @lru_cache(maxsize=64)  # a few widths; a copy to the device for every batch would cost more than the sum

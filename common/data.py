@@ -73,18 +73,18 @@ class Batch(NamedTuple):
 class _Slot:
     """Memory for one batch that this process and its workers share, used again and again.
 
-    Left to itself, a DataLoader passes each tensor in new shared memory and a file descriptor through a socket:
-    a quarter of a worker's time. Workers inherit a slot when they are forked, and only its number is passed. It
-    does not lie in /dev/shm, which has 64 MB in a container.
+    A DataLoader would pass each tensor in new shared memory, by a file descriptor through a socket, which
+    costs a worker a quarter of its time. Workers inherit a slot when they are forked, and only its number is
+    passed. It does not lie in /dev/shm, which has 64 MB in a container.
     """
 
     def __init__(self) -> None:
-        self._file = open(os.memfd_create("batch"), "r+b")
+        self._file = open(os.memfd_create("batch"), "r+b")  # noqa: SIM115 -- lives as long as the slot
         self._map: mmap.mmap | None = None
         self._pinned_at: int | None = None
 
     def images(self, item: BatchItem, pin: bool = False) -> np.ndarray:
-        """Map as much as a batch takes, uint8 [B, H, W, 3]; pinned for asynchronous copies to CUDA devices."""
+        """Map what a batch takes, uint8 [B, H, W, 3]; pinned for asynchronous copies to CUDA."""
         shape = (len(item.indices), item.height, item.width, 3)
         size = math.prod(shape)
         if self._map is None or len(self._map) < size:
@@ -115,7 +115,7 @@ class _Slots:
         return number
 
     def images(self, number: int, item: BatchItem, pin: bool) -> torch.Tensor:
-        """Show a slot's images, uint8 [B, 3, H, W] channels_last; it is free again when the tensor is gone."""
+        """Show a slot's images, uint8 [B, 3, H, W]; the slot is free again when the tensor is gone."""
         self._sent.discard(number)
         array = self.slots[number].images(item, pin)
         weakref.finalize(array, self._free.append, number)
@@ -128,7 +128,7 @@ class _Slots:
 
 
 class _Answer(NamedTuple):
-    """What a worker sends back. Errors travel as text, because a DataLoader would wrap them in a traceback."""
+    """What a worker sends back. Errors travel as text; a DataLoader would wrap them in a traceback."""
 
     item: BatchItem
     slot: int | None  # where the images are
@@ -205,9 +205,13 @@ class _Items:
         self._slots = slots
 
     def __iter__(self) -> Iterator[tuple[BatchItem, int | None]]:
-        self._slots.recall()  # the DataLoader has just waited until the workers were done with the stream before
+        self._slots.recall()  # the workers are done with the stream before, the DataLoader saw to that
         for item in self.items:
             yield item, self._slots.take()
+
+
+def _as_it_is(answer: _Answer) -> _Answer:
+    return answer
 
 
 class Loader:
@@ -246,6 +250,7 @@ class Loader:
         self._loader = DataLoader(
             _Decoder(self._sources, seed, skip_unreadable, self._slots.slots),
             batch_size=None,
+            collate_fn=_as_it_is,  # the default would turn an item's arrays into tensors
             sampler=self._items,
             num_workers=self.workers,
             prefetch_factor=prefetch if self.workers else None,

@@ -1,8 +1,8 @@
 """Encoded bytes + crop box + size -> uint8 pixels: the hot path of every worker.
 
 Three ideas keep the Python per image small: the headers say how large the images are before anything is
-decoded, so all crop boxes of a batch are drawn at once with numpy; the decoder's result is cropped as a view; and
-the antialiased resize writes straight into the batch's own memory, so there is nothing to collate.
+decoded, so all crop boxes of a batch are drawn at once with numpy; the decoder's result is cropped as a view;
+and the antialiased resize writes straight into the batch's own memory, so there is nothing to collate.
 """
 
 import io
@@ -112,9 +112,10 @@ def crop_boxes(
 ) -> np.ndarray:
     """Choose the part of each image that a batch shows.
 
-    Random: area a uniform share of the image, aspect log-uniform about the target's, place uniform, up to ten
-    tries and then the largest centred box within the aspect's range (Szegedy et al., 2014, as in torchvision's
-    RandomResizedCrop). Evaluation: the centred box of the target's aspect, `crop_pct` of the largest that fits.
+    Random: area a uniform share of the image, aspect log-uniform about the target's, place uniform; up to
+    ten tries and then the largest centred box within the aspect's range (Szegedy et al., 2014, as in
+    torchvision's RandomResizedCrop). Evaluation: the centred box of the target's aspect, `crop_pct` of the
+    largest there is.
 
     Args:
         sizes: [B, 2] heights and widths.

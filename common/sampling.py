@@ -45,17 +45,19 @@ class Epoch(NamedTuple):
 
 
 def subset(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:
-    """Choose about `fraction` of every class, one image at least: sorted int64 indices into `labels` [N].
+    """Choose round(fraction * N) images, the same share of every class: sorted int64 indices into `labels` (int [N]).
 
-    Subsets of one seed are nested: an image's rank in its class is fixed, a larger fraction reaches further.
+    All images stand in one queue, by their random rank in their class relative to the class's size, so that any
+    first part of it is balanced and subsets of one seed are nested. Every class comes first once.
     """
     assert 0 < fraction <= 1, fraction
     by_class = np.lexsort((uniforms(seed, 0, np.arange(len(labels)), SUBSET, 1)[:, 0], labels))
-    class_sizes = np.bincount(labels)
-    class_starts = np.cumsum(class_sizes) - class_sizes
-    rank = np.arange(len(labels)) - class_starts[labels[by_class]]
-    quota = np.maximum(1, np.rint(fraction * class_sizes))
-    return np.sort(by_class[rank < quota[labels[by_class]]])
+    sizes = np.bincount(labels)
+    first = np.cumsum(sizes) - sizes
+    sorted_labels = labels[by_class]
+    rank = (np.arange(len(labels)) - first[sorted_labels]) / sizes[sorted_labels]
+    queue = by_class[np.argsort(rank, kind="stable")]
+    return np.sort(queue[: max(1, round(fraction * len(labels)))])
 
 
 def square_epoch(pool: np.ndarray, size: int, global_batch: int, seed: int, epoch: int) -> Epoch:

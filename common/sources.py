@@ -1,4 +1,4 @@
-"""Labels, sizes and encoded bytes of a dataset, by index: a folder, a Hugging Face dataset, a prepared pyramid.
+"""Labels, sizes and encoded bytes of a dataset, by index: a folder, a Hugging Face dataset, a pyramid.
 
 No source keeps Python objects per image: file names, offsets and labels are a few long arrays, memory-mapped
 where they are large, so that 1.28 million images start at once and all processes share the pages.
@@ -48,7 +48,7 @@ class Source(Protocol):
         """Say where an image lies, for messages."""
 
     def sizes(self) -> np.ndarray:
-        """Return int32 [N, 2]: the originals' heights and widths as seen; 1, 1 where a header is unreadable."""
+        """Return the originals' heights and widths as seen, int32 [N, 2]; 1, 1 if unreadable."""
 
 
 def cache_folder() -> Path:
@@ -63,8 +63,8 @@ def cache_folder() -> Path:
 class FolderSource:
     """One split of an ImageFolder tree: `<folder>/<class>/**/*.jpg`.
 
-    The list of files is a manifest in the user's cache folder: it is valid as long as no directory has changed,
-    so the second start costs one `stat` per directory.
+    The list of files is a manifest in the user's cache folder. It is valid as long as no directory has
+    changed, so that the second start costs one `stat` per directory.
     """
 
     prepared = False
@@ -186,20 +186,23 @@ def _digest(*parts) -> str:
 class ArrowSource:
     """One split of an Arrow table, memory-mapped: a Hugging Face dataset, or a pyramid of smaller copies.
 
-    Where the bytes of row i lie is three numbers (chunk, start, length), so reading a row makes no Arrow object.
+    Where the bytes of a row lie is three numbers (chunk, start, length): reading makes no Arrow object.
     """
 
-    def __init__(self, table: pa.Table, name: str, fingerprint: str):
+    def __init__(self, tables: dict[str, pa.Table], fingerprint: str):
         """Find the image and label columns by their features.
 
         Args:
-            table: with the features of `datasets` in its metadata.
-            name: for messages, "train of org/name".
+            tables: by the name they have in messages; with the features of `datasets` in their metadata.
             fingerprint: changes when the data change.
         """
         from datasets import ClassLabel, Features, Image, Value
 
-        self.name, self.fingerprint = name, fingerprint
+        self.fingerprint = fingerprint
+        self._names = list(tables)
+        self._first_rows = np.cumsum([0] + [len(table) for table in tables.values()])
+        table = pa.concat_tables(tables.values())
+        name = self._names[0]
         features = Features.from_arrow_schema(table.schema)
         images = [column for column, feature in features.items() if isinstance(feature, Image)]
         levels = {int(column[6:]): column for column in images if re.fullmatch(r"image_\d+", column)}
@@ -280,7 +283,8 @@ class ArrowSource:
         return len(self._levels) - 1
 
     def describe(self, index: int) -> str:
-        return f"row {index} of {self.name}"
+        place = int(np.searchsorted(self._first_rows, index, "right")) - 1
+        return f"row {index - self._first_rows[place]} of {self._names[place]}"
 
     def sizes(self) -> np.ndarray:
         if self._sizes is None:
@@ -363,25 +367,27 @@ def open_source(data_dir: str, split: str) -> Source:
     Raises:
         UserError: there is nothing there, or not what is needed.
     """
-    if not data_dir:
-        raise UserError(
-            "--data_dir is empty; it names a folder with train/<class>/ and val/<class>/, or a dataset org/name"
-        )
     folder = Path(data_dir).expanduser()
     names = ("train",) if split == "train" else VAL_NAMES
+    if not data_dir:
+        raise UserError("--data_dir is empty; it names a folder with train/ and val/, or a dataset org/name")
     if not folder.is_dir():
-        if folder.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", data_dir) or data_dir.startswith("."):
+        if folder.exists() or not re.fullmatch(r"\w[\w.-]*/[\w.-]+", data_dir):
             raise UserError(f"--data_dir {data_dir} is not a folder")
         return _open_datasets(data_dir, names)
-    for name in names:
-        if (folder / name).is_dir() and not any((folder / name).glob("*.parquet")):
-            return FolderSource(folder / name)
     if shards := sorted(folder.glob("data/*.arrow")):
         return _open_shards(data_dir, shards, names)
-    if next(folder.rglob("*.parquet"), None):
+    if any(
+        next(folder.glob(f"{below}*.parquet"), None) for below in ("", "data/", *(f"{n}/" for n in names))
+    ):
         return _open_datasets(data_dir, names)
-    wanted = " or ".join(f"{name}/<class>/" for name in names)
-    raise UserError(f"--data_dir {data_dir} has no {wanted}, no data/*.arrow and no Parquet files")
+    for name in names:
+        if (folder / name).is_dir():
+            return FolderSource(folder / name)
+    raise UserError(
+        f"--data_dir {data_dir} has no {' or '.join(names)} folder, no data/*.arrow and no Parquet files; "
+        "`python -m common.tools.split` makes train/ and val/ of one folder of class folders"
+    )
 
 
 def _open_shards(data_dir: str, shards: list[Path], names: tuple[str, ...]) -> ArrowSource:
@@ -392,16 +398,13 @@ def _open_shards(data_dir: str, shards: list[Path], names: tuple[str, ...]) -> A
             break
     else:
         raise UserError(f"--data_dir {data_dir} has no data/{names[0]}-*.arrow")
-    tables = []
+    tables = {}
     for shard in chosen:
         try:
-            tables.append(pa.ipc.open_file(pa.memory_map(str(shard))).read_all())
+            tables[str(shard)] = pa.ipc.open_file(pa.memory_map(str(shard))).read_all()
         except pa.ArrowInvalid as error:
             raise UserError(f"{shard} is damaged ({error}); remove it and run prepare again") from error
-    fingerprint = _digest(
-        [(shard.name, shard.stat().st_size, len(table)) for shard, table in zip(chosen, tables)]
-    )
-    return ArrowSource(pa.concat_tables(tables), f"{name} of {data_dir}", fingerprint)
+    return ArrowSource(tables, _digest([(s.name, s.stat().st_size, len(tables[str(s)])) for s in chosen]))
 
 
 def _open_datasets(data_dir: str, names: tuple[str, ...]) -> ArrowSource:
@@ -414,6 +417,8 @@ def _open_datasets(data_dir: str, names: tuple[str, ...]) -> ArrowSource:
         if name is None:
             raise UserError(f"--data_dir {data_dir} has the splits {found} but no {names[0]}")
         dataset = datasets.load_dataset(data_dir, split=name)
-    except (datasets.exceptions.DatasetNotFoundError, datasets.exceptions.DataFilesNotFoundError) as error:
-        raise UserError(f"--data_dir {data_dir} is neither a folder here nor a dataset of the hub") from error
-    return ArrowSource(dataset.data.table, f"{name} of {data_dir}", dataset._fingerprint)
+    except (ConnectionError, datasets.exceptions.DatasetNotFoundError) as error:
+        raise UserError(
+            f"--data_dir {data_dir} is no folder here, and the hub gave no such dataset: {error}"
+        ) from error
+    return ArrowSource({f"{name} of {data_dir}": dataset.data.table}, dataset._fingerprint)

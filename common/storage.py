@@ -98,6 +98,7 @@ class S3Mirror:
         self._closing = self._stopped = self._ended = False
 
         self._index: dict[str, str] | None = None  # the remote index; None until S3 has answered
+        self._tidied_for: dict[str, str] | None = None  # the wanted ones when leftovers were last deleted
         self._sent: dict[str, tuple[int, int, int]] = {}  # plain file -> the version that S3 has, see _scan
         self._reasons: dict[str, str] = {}  # name -> why its last upload failed
         self._refused: str | None = None  # the last of those that S3 is to blame for
@@ -297,15 +298,21 @@ class S3Mirror:
         for name, version in self._scan().items():
             if self._sent.get(name) != version and self._send(name, self.run_dir / name, name):
                 self._sent[name] = version
+                self._uploaded[name] = None
         for name in sorted(wanted, key=lambda name: name != "last"):  # what a resume needs comes first
-            if wanted[name] in self._complete or self._send_checkpoint(name, wanted[name]):
-                self._write_index({**self._index, name: wanted[name]})
-        if wanted and self._complete.issuperset(wanted.values()):  # an empty folder is no reason to delete
-            self._write_index(wanted)
+            checkpoint = wanted[name]
+            if self._index.get(name) != checkpoint and self._send_checkpoint(name, checkpoint):
+                self._write_index({**self._index, name: checkpoint})
+                self._uploaded[f"checkpoints/{name}"] = None
+        if wanted and wanted != self._tidied_for and self._complete.issuperset(wanted.values()):
+            self._write_index(wanted)  # without the names that are gone
             self._delete_unnamed()
+            self._tidied_for = wanted
         return self._refused
 
     def _send_checkpoint(self, name: str, checkpoint: str) -> bool:
+        if checkpoint in self._complete:
+            return True
         folder = self._spool / checkpoint
         for link in sorted(folder.iterdir(), key=lambda link: (link.name == "manifest.json", link.name)):
             if not self._send(f"checkpoints/{name}", link, f"checkpoints/{checkpoint}/{link.name}"):
@@ -341,7 +348,6 @@ class S3Mirror:
             self._reasons[name] = _reason(error)
             self._refused = f"{name}: {_reason(error)}"
             return False
-        self._uploaded[name] = None
         return True
 
     def _attach(self) -> None:
@@ -374,7 +380,8 @@ class S3Mirror:
             self._complete &= keep
         folder = f"{self._prefix}/checkpoints/"
         try:
-            for key, _size in _list(self._client, self._bucket, folder):
+            keys = [key for key, _size in _list(self._client, self._bucket, folder)]
+            for key in sorted(keys, key=lambda key: not key.endswith("/manifest.json")):  # went last, goes first
                 checkpoint = key.removeprefix(folder).split("/")[0]
                 if _ID.fullmatch(checkpoint) and checkpoint not in keep:
                     self._client.delete_object(Bucket=self._bucket, Key=key)

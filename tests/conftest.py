@@ -87,13 +87,17 @@ class S3Server:
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """A server that accepts connections and never answers."""
+        """For a while, the server accepts connections and never answers."""
         assert self._process is not None
         self._process.send_signal(signal.SIGSTOP)
         try:
             yield
         finally:
-            self._process.send_signal(signal.SIGCONT)
+            self.resume()
+
+    def resume(self) -> None:
+        assert self._process is not None
+        self._process.send_signal(signal.SIGCONT)
 
     def close(self) -> None:
         self.stop()

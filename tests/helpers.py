@@ -13,9 +13,10 @@ from safetensors.torch import load_file
 from common.config import TrainConfig, parse_args
 from common.engine import train
 from common.run import Run
+from train_rect import RectConfig
 
 ROOT = Path(__file__).parent.parent
-FAST = ["--model", "test_resnet", "--wandb", "off", "--workers", "0", "--lr", "0.1", "--img_size", "32"]
+FAST = ["--model", "test_resnet", "--wandb", "off", "--workers", "0", "--lr", "0.1"]
 
 
 def make_images(folder: Path, classes: int = 3, train: int = 24, val: int = 7) -> Path:
@@ -35,7 +36,8 @@ def make_images(folder: Path, classes: int = 3, train: int = 24, val: int = 7) -
 
 def run_training(config_class: type[TrainConfig], data: Path, output: Path, name: str, *flags: str) -> Path:
     """Train in this process; returns the run's folder. Raises SystemExit as a script would."""
-    args = ["--data_dir", str(data), "--output", str(output), "--run_name", name, *FAST, *flags]
+    size = "--target_size" if config_class is RectConfig else "--img_size"
+    args = ["--data_dir", str(data), "--output", str(output), "--run_name", name, *FAST, size, "32", *flags]
     cfg = parse_args(config_class, "", args)
     cfg.validate()
     train(cfg)

@@ -1,5 +1,6 @@
 """The mirror against a real S3 server: what arrives, what outages and deaths leave, what comes back."""
 
+import errno
 import functools
 import hashlib
 import json
@@ -23,6 +24,7 @@ from common.storage import S3Mirror, restore
 from tests.conftest import S3Server
 
 OUTAGE_S = float(os.environ.get("S3_OUTAGE_S", "3"))  # plus 3 s for the restart; try S3_OUTAGE_S=30, too
+FILES = 4  # of a checkpoint
 Handler = Callable[[str, dict[str, Any]], None]
 
 
@@ -90,6 +92,7 @@ def save_checkpoint(folder: Path, step: int, size: int = 50_000) -> None:
     new, last, previous = (folder / "checkpoints" / name for name in ("new.tmp", "last", "previous"))
     new.mkdir(parents=True)
     (new / "model.safetensors").write_bytes(step.to_bytes(4, "big") * (size // 4))
+    (new / "ema.safetensors").write_bytes(bytes([step]) * 1000)
     (new / "state.json").write_text(json.dumps({"step": step}))
     (new / "manifest.json").write_text(json.dumps({file.name: sha256(file) for file in new.iterdir()}))
     shutil.rmtree(previous, ignore_errors=True)
@@ -166,7 +169,7 @@ def test_everything_arrives_and_comes_back_byte_identical(s3: S3Server, address:
     local = tree(run)
     assert report.bytes >= sum(len(content) for name, content in local.items() if "previous" not in name)
     assert set(filter(is_plain, objects)) == set(filter(is_plain, local))
-    assert len(objects) == sum(map(is_plain, local)) + 2 * 3 + 1
+    assert len(objects) == sum(map(is_plain, local)) + 2 * FILES + 1
 
     fresh = restore(f"{address}/run-1", tmp_path / "elsewhere" / "run-1", s3.endpoint)
     assert tree(fresh) == local
@@ -240,7 +243,7 @@ def test_a_checkpoint_replaced_in_mid_upload_arrives_as_it_was(
         save_checkpoint(run, step)
         mirror.submit()
     links = [link.stat().st_nlink for link in (run / ".s3-spool").rglob("model.safetensors")]
-    assert sorted(links) == [1, 1, 2, 2]  # only 1 and 2 cost disk space; 3 and 4 are in the folder as well
+    assert sorted(links) == [1, 2, 2]  # 1 costs disk space, 3 and 4 are in the folder as well, 2 is dropped
     assert is_whole(run / "checkpoints/last")
     go_on.set()
     assert mirror.close(timeout_s=30).pending == []
@@ -295,7 +298,9 @@ def test_death_between_any_two_requests_leaves_a_whole_checkpoint_and_its_log(
         requests_left[0] = requests
         mirror = S3Mirror(run, address, s3.endpoint)
         save_checkpoint(run, step=3)
-        report = mirror.close(timeout_s=0.5)
+        mirror.submit()
+        wait_until(lambda mirror=mirror: requests_left[0] < 0 or mirror._done == mirror._asked)
+        report = mirror.close(timeout_s=0)
         was_cut, requests_left[0] = requests_left[0] < 0, 10_000
         url = f"{address}/{run.name}"
         fresh = restore(url, tmp_path / "fresh" / run.name, s3.endpoint)
@@ -304,12 +309,16 @@ def test_death_between_any_two_requests_leaves_a_whole_checkpoint_and_its_log(
         assert all(is_whole(checkpoint) for checkpoint in checkpoints)
         newest.append(step_of(fresh / "checkpoints/last"))
         assert newest[-1] == max(step_of(checkpoint) for checkpoint in checkpoints)
-        assert (report.pending == []) <= (newest[-1] == 3)  # the report promises no more than what is there
+        assert report.pending or newest[-1] == 3  # the report promises no more than what is there
+        objects = remote(s3, url)
+        for manifest in (name for name in objects if name.endswith("manifest.json")):
+            others = [name for name in objects if Path(name).parent == Path(manifest).parent]
+            assert len(others) == FILES  # nor does a manifest
         assert f"\n{newest[-1]}," in "\n" + (fresh / "training_log.csv").read_text()
 
         S3Mirror(run, address, s3.endpoint).close(timeout_s=10)  # the next process brings it all
         assert tree(restore(url, tmp_path / "again" / run.name, s3.endpoint)) == tree(run)
-        assert len(remote(s3, url)) == 1 + 2 * 3 + 1  # CSV, checkpoints, index: the leftovers are gone
+        assert len(remote(s3, url)) == 1 + 2 * FILES + 1  # CSV, checkpoints, index: the leftovers are gone
         if not was_cut:
             break
     else:
@@ -399,11 +408,11 @@ def test_submit_never_waits_and_only_the_newest_goes_up(
     intercept: Callable[[Handler], None],
 ) -> None:
     monkeypatch.setattr(storage, "READ_TIMEOUT_S", 0.5)
-    manifests: list[str] = []
+    manifests = set()
 
     def count(operation: str, request: dict[str, Any]) -> None:
         if operation == "PutObject" and request["url"].endswith("manifest.json"):
-            manifests.append(request["url"])
+            manifests.add(request["url"])
 
     intercept(count)
     run = tmp_path / "run-1"
@@ -416,11 +425,12 @@ def test_submit_never_waits_and_only_the_newest_goes_up(
             mirror.submit()
             times.append(time.perf_counter() - start)
             time.sleep(0.05)
+        assert max(times) < 0.1
         held = len(list((run / ".s3-spool").glob("*/model.safetensors")))
-    assert max(times) < 0.1
-    assert 2 <= held <= 10  # what was replaced during the outage is dropped
-    assert mirror.close(timeout_s=60).pending == []
-    assert len(set(manifests)) <= 5  # of 30
+        assert 2 <= held <= 4  # what was replaced during the outage is dropped
+        threading.Timer(1.5, s3.resume).start()  # after timeouts, to be told from files that cannot be read
+        assert mirror.close(timeout_s=60).pending == []
+    assert len(manifests) <= 5  # of 30
     fresh = restore(f"{address}/run-1", tmp_path / "b", s3.endpoint)
     assert tree(fresh) == tree(run)
     assert step_of(fresh / "checkpoints/last") == 30
@@ -458,8 +468,8 @@ GOOD = "s3://training-runs/x"
     ("change", "url", "says"),
     [
         ({"AWS_ACCESS_KEY_ID": "AKIAWRONG"}, GOOD, "refused (GetObject answered InvalidAccessKeyId)"),
-        ({"AWS_SECRET_ACCESS_KEY": "wrong-secret"}, GOOD, "refused (GetObject answered SignatureDoesNotMatch)"),
-        ({"AWS_SESSION_TOKEN": "token-that-expired"}, GOOD, "refused (GetObject answered InvalidAccessKeyId)"),
+        ({"AWS_SECRET_ACCESS_KEY": "wrong-secret"}, GOOD, "(GetObject answered SignatureDoesNotMatch)"),
+        ({"AWS_SESSION_TOKEN": "token-that-expired"}, GOOD, "(GetObject answered InvalidAccessKeyId)"),
         ({"AWS_ACCESS_KEY_ID": None, "AWS_SECRET_ACCESS_KEY": None}, GOOD, "boto3 finds no credentials"),
         ({"AWS_PROFILE": "nobody"}, GOOD, "ProfileNotFound"),
         ({}, "s3://no-such-bucket/x", "there is no bucket no-such-bucket"),
@@ -534,6 +544,29 @@ def test_one_file_that_cannot_be_sent_does_not_hold_up_the_others(
     assert set(json.loads(objects["checkpoints/index.json"])["checkpoints"]) == {"last", "best"}
 
 
+def test_a_checkpoint_that_cannot_be_linked_is_reported_and_training_goes_on(
+    s3: S3Server, address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_link(*args: Any, **kwargs: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    run = tmp_path / "run-1"
+    save_checkpoint(run, step=1)
+    mirror = S3Mirror(run, address, s3.endpoint)
+    mirror.submit()
+    wait_until(lambda: mirror._done == mirror._asked)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "link", no_link)
+        save_checkpoint(run, step=2)
+        report = mirror.close(timeout_s=30)
+    assert report.pending == [("checkpoints/last", "No space left on device")]
+    fresh = restore(f"{address}/run-1", tmp_path / "b", s3.endpoint)
+    assert step_of(fresh / "checkpoints/last") == 1  # S3 keeps what it has
+    monkeypatch.setattr(os, "link", no_link)
+    with pytest.raises(UserError, match="--s3 needs hard links"):
+        S3Mirror(run, address, s3.endpoint)
+
+
 def test_an_object_that_arrives_different_is_sent_again(
     s3: S3Server, address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -558,20 +591,19 @@ def test_an_object_that_arrives_different_is_sent_again(
 # What restoring refuses
 
 
-@pytest.mark.parametrize(
-    "name", ["../x", "/etc/x", "a/../../x", "a//x", "./x", "..", "a\\..\\x", "a\0x", "checkpoints/../../x"]
-)
 def test_a_key_that_would_leave_the_folder_is_refused(
-    s3: S3Server, address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+    s3: S3Server, address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make_run(tmp_path / "run-1")
     S3Mirror(tmp_path / "run-1", address, s3.endpoint).close(timeout_s=30)
     prefix = f"{address}/run-1".removeprefix(f"s3://{s3.bucket}/")
     real = storage._list  # the test's server refuses to store such keys, others do not
-    monkeypatch.setattr(storage, "_list", lambda *args: [*real(*args), (f"{prefix}/{name}", 1)])
-    with pytest.raises(UserError, match="would leave the run's folder"):
-        restore(f"{address}/run-1", tmp_path / "b" / "run-1", s3.endpoint)
-    assert not (tmp_path / "b").exists()
+    for name in ("../x", "/etc/x", "a/../../x", "a//x", "./x", "..", "a\\..\\x", "a\0x", "checkpoints/../../x"):
+        key = f"{prefix}/{name}"
+        monkeypatch.setattr(storage, "_list", lambda *args, key=key: [*real(*args), (key, 1)])
+        with pytest.raises(UserError, match="would leave the run's folder"):
+            restore(f"{address}/run-1", tmp_path / "b" / "run-1", s3.endpoint)
+        assert not (tmp_path / "b").exists()
 
 
 @pytest.mark.parametrize(
