@@ -55,14 +55,21 @@ class Batches:
             return View(scale=self.cfg.rect_scale, ratio=(1.0, 1.0))
         return View(scale=self.cfg.crop_scale)
 
-    def eval_items(self, img_size: int, batch_size: int) -> list[BatchItem]:
+    def eval_items(self, img_size: int, batch_size: int, crop_pct: float | None = None) -> list[BatchItem]:
         """This process's share of the validation images, each exactly once over all processes."""
         size: int | np.ndarray = img_size
-        view = View(None, crop_pct=self.cfg.crop_pct)
+        view = View(None, crop_pct=crop_pct or self.cfg.crop_pct)
         if self.cfg.rect_val:
             shapes = self._buckets(img_size)[0]
             size, view = shapes[sampling.assign(self.val.sizes(), shapes)], View(None, crop_pct=1.0)
         return sampling.eval_items(len(self.val), size, batch_size, self.rank, self.world, view)
+
+    def bucket_tables(self) -> str:
+        """For each image size of the plan that has rectangular batches: shapes, shares and what cropping loses."""
+        sizes = sorted({stage.img_size for stage in self.plan.stages if stage.shape == "rect" or self.cfg.rect_val})
+        return "\n".join(
+            sampling.format_buckets(sampling.bucket_table(self.train.sizes(), self._buckets(size)[0])) for size in sizes
+        )
 
     def micro_batch(self, stage_index: int) -> int:
         return self.plan.global_batches[stage_index] // self.world // self.plan.accumulation(stage_index)

@@ -28,6 +28,10 @@ from common.sources import Source, open_source
 log = logging.getLogger(__name__)
 
 MAX_WORKERS = 16
+CGROUP_QUOTAS = (  # file of the quota, and of its period
+    ("/sys/fs/cgroup/cpu.max", None),  # v2: both in one line
+    ("/sys/fs/cgroup/cpu/cpu.cfs_quota_us", "/sys/fs/cgroup/cpu/cpu.cfs_period_us"),  # v1
+)
 
 
 def open_dataset(cfg) -> tuple[Source, Source]:
@@ -49,10 +53,7 @@ def open_dataset(cfg) -> tuple[Source, Source]:
 def available_workers() -> int:
     """Share the CPUs this process may use (affinity, cgroup quota) among the machine's training processes."""
     cpus = float(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
-    for quota_file, period_file in (
-        ("/sys/fs/cgroup/cpu.max", None),  # cgroup v2: "quota period" in one line
-        ("/sys/fs/cgroup/cpu/cpu.cfs_quota_us", "/sys/fs/cgroup/cpu/cpu.cfs_period_us"),  # v1
-    ):
+    for quota_file, period_file in CGROUP_QUOTAS:
         if Path(quota_file).exists():
             words = Path(quota_file).read_text().split()
             words += Path(period_file).read_text().split() if period_file else []
@@ -268,19 +269,20 @@ class Loader:
             UserError: an image cannot be decoded; the sentence names it.
         """
         self._streams += 1
+        this = self._streams
         self._items.items = items
-        answers = self._answers(iter(self._loader), self._streams)
+        answers = self._answers(iter(self._loader))
         batches = self._ahead(answers) if self.device.type == "cuda" else answers
         while True:
+            assert this == self._streams, "this stream ended when another one was begun"
             began = perf_counter()
             batch = next(batches, None)
             if batch is None:
                 return
             yield batch._replace(wait_s=perf_counter() - began)
 
-    def _answers(self, answers: Iterator[_Answer], stream: int) -> Iterator[Batch]:
+    def _answers(self, answers: Iterator[_Answer]) -> Iterator[Batch]:
         for answer in answers:
-            assert stream == self._streams, "this stream ended when another one was begun"
             for path, why in answer.replaced:
                 if path not in self.unreadable:
                     log.warning("%s cannot be decoded (%s); another image of its class stands in", path, why)
@@ -321,4 +323,6 @@ class Loader:
 
     def close(self) -> None:
         """End the workers."""
-        self._loader._iterator = None  # a DataLoader has no other way to let persistent workers go
+        if self._loader._iterator is not None:  # which lasts from epoch to epoch, and has no public end
+            self._loader._iterator._shutdown_workers()
+            self._loader._iterator = None

@@ -27,10 +27,11 @@ _decode_jpeg = torch.ops.image.decode_jpeg  # torchvision.io.decode_jpeg less 4 
 _resize_into = torch.ops.aten._upsample_bilinear2d_aa.out  # F.interpolate(antialias=True), into memory we own
 
 # What the decoders raise for bytes that are not the image they claim to be.
-_DECODE_ERRORS = (OSError, RuntimeError, SyntaxError, ValueError, struct.error)
+_DECODE_ERRORS = (OSError, RuntimeError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError)
 
-# The bytes may lie in a read-only memory map; the decoder only reads them.
-warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+# The bytes may lie in a read-only memory map, which the decoder only reads. torch warns of that once: now.
+with warnings.catch_warnings(action="ignore"):
+    torch.from_numpy(np.frombuffer(b"\0", np.uint8))
 
 
 class DecodeError(ValueError):

@@ -18,7 +18,7 @@ from common.batching import Batches
 from common.checkpoint import Progress, TrainState
 from common.config import TrainConfig, UserError, as_plain, differences
 from common.data import Batch, Loader, Source, open_dataset
-from common.evaluate import Score, average_buffers, evaluate, final_grid
+from common.evaluate import Score, average_buffers, evaluate
 from common.lr_finder import find_lr
 from common.model import (
     create_ema,
@@ -33,6 +33,10 @@ from common.progress import EpochMeter, closing_block, peak_memory_mb
 from common.run import Interrupted, Run, start_run
 from common.scheduling import EpochPlan, Plan, Stage, make_plan, scaled_lr
 from common.tools.sample_data import ensure_sample_data
+
+
+FINAL_SIZES = (1.0, 1.15, 1.3)  # times the training size
+FINAL_CROPS = (0.875, 1.0)
 
 
 def train(cfg: TrainConfig) -> None:
@@ -72,7 +76,7 @@ def fit(run: Run, model: nn.Module, train: Source, val: Source) -> None:
         trainer = Trainer(run, state, plan, batches, loader, num_classes=len(train.classes))
         try:
             plan = trainer.settle_lr()
-            log.info("%s", plan.table())
+            log.info("%s", "\n".join(filter(None, (plan.table(), batches.bucket_tables()))))
             if progress.epochs_done == plan.total_epochs:
                 log.info("this run is complete: %d of %d epochs", progress.epochs_done, plan.total_epochs)
                 return
@@ -83,7 +87,7 @@ def fit(run: Run, model: nn.Module, train: Source, val: Source) -> None:
                 scores = trainer.evaluate(epoch, stream)
                 trainer.record(epoch, meter, scores)
             if cfg.final_eval:
-                final_grid(run, state, loader, batches, plan.stages[-1])
+                trainer.final_grid()
         except Interrupted:
             trainer.save()
             raise
@@ -194,6 +198,8 @@ class Trainer:
             progress.peak_lr = scaled_lr(run.cfg.lr, self.plan.global_batches[0], run.cfg.lr_scaling)
         run.log.info("peak learning rate %.4g (--lr %s)", progress.peak_lr, run.cfg.lr)
         self.plan = self.batches.plan = self.plan.with_peak(progress.peak_lr)
+        if run.is_main:
+            run.write_schedule(self.plan)
         return self.plan
 
     # --- one epoch -------------------------------------------------------------------------------------------------
@@ -256,6 +262,39 @@ class Trainer:
         for _ in range(len(items), rounds):  # others have batches left, and ask all whether to stop
             run.stop_if_asked()
         return scores
+
+    def final_grid(self) -> None:
+        """Try the finished weights at larger sizes, tighter crops and flipped (FixRes, Touvron et al., 2019)."""
+        run, state, stage = self.run, self.state, self.plan.stages[-1]
+        models = {"raw": state.model} | ({"ema": state.ema.module} if state.ema is not None else {})
+        batch_size = self.batches.micro_batch(len(self.plan.stages) - 1)
+        rows = []
+        for factor, crop_pct in itertools.product(FINAL_SIZES, FINAL_CROPS):
+            size = 8 * round(stage.img_size * factor / 8) if factor != 1 else stage.img_size
+            items = self.batches.eval_items(size, batch_size, crop_pct)
+            for flip, transform in (("no", one_view), ("yes", with_flip)):
+                scores = evaluate(
+                    list(models.values()),
+                    self.loader.stream(items),
+                    len(items),
+                    len(self.batches.val),
+                    run.accelerator,
+                    self.augment,
+                    transform=transform,
+                )
+                rows += [
+                    {"weights": name, "img_size": size, "crop_pct": crop_pct, "flip": flip, "top1": s.top1, "top5": s.top5}
+                    for name, s in zip(models, scores, strict=True)
+                ]
+        best = max(rows, key=lambda row: row["top1"])
+        lines = [f"{'weights':>8}{'px':>6}{'crop':>7}{'flip':>6}{'top-1':>8}{'top-5':>8}"]
+        lines += [
+            f"{r['weights']:>8}{r['img_size']:>6}{r['crop_pct']:>7.3f}{r['flip']:>6}{r['top1']:>8.2f}{r['top5']:>8.2f}"
+            + ("  best for deployment" if r is best else "")
+            for r in rows
+        ]
+        run.log.info("final evaluation (the headline stays one view at the training size)\n%s", "\n".join(lines))
+        run.write_json("final_eval.json", {"rows": rows, "best": best})
 
     def record(self, epoch: EpochPlan, meter: EpochMeter, scores: list[Score]) -> None:
         """Write the epoch down, then save what has to be saved."""
@@ -396,6 +435,15 @@ class out_of_memory_advice:  # noqa: N801 -- reads as a statement
             ) from error
 
 
+def one_view(model: nn.Module, images_nchw: Tensor) -> Tensor:
+    return model.forward(images_nchw)
+
+
+def with_flip(model: nn.Module, images_nchw: Tensor) -> Tensor:
+    """Mean logits of an image and its mirror image."""
+    return (model.forward(images_nchw) + model.forward(images_nchw.flip(3))) / 2
+
+
 # --- setting up ----------------------------------------------------------------------------------------------------
 
 
@@ -521,7 +569,8 @@ def dry_run(cfg: TrainConfig, train: Source, val: Source) -> str:
         plan, note = plan.with_peak(scaled_lr(cfg.lr, plan.global_batches[0], cfg.lr_scaling)), "in force"
     return (
         f"{len(train):,} training and {len(val):,} validation images, {len(train.classes)} classes, {processes} processes\n"
-        f"{plan.table()}\n"
+        + "\n".join(filter(None, (plan.table(), Batches(cfg, plan, train, val, 0, processes).bucket_tables())))
+        + "\n"
         f"{plan.total_epochs} epochs, {plan.total_steps:,} optimizer steps, {plan.images_to_see:,} images to be seen; "
         f"learning rates are {note}"
     )

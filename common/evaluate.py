@@ -81,6 +81,3 @@ def evaluate(
         scores.append(Score(loss / count, 100 * top1 / count, 100 * top5 / count, int(count)))
     return scores
 
-
-def final_grid(run, state, loader, batches, stage) -> None:
-    """Placeholder until written."""

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common.checkpoint import TrainState, rng_state, set_rng_state
+from common.errors import UserError
+from common.plots import DIVERGED
 
-DIVERGED = 4.0  # times the best smoothed loss
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,8 @@ def suggest(lrs: list[float], smoothed: list[float]) -> float:
 
     At that rate itself the loss is about to rise; the smoothed curve also lags behind the raw one by some steps.
     """
+    if not math.isfinite(smoothed[0]):
+        raise UserError("the LR finder's first loss is not finite; check the data, or give --lr a number")
     lowest = min(range(len(smoothed)), key=smoothed.__getitem__)
     return lrs[lowest] / 3
 

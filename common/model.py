@@ -24,6 +24,18 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+# What torch.load may stumble over in a file of something else, taking its bytes for instructions.
+LOAD_ERRORS = (
+    AttributeError,
+    EOFError,
+    LookupError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    UnpicklingError,
+    ValueError,
+)
+
 
 # ---------------------------------------------------------------------------------------------- ResNet
 
@@ -120,18 +132,6 @@ class ResNet(nn.Module):
         """Depth of each parameter in timm's terms: the stem, every block, the head."""
         return {"stem": r"^(?:conv1|bn1)", "blocks": r"^layer(\d+)" if coarse else r"^layer(\d+)\.(\d+)"}
 
-
-# What torch.load may stumble over in a file of something else, taking its bytes for instructions.
-LOAD_ERRORS = (
-    AttributeError,
-    EOFError,
-    LookupError,
-    OSError,
-    RuntimeError,
-    TypeError,
-    UnpicklingError,
-    ValueError,
-)
 
 RESNETS = {
     "resnet18": (BasicBlock, (2, 2, 2, 2)),

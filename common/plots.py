@@ -58,7 +58,7 @@ ACCURACY = Panel(
         Curve("train_top1", "train top-1 (augmented)", BLUE, "--"),
         Curve("val_top5", "val top-5", SKY, ":"),
         Curve("val_top1", "val top-1", VERMILION, "-"),
-        Curve("ema_top1", "val top-1, EMA weights", GREEN, "-."),
+        Curve("ema_top1", "val top-1, EMA", GREEN, "-."),
     ),
     ("val_top1", "ema_top1"),
     1,
@@ -224,7 +224,7 @@ def _draw_panel(axes: "Axes", panel: Panel, log: Table, x: np.ndarray) -> None:
         y = log.get(curve.column, np.empty(0))
         finite = np.isfinite(y)
         if finite.any():
-            missing = "" if finite.all() else f", {finite.sum()} of {len(y)} epochs"
+            missing = "" if finite.all() else f", {finite.sum()}/{len(y)} epochs"
             axes.plot(
                 x[finite],
                 y[finite],

@@ -23,6 +23,7 @@ from accelerate.utils import DDPCommunicationHookType, DistributedDataParallelKw
 from common import checkpoint
 from common.config import TrainConfig, UserError, as_plain, differences
 from common.plots import write_plots
+from common.scheduling import Plan
 
 EXIT_INTERRUPTED = 75  # EX_TEMPFAIL: stopped by a signal with everything saved; run the same command again
 CSV_COLUMNS = (
@@ -127,6 +128,15 @@ class Run:
             csv.DictWriter(file, CSV_COLUMNS).writerow(rounded)
         write_plots(self.folder)
         self.accelerator.log({**row, "optimizer_step": step})
+
+    def write_schedule(self, plan: Plan) -> None:
+        """The whole run's learning rate and momentum by step, which the plots draw before they are reached."""
+        with open(self.folder / "schedule.csv", "w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(("step", "epoch", "lr", "momentum"))
+            for epoch in plan.epochs():
+                for step in range(epoch.first_step, epoch.first_step + epoch.steps):
+                    writer.writerow((step, epoch.index + 1, f"{plan.lr(step):.6g}", f"{plan.momentum(step):.6g}"))
 
     def write_json(self, name: str, content: dict[str, Any]) -> None:
         if self.is_main:

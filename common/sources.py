@@ -27,6 +27,10 @@ VAL_NAMES = ("val", "validation", "valid", "test")  # the first that is there
 HEAD_BYTES = 16 << 10  # enough for most headers; the whole file is read where it is not
 
 
+class MissingSplit(UserError):
+    """The dataset is there, but not the split that was asked for."""
+
+
 class Source(Protocol):
     """A labelled set of encoded images."""
 
@@ -72,13 +76,12 @@ class FolderSource:
     def __init__(self, folder: Path):
         self.folder = folder.resolve()
         self._root = os.fsencode(self.folder) + b"/"
-        name = hashlib.sha256(self._root).hexdigest()[:16]
-        self._cached = cache_folder() / "manifests" / f"{name}.arrow"
-        manifest = _load_manifest(self._cached, self._root)
+        cached = _manifest_path(self._root)
+        manifest = _load_manifest(cached, self._root)
         if manifest is None:
             log.info("listing the images of %s", self.folder)
-            _write_arrow(self._cached, _scan(self._root))
-            manifest = _load_manifest(self._cached, self._root)
+            _write_arrow(cached, _scan(self._root))
+            manifest = _load_manifest(cached, self._root)
             assert manifest is not None
         self.classes, self.fingerprint, self._offsets, self._paths, self.labels = manifest
 
@@ -101,6 +104,10 @@ class FolderSource:
 
     def sizes(self) -> np.ndarray:
         return _cached_sizes(self, self._read_head)
+
+
+def _manifest_path(root: bytes) -> Path:
+    return cache_folder() / "manifests" / f"{hashlib.sha256(root).hexdigest()[:16]}.arrow"
 
 
 def _scan(root: bytes) -> pa.Table:
@@ -365,7 +372,8 @@ def open_source(data_dir: str, split: str) -> Source:
         split: "train" or "val", which stands for the first of val, validation, valid and test that is there.
 
     Raises:
-        UserError: there is nothing there, or not what is needed.
+        MissingSplit: there are other splits, or maybe another layout.
+        UserError: there is nothing, or not what is needed.
     """
     folder = Path(data_dir).expanduser()
     names = ("train",) if split == "train" else VAL_NAMES
@@ -384,7 +392,7 @@ def open_source(data_dir: str, split: str) -> Source:
     for name in names:
         if (folder / name).is_dir():
             return FolderSource(folder / name)
-    raise UserError(
+    raise MissingSplit(
         f"--data_dir {data_dir} has no {' or '.join(names)} folder, no data/*.arrow and no Parquet files; "
         "`python -m common.tools.split` makes train/ and val/ of one folder of class folders"
     )
@@ -397,7 +405,7 @@ def _open_shards(data_dir: str, shards: list[Path], names: tuple[str, ...]) -> A
         if chosen:
             break
     else:
-        raise UserError(f"--data_dir {data_dir} has no data/{names[0]}-*.arrow")
+        raise MissingSplit(f"--data_dir {data_dir} has no data/{names[0]}-*.arrow")
     tables = {}
     for shard in chosen:
         try:
@@ -415,7 +423,7 @@ def _open_datasets(data_dir: str, names: tuple[str, ...]) -> ArrowSource:
         found = datasets.get_dataset_split_names(data_dir)
         name = next((name for name in names if name in found), None)
         if name is None:
-            raise UserError(f"--data_dir {data_dir} has the splits {found} but no {names[0]}")
+            raise MissingSplit(f"--data_dir {data_dir} has the splits {found} but no {names[0]}")
         dataset = datasets.load_dataset(data_dir, split=name)
     except (ConnectionError, datasets.exceptions.DatasetNotFoundError) as error:
         raise UserError(

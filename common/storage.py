@@ -4,12 +4,15 @@ The remote layout, under `s3://bucket/prefix/<run>/`:
 
     config.yaml, training_log.csv, plots/...  every file under its own path
     checkpoints/<id>/*                        one checkpoint; id: 16 hex digits of its manifest.json's SHA-256
-    checkpoints/index.json                    {"layout": 1, "checkpoints": {"last": id, "previous": id, ...}}
+    checkpoints/index-<number>.json           {"layout": 1, "checkpoints": {"last": id, "previous": id, ...}}
 
 S3 replaces an object as a whole but knows no transactions, so the order of writing keeps a run restorable
 wherever the machine dies: first the plain files (a CSV is never older than the checkpoint it belongs to),
 then a checkpoint's files, its manifest, the index, and only then are checkpoints deleted that the index no
-longer names. Names live in the index alone, so renaming `last` to `previous` sends a few bytes.
+longer names. Names live in the index alone, so renaming `last` to `previous` sends a few bytes. The index with
+the highest number counts: a request that timed out may still be carried out, after those that followed it, and
+must not bring an old index back. For the same reason plain files are compared with S3's listing from time to
+time.
 
 What the mirror asks of the modules that write into the folder: a file is either replaced by a rename (from a
 `*.tmp` name) or appended to in whole lines; a checkpoint is a flat folder that gets its name when complete.
@@ -30,7 +33,7 @@ import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 from common.errors import UserError
 
@@ -42,7 +45,7 @@ FIRST_RETRY_S, LONGEST_RETRY_S, CLOSING_RETRY_S = 1.0, 60.0, 5.0
 RESTORE_ATTEMPTS = 6
 
 _SPOOL = ".s3-spool"
-_INDEX = "checkpoints/index.json"
+_INDEX = re.compile(r"checkpoints/index-(\d{8})\.json")
 _LAYOUT = 1
 _ID = re.compile(r"[0-9a-f]{16}")
 
@@ -63,6 +66,14 @@ class Report:
         rest = ", ".join(f"{name} ({why})" for name, why in self.pending[:10])
         more = f" and {len(self.pending) - 10} more" if len(self.pending) > 10 else ""
         return f"{done}; {len(self.pending)} NOT uploaded, only on this machine: {rest}{more}."
+
+
+class Stored(NamedTuple):
+    """An object on S3; `etag` changes with its content."""
+
+    key: str
+    bytes: int
+    etag: str
 
 
 class UploadError(Exception):
@@ -98,8 +109,10 @@ class S3Mirror:
         self._closing = self._stopped = self._ended = False
 
         self._index: dict[str, str] | None = None  # the remote index; None until S3 has answered
-        self._tidied_for: dict[str, str] | None = None  # the wanted ones when leftovers were last deleted
+        self._index_number = 0
+        self._tidied_for: dict[str, str] | None = None  # what was wanted when _tidy last looked
         self._sent: dict[str, tuple[int, int, int]] = {}  # plain file -> the version that S3 has, see _scan
+        self._etags: dict[str, str] = {}  # and what S3 calls it
         self._reasons: dict[str, str] = {}  # name -> why its last upload failed
         self._refused: str | None = None  # the last of those that S3 is to blame for
         self._trouble: str | None = None  # why the last pass was not complete
@@ -296,17 +309,18 @@ class S3Mirror:
         if self._index is None:
             self._attach()
         for name, version in self._scan().items():
-            if self._sent.get(name) != version and self._send(name, self.run_dir / name, name):
-                self._sent[name] = version
+            if self._sent.get(name) != version and (stored := self._send(name, self.run_dir / name, name)):
+                self._sent[name], self._etags[name] = version, stored.etag
                 self._uploaded[name] = None
         for name in sorted(wanted, key=lambda name: name != "last"):  # what a resume needs comes first
             checkpoint = wanted[name]
             if self._index.get(name) != checkpoint and self._send_checkpoint(name, checkpoint):
                 self._write_index({**self._index, name: checkpoint})
                 self._uploaded[f"checkpoints/{name}"] = None
-        if wanted and wanted != self._tidied_for and self._complete.issuperset(wanted.values()):
+        if wanted and self._complete.issuperset(wanted.values()):
             self._write_index(wanted)  # without the names that are gone
-            self._delete_unnamed()
+        if wanted != self._tidied_for or self._closing:
+            self._tidy()
             self._tidied_for = wanted
         return self._refused
 
@@ -323,41 +337,43 @@ class S3Mirror:
             self._complete.add(checkpoint)
         return True
 
-    def _send(self, name: str, path: Path, relative_key: str) -> bool:
-        """Upload one file; False if it is unreadable or S3 refuses it alone, which spares the others."""
+    def _send(self, name: str, path: Path, relative_key: str) -> Stored | None:
+        """Upload one file; None if it is unreadable or S3 refuses it alone, which spares the others."""
         from botocore.exceptions import BotoCoreError, ClientError
 
         if self._stopped:
-            return False
+            return None
         if not _is_safe(relative_key):
             self._reasons[name] = "restoring refuses such a name"
-            return False
+            return None
         key = f"{self._prefix}/{relative_key}"
         try:
-            self._bytes += upload_file_to_s3(self._client, path, self._bucket, key)
+            stored = upload_file_to_s3(self._client, path, self._bucket, key)
         except FileNotFoundError:
-            return False  # deleted since the scan
+            return None  # deleted since the scan
         except BotoCoreError:  # before OSError, which some of botocore's timeouts are as well
             raise
         except OSError as error:
             self._reasons[name] = str(error.strerror)
-            return False
+            return None
         except (ClientError, UploadError) as error:
             if _is_transient(error):
                 raise
             self._reasons[name] = _reason(error)
             self._refused = f"{name}: {_reason(error)}"
-            return False
-        return True
+            return None
+        self._bytes += stored.bytes
+        return stored
 
     def _attach(self) -> None:
         """Read the remote index, or write an empty one, which also shows that we may write."""
-        index = _read_index(self._client, self._bucket, self._prefix)
+        number, index = _read_index(self._client, self._bucket, self._prefix) or (0, None)
         if index and self._starts_afresh:
             raise UserError(
                 f"--s3 {self.url} already holds checkpoints and {self.run_dir} had none, so pass"
                 f" --resume {self.url} to go on from them, or another --run_name"
             )
+        self._index_number = number
         if index is None:
             self._write_index({})
         else:
@@ -366,33 +382,43 @@ class S3Mirror:
 
     def _write_index(self, index: dict[str, str]) -> None:
         if index != self._index:
-            key = f"{self._prefix}/{_INDEX}"
+            self._index_number += 1  # also if the attempt before failed, as far as we know
+            key = f"{self._prefix}/checkpoints/index-{self._index_number:08}.json"
             body = json.dumps({"layout": _LAYOUT, "checkpoints": index}, indent=1, sort_keys=True).encode()
             self._client.put_object(Bucket=self._bucket, Key=key, Body=body, ChecksumAlgorithm="SHA256")
             self._index = index
 
-    def _delete_unnamed(self) -> None:
-        """Delete remote checkpoints without a name: replaced ones and what a dead machine left half sent."""
+    def _tidy(self) -> None:
+        """Look at what S3 holds: delete what no name leads to, and have a plain file sent again if it differs.
+
+        Nameless are the checkpoints and indices that were replaced, and what a dead machine left half sent.
+        """
         from botocore.exceptions import ClientError
 
         with self._lock:
-            keep = {*self._index.values(), *self._wanted.values()}
+            keep = {*self._index.values(), *self._wanted.values(), *self._sending.values()}
             self._complete &= keep
-        folder = f"{self._prefix}/checkpoints/"
+        stored = {item.key.removeprefix(f"{self._prefix}/"): item for item in _list(self._client, self._bucket, f"{self._prefix}/")}
+        for name, etag in list(self._etags.items()):
+            if name not in stored or stored[name].etag != etag:
+                del self._sent[name], self._etags[name]
+                self._refused = f"{name}: S3 holds another version"
+        nameless = []
+        for name in stored:
+            index, checkpoint = _INDEX.fullmatch(name), re.match(r"checkpoints/([0-9a-f]{16})/", name)
+            if (index and int(index[1]) < self._index_number) or (checkpoint and checkpoint[1] not in keep):
+                nameless.append(name)
         try:
-            keys = [key for key, _size in _list(self._client, self._bucket, folder)]
-            for key in sorted(keys, key=lambda key: not key.endswith("/manifest.json")):  # went last, goes first
-                checkpoint = key.removeprefix(folder).split("/")[0]
-                if _ID.fullmatch(checkpoint) and checkpoint not in keep:
-                    self._client.delete_object(Bucket=self._bucket, Key=key)
+            for name in sorted(nameless, key=lambda name: not name.endswith("/manifest.json")):  # sent last, goes first
+                self._client.delete_object(Bucket=self._bucket, Key=stored[name].key)
         except ClientError as error:
             if _is_transient(error):
                 raise
             log.warning("S3: old checkpoints stay in %s (%s)", self.url, _reason(error))
 
 
-def upload_file_to_s3(client: Any, path: Path, bucket: str, key: str) -> int:
-    """Upload a file, compare what S3 then holds, and return the file's size in bytes.
+def upload_file_to_s3(client: Any, path: Path, bucket: str, key: str) -> Stored:
+    """Upload a file and compare what S3 then holds.
 
     The file may grow meanwhile: the object is the file as it was when the call began. Its SHA-256 travels in
     the object's metadata (`sha256`), which `restore` checks.
@@ -428,7 +454,7 @@ def upload_file_to_s3(client: Any, path: Path, bucket: str, key: str) -> int:
         checksum = f"{base64.b64encode(hashlib.sha256(b''.join(parts)).digest()).decode()}-{len(parts)}"
     if head.get("ChecksumSHA256", checksum) != checksum:  # some compatible servers do not report it
         raise UploadError("the checksum differs after uploading")
-    return size
+    return Stored(key, size, head["ETag"])
 
 
 def restore(url: str, run_dir: Path, endpoint: str | None = None) -> Path:
@@ -449,9 +475,10 @@ def restore(url: str, run_dir: Path, endpoint: str | None = None) -> Path:
     partial = run_dir.with_name(f"{run_dir.name}.restore.tmp")
     client = _client(endpoint, "--resume", attempts=RESTORE_ATTEMPTS)
     try:
-        index = _read_index(client, bucket, prefix)
-        if index is None:
+        found = _read_index(client, bucket, prefix)
+        if found is None:
             raise UserError(f"--resume {url}: there is no run at this address")
+        _number, index = found
         files = list(_plan_restore(_list(client, bucket, f"{prefix}/"), prefix, index))
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
@@ -473,12 +500,12 @@ def restore(url: str, run_dir: Path, endpoint: str | None = None) -> Path:
 
 
 def _plan_restore(
-    objects: Iterable[tuple[str, int]], prefix: str, index: dict[str, str]
+    objects: Iterable[Stored], prefix: str, index: dict[str, str]
 ) -> Iterator[tuple[str, str, int]]:
     """What to download: (key, path in the run's folder, size). A key that would leave it is a UserError."""
-    for key, size in objects:
+    for key, size, _etag in objects:
         name = key.removeprefix(f"{prefix}/")
-        if name == _INDEX or (name.endswith("/") and size == 0):  # the latter is how consoles mark a folder
+        if _INDEX.fullmatch(name) or (name.endswith("/") and size == 0):  # the latter is how consoles mark a folder
             continue
         if not _is_safe(name):
             raise UserError(f"--resume: the key {key!r} would leave the run's folder")
@@ -568,12 +595,17 @@ def _parse_url(url: str, flag: str) -> tuple[str, str]:
     return match[1], match[2] or ""
 
 
-def _read_index(client: Any, bucket: str, prefix: str) -> dict[str, str] | None:
-    """Checkpoint name -> id, None if no run was mirrored there; UserError for an index that is not ours."""
-    try:
-        body = client.get_object(Bucket=bucket, Key=f"{prefix}/{_INDEX}")["Body"].read(1 << 20)
-    except client.exceptions.NoSuchKey:
+def _read_index(client: Any, bucket: str, prefix: str) -> tuple[int, dict[str, str]] | None:
+    """The index that counts: its number, checkpoint name -> id; None if no run was mirrored there.
+
+    Raises UserError for an index that is not ours.
+    """
+    keys = [item.key for item in _list(client, bucket, f"{prefix}/checkpoints/index-")]
+    matches = [match for key in keys if (match := _INDEX.fullmatch(key.removeprefix(f"{prefix}/")))]
+    if not matches:
         return None
+    newest = max(matches, key=lambda match: int(match[1]))
+    body = client.get_object(Bucket=bucket, Key=f"{prefix}/{newest[0]}")["Body"].read(1 << 20)
     try:
         content = json.loads(body)
         index = content["checkpoints"]
@@ -582,14 +614,14 @@ def _read_index(client: Any, bucket: str, prefix: str) -> dict[str, str] | None:
     except (ValueError, KeyError, TypeError, AttributeError):
         is_ours = False
     if not is_ours:
-        raise UserError(f"s3://{bucket}/{prefix}/{_INDEX} is not an index that this version can read")
-    return index
+        raise UserError(f"s3://{bucket}/{prefix}/{newest[0]} is not an index that this version can read")
+    return int(newest[1]), index
 
 
-def _list(client: Any, bucket: str, prefix: str) -> Iterator[tuple[str, int]]:
+def _list(client: Any, bucket: str, prefix: str) -> Iterator[Stored]:
     for page in client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix):
         for item in page.get("Contents", []):
-            yield item["Key"], item["Size"]
+            yield Stored(item["Key"], item["Size"], item["ETag"])
 
 
 def _is_safe(name: str) -> bool:

@@ -1,6 +1,7 @@
 """Fixtures that more than one test file needs: a real S3 server on this machine."""
 
 import contextlib
+import functools
 import json
 import os
 import shutil
@@ -104,6 +105,7 @@ class S3Server:
         for part, port in zip(("master", "volume", "filer", "s3"), self._ports[1::2], strict=True):
             Path(f"/tmp/seaweedfs-{part}-grpc-{port}.sock").unlink(missing_ok=True)
 
+    @functools.cached_property
     def client(self) -> Any:
         import boto3
         from botocore.config import Config
@@ -126,11 +128,10 @@ class S3Server:
             assert self._process.poll() is None, (self._folder / "log").read_text()[-2000:]
             with contextlib.suppress(BotoCoreError, ClientError, urllib.error.URLError):
                 urllib.request.build_opener(urllib.request.ProxyHandler({})).open(f"{self.endpoint}/healthz")
-                client = self.client()
-                if BUCKET not in [bucket["Name"] for bucket in client.list_buckets()["Buckets"]]:
-                    client.create_bucket(Bucket=BUCKET)
-                client.put_object(Bucket=BUCKET, Key="ready", Body=b"?")
-                client.get_object(Bucket=BUCKET, Key="ready")["Body"].read()
+                if BUCKET not in [bucket["Name"] for bucket in self.client.list_buckets()["Buckets"]]:
+                    self.client.create_bucket(Bucket=BUCKET)
+                self.client.put_object(Bucket=BUCKET, Key="ready", Body=b"?")
+                self.client.get_object(Bucket=BUCKET, Key="ready")["Body"].read()
                 return
             time.sleep(0.1)
         raise AssertionError("the S3 server does not answer: " + (self._folder / "log").read_text()[-2000:])

@@ -1,5 +1,6 @@
 """Decoding is faithful to Pillow, crops are torchvision's, and no bytes get past it undescribed."""
 
+import functools
 import io
 
 import numpy as np
@@ -16,13 +17,13 @@ from common.sampling import BatchItem, View
 RANDOM, CENTRED = View((0.08, 1.0)), View(None)
 
 
+@functools.cache
 def photograph(width: int = 500, height: int = 375) -> Image.Image:
     """Smooth colours, edges and a little noise, as a photograph has them."""
     rng = np.random.default_rng(width * height)
     y, x = np.mgrid[:height, :width] / 60.0
-    channels = [
-        128 + 60 * np.sin(x + k) + 50 * np.cos(y * (k + 1)) + 25 * (np.sin(9 * x * y) > 0) for k in range(3)
-    ]
+    edges = 25 * (np.sin(9 * x * y) > 0)
+    channels = [128 + 60 * np.sin(x + k) + 50 * np.cos(y * (k + 1)) + edges for k in range(3)]
     pixels = np.stack(channels, 2) + rng.normal(0, 4, (height, width, 3))
     return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
 
@@ -62,7 +63,7 @@ ENCODED = {
     "png grey alpha": lambda: encode(photograph().convert("LA"), "PNG"),
     "png palette": lambda: encode(photograph().quantize(64), "PNG"),
     "png transparent palette": transparent_palette,
-    "png one bit": lambda: encode(photograph().convert("1"), "PNG"),
+    "png one bit": lambda: encode(photograph().convert("1", dither=Image.Dither.NONE), "PNG"),
     "png 16 bit": lambda: encode(sixteen_bits(), "PNG"),
     "png exif": lambda: encode(photograph(), "PNG", exif=exif(6)),
     "webp": lambda: encode(photograph(), "WEBP"),
@@ -124,12 +125,6 @@ def test_long_exif_block_before_the_frame_header():
         read_header(encoded[: 16 << 10])  # what makes a header scan read the whole file
 
 
-def damaged(change) -> np.ndarray:
-    data = bytearray(encode(photograph(), "JPEG").tobytes())
-    change(data)
-    return np.frombuffer(bytes(data), np.uint8)
-
-
 FAULTS = {
     "empty": (np.empty(0, np.uint8), "empty"),
     "text": (np.frombuffer(b"<html>Not found</html>", np.uint8), "not an image"),
@@ -138,9 +133,7 @@ FAULTS = {
     "pixels cut short": (encode(photograph(), "JPEG")[:8000], "truncated"),
     "PNG cut short": (encode(photograph(), "PNG")[:8000], "truncated"),
     "text after the start marker": (np.frombuffer(b"\xff\xd8" + b"text " * 50, np.uint8), "frame header"),
-    "no pixels": (damaged(lambda data: data[data.index(b"\xff\xc0") + 5 :][:4] or None), None),
 }
-del FAULTS["no pixels"]
 
 
 @pytest.mark.parametrize("fault", FAULTS)
@@ -158,9 +151,8 @@ def test_a_decompression_bomb_is_refused_before_it_is_decoded():
     encoded[frame + 5 : frame + 9] = b"\xff\xff\xff\xff"
     with pytest.raises(DecodeError, match=str(MAX_PIXELS)):
         read_header(np.frombuffer(bytes(encoded), np.uint8))
-    frame_of_png = encode(Image.new("1", (20_000, 10_000)), "PNG")
-    with pytest.raises(DecodeError, match="178956970"):
-        read_header(frame_of_png)
+    with pytest.raises(DecodeError, match=str(MAX_PIXELS)):
+        read_header(encode(Image.new("1", (20_000, 10_000)), "PNG"))
 
 
 def boxes_one_by_one(sizes, height, width, view, draws):
@@ -210,7 +202,7 @@ def test_centred_box_is_resize_256_then_crop_224():
 def test_areas_are_uniform_and_positions_reach_both_ends():
     draws = uniforms(0, 0, np.arange(4000), CROP, 40)
     top, left, height, width = crop_boxes(np.full((4000, 2), 1000), 10, 10, RANDOM, draws).T
-    # Boxes of more than three quarters of the image sometimes stick out and are drawn again, so look below that.
+    # Boxes of more than three quarters of the image may stick out and be drawn again, so look below that.
     shares, _ = np.histogram(height * width / 1e6, [0.08, 0.24, 0.40, 0.56, 0.72])
     assert shares.min() > 0.85 * shares.max()
     assert 0.45 < np.median(left / np.maximum(1000 - width, 1)) < 0.55

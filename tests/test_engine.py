@@ -180,7 +180,7 @@ def test_finetuning_trains_the_head_alone_first(data, tmp_path, monkeypatch):
     )
     moved = {name for name in start if not torch.equal(start[name], after_head[name])}
     assert moved == {name for name in start if name.startswith("fc.")}
-    assert not torch.equal(end["conv1.weight"], start["conv1.weight"])
+    assert not torch.equal(end["conv1.0.weight"], start["conv1.0.weight"])
 
 
 def test_frozen_layers_stay_bit_for_bit(data, tmp_path):

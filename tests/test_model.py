@@ -12,6 +12,7 @@ from torch import nn
 
 from common.config import UserError
 from common.model import (
+    BasicBlock,
     ResNet,
     classifier_prefix,
     create_ema,
@@ -24,7 +25,7 @@ from common.model import (
     train_mode,
 )
 
-IMAGES = torch.randn(4, 3, 48, 64, generator=torch.Generator().manual_seed(0))
+IMAGES = torch.randn(4, 3, 32, 48, generator=torch.Generator().manual_seed(0))
 LABELS = torch.tensor([0, 1, 2, 3])
 EARLY = ("conv1", "bn1", "layer1", "layer2")
 
@@ -41,6 +42,10 @@ def config(**changes):
         }
         | changes
     )
+
+
+def small():
+    return ResNet(BasicBlock, (1, 1, 1, 1), 5)
 
 
 def randomise(model):
@@ -299,14 +304,14 @@ def test_prefixes_end_where_names_end():
 
 @pytest.mark.parametrize("frozen", [["layer9"], ["conv1", "layer"], ["backbone", "fc"], ["relu"]])
 def test_useless_freezing_is_refused(frozen):
-    model = create_model("resnet18", 5)
+    model = small()
     with pytest.raises(UserError, match="frozen: "):
         set_trainable_layers(model, frozen)
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
 def test_frozen_layers_keep_weights_and_statistics():
-    model = create_model("resnet18", 5)
+    model = small()
     optimizer = create_optimizer(config(), model)
     step(model.train(), optimizer)  # leaves momentum and gradients behind
     set_trainable_layers(model, EARLY)
@@ -323,7 +328,7 @@ def test_frozen_layers_keep_weights_and_statistics():
 
 
 def test_backward_stops_at_the_frozen_layers():
-    model = create_model("resnet18", 5)
+    model = small()
     set_trainable_layers(model, EARLY)
     train_mode(model, EARLY)
     tracked = {}
@@ -381,7 +386,7 @@ def test_layer_decay_lowers_rates_towards_the_stem():
 
 
 def test_sgd_steps_like_plain_sgd_also_after_thawing():
-    ours = create_model("resnet18", 5).to(memory_format=torch.channels_last)
+    ours = small().to(memory_format=torch.channels_last)
     plain = copy.deepcopy(ours)
     mine = create_optimizer(config(decay_norm_and_bias=True), ours)
     theirs = torch.optim.SGD(
@@ -397,7 +402,7 @@ def test_sgd_steps_like_plain_sgd_also_after_thawing():
 
 
 def test_sgd_goes_on_from_a_state_in_another_memory_layout():
-    first = create_model("resnet18", 5)
+    first = small()
     saved = create_optimizer(config(), first)
     step(first, saved)
     results = []
@@ -429,7 +434,7 @@ def test_optimizers_by_name():
 
 
 def test_ema_follows_weights_and_statistics():
-    model = create_model("resnet18", 5)
+    model = small()
     model.compile(backend="eager")
     ema = create_ema(model, decay=0.99)
     optimizer = create_optimizer(config(), model)
@@ -453,15 +458,13 @@ def test_ema_follows_weights_and_statistics():
 
 
 def test_compiling_in_place_keeps_the_names():
-    model = create_model("resnet18", 5).eval()
+    model = small().eval()
     names, eager = list(model.state_dict()), model(IMAGES)
     model.compile(backend="eager")
     assert list(model.state_dict()) == names
-    assert [name for name, _ in model.named_parameters()] == [
-        n for n, _ in create_model("resnet18", 5).named_parameters()
-    ]
+    assert [name for name, _ in model.named_parameters()] == [n for n, _ in small().named_parameters()]
     torch.testing.assert_close(model(IMAGES), eager)
-    other = create_model("resnet18", 5).eval()
+    other = small().eval()
     other.load_state_dict(model.state_dict())
     torch.testing.assert_close(other(IMAGES), eager)
 

@@ -127,7 +127,7 @@ def test_ema_has_a_curve_only_where_it_has_values_and_may_be_the_best(tmp_path: 
     assert not [label for label in drawn["accuracy_live.png"]["legend"] if "EMA" in label]
     plots.write_plots(make_run(tmp_path / "ema", [10, 20, 30], ema_top1=["", 25, 35.5]))
     legend = drawn["accuracy_live.png"]["legend"]
-    assert "val top-1, EMA weights, 2 of 3 epochs" in legend
+    assert "val top-1, EMA, 2/3 epochs" in legend
     assert "best 35.50 % (epoch 3)" in legend
 
 
@@ -175,7 +175,7 @@ def test_nan_and_infinity_are_left_out_and_counted(tmp_path: Path, drawn: dict) 
     losses = ["nan", 2.0, "inf"]
     plots.write_plots(make_run(tmp_path / "run", [10, 20, 30], train_loss=losses, val_loss=["nan"] * 3))
     (label,) = drawn["loss_live.png"]["legend"]
-    assert label == "train (augmented), 1 of 3 epochs"
+    assert label == "train (augmented), 1/3 epochs"
     np.testing.assert_allclose(drawn["loss_live.png"]["curves"][label], [(2, 2.0)])
 
 

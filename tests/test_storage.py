@@ -20,7 +20,7 @@ import pytest
 
 from common import storage
 from common.errors import UserError
-from common.storage import S3Mirror, restore
+from common.storage import S3Mirror, Stored, restore
 from tests.conftest import S3Server
 
 OUTAGE_S = float(os.environ.get("S3_OUTAGE_S", "3"))  # plus 3 s for the restart; try S3_OUTAGE_S=30, too
@@ -125,16 +125,24 @@ def tree(folder: Path) -> dict[str, bytes]:
 def remote(s3: S3Server, url: str) -> dict[str, bytes]:
     """Name -> content of every object of a run, each checked against the SHA-256 in its metadata."""
     bucket, prefix = url.removeprefix("s3://").split("/", 1)
-    client, found = s3.client(), {}
+    client, found = s3.client, {}
     for page in client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=f"{prefix}/"):
         for item in page.get("Contents", []):
             answer = client.get_object(Bucket=bucket, Key=item["Key"])
             content, name = answer["Body"].read(), item["Key"].removeprefix(f"{prefix}/")
             assert len(content) == item["Size"]
-            if name != "checkpoints/index.json":
+            if not is_index(name):
                 assert answer["Metadata"]["sha256"] == hashlib.sha256(content).hexdigest(), name
             found[name] = content
     return found
+
+
+def is_index(name: str) -> bool:
+    return name.startswith("checkpoints/index-")
+
+
+def index_of(objects: dict[str, bytes]) -> dict[str, str]:
+    return json.loads(objects[max(filter(is_index, objects))])["checkpoints"]
 
 
 def is_plain(name: str) -> bool:
@@ -164,7 +172,7 @@ def test_everything_arrives_and_comes_back_byte_identical(s3: S3Server, address:
     assert "nothing is left" in str(report)
     assert not (run / ".s3-spool").exists()
     objects = remote(s3, f"{address}/run-1")
-    index = json.loads(objects["checkpoints/index.json"])["checkpoints"]
+    index = index_of(objects)
     assert index["best"] == index["previous"] != index["last"]  # one copy serves both names
     local = tree(run)
     assert report.bytes >= sum(len(content) for name, content in local.items() if "previous" not in name)
@@ -203,7 +211,7 @@ def test_a_large_file_goes_up_in_parts(
     objects = remote(s3, f"{address}/run-1")
     assert {name: objects[name] for name in sizes} == tree(run)
     key = f"{address}/run-1/three_parts".removeprefix(f"s3://{s3.bucket}/")
-    assert s3.client().head_object(Bucket=s3.bucket, Key=key)["ETag"].endswith('-3"')
+    assert s3.client.head_object(Bucket=s3.bucket, Key=key)["ETag"].endswith('-3"')
 
 
 def test_replaced_checkpoints_are_deleted_from_s3(s3: S3Server, address: str, tmp_path: Path) -> None:
@@ -436,6 +444,31 @@ def test_submit_never_waits_and_only_the_newest_goes_up(
     assert step_of(fresh / "checkpoints/last") == 30
 
 
+def test_requests_that_are_carried_out_late_do_no_harm(
+    s3: S3Server, address: str, tmp_path: Path, intercept: Callable[[Handler], None]
+) -> None:
+    run = tmp_path / "run-1"
+    prefix = f"{address}/run-1".removeprefix(f"s3://{s3.bucket}/")
+    late = {  # what timed out an hour ago
+        "training_log.csv": b"old",
+        "checkpoints/index-00000001.json": b'{"layout": 1, "checkpoints": {"last": "0000000000000000"}}',
+        "checkpoints/0000000000000000/manifest.json": b"{}",
+    }
+
+    def carry_out(operation: str, request: dict[str, Any]) -> None:
+        while operation == "ListObjectsV2" and "index-" not in request["url"] and late:
+            name, body = late.popitem()
+            s3.client.put_object(Bucket=s3.bucket, Key=f"{prefix}/{name}", Body=body)
+
+    mirror = S3Mirror(run, address, s3.endpoint)
+    intercept(carry_out)
+    S3Mirror(run, address, s3.endpoint)
+    save_checkpoint(run, step=1)
+    assert mirror.close(timeout_s=30).pending == []
+    assert len(remote(s3, f"{address}/run-1")) == 1 + FILES + 1
+    assert tree(restore(f"{address}/run-1", tmp_path / "b", s3.endpoint)) == tree(run)
+
+
 def test_a_process_that_forgets_to_close_still_exits(s3: S3Server, address: str, tmp_path: Path) -> None:
     code = """
 import pathlib, sys, time
@@ -467,9 +500,9 @@ GOOD = "s3://training-runs/x"
 @pytest.mark.parametrize(
     ("change", "url", "says"),
     [
-        ({"AWS_ACCESS_KEY_ID": "AKIAWRONG"}, GOOD, "refused (GetObject answered InvalidAccessKeyId)"),
-        ({"AWS_SECRET_ACCESS_KEY": "wrong-secret"}, GOOD, "(GetObject answered SignatureDoesNotMatch)"),
-        ({"AWS_SESSION_TOKEN": "token-that-expired"}, GOOD, "(GetObject answered InvalidAccessKeyId)"),
+        ({"AWS_ACCESS_KEY_ID": "AKIAWRONG"}, GOOD, "refused (ListObjectsV2 answered InvalidAccessKeyId)"),
+        ({"AWS_SECRET_ACCESS_KEY": "wrong-secret"}, GOOD, "(ListObjectsV2 answered SignatureDoesNotMatch)"),
+        ({"AWS_SESSION_TOKEN": "token-that-expired"}, GOOD, "(ListObjectsV2 answered InvalidAccessKeyId)"),
         ({"AWS_ACCESS_KEY_ID": None, "AWS_SECRET_ACCESS_KEY": None}, GOOD, "boto3 finds no credentials"),
         ({"AWS_PROFILE": "nobody"}, GOOD, "ProfileNotFound"),
         ({}, "s3://no-such-bucket/x", "there is no bucket no-such-bucket"),
@@ -541,7 +574,7 @@ def test_one_file_that_cannot_be_sent_does_not_hold_up_the_others(
     objects = remote(s3, f"{address}/run-1")
     assert set(objects) & {"refused.txt", "back\\slash.txt", "outside.txt"} == set()
     assert "config.yaml" in objects
-    assert set(json.loads(objects["checkpoints/index.json"])["checkpoints"]) == {"last", "best"}
+    assert set(index_of(objects)) == {"last", "best"}
 
 
 def test_a_checkpoint_that_cannot_be_linked_is_reported_and_training_goes_on(
@@ -598,9 +631,9 @@ def test_a_key_that_would_leave_the_folder_is_refused(
     S3Mirror(tmp_path / "run-1", address, s3.endpoint).close(timeout_s=30)
     prefix = f"{address}/run-1".removeprefix(f"s3://{s3.bucket}/")
     real = storage._list  # the test's server refuses to store such keys, others do not
-    for name in ("../x", "/etc/x", "a/../../x", "a//x", "./x", "..", "a\\..\\x", "a\0x", "checkpoints/../../x"):
+    for name in ("../x", "/etc/x", "a/../../x", "a//x", "./x", "..", "a\\..\\x", "a\0x", "checkpoints/../x"):
         key = f"{prefix}/{name}"
-        monkeypatch.setattr(storage, "_list", lambda *args, key=key: [*real(*args), (key, 1)])
+        monkeypatch.setattr(storage, "_list", lambda *args, key=key: [*real(*args), Stored(key, 1, "")])
         with pytest.raises(UserError, match="would leave the run's folder"):
             restore(f"{address}/run-1", tmp_path / "b" / "run-1", s3.endpoint)
         assert not (tmp_path / "b").exists()
@@ -621,8 +654,8 @@ def test_a_key_that_would_leave_the_folder_is_refused(
 )
 def test_an_index_that_is_not_ours_is_refused(s3: S3Server, address: str, tmp_path: Path, index: Any) -> None:
     prefix = address.removeprefix(f"s3://{s3.bucket}/")
-    key = f"{prefix}/run-1/checkpoints/index.json"
-    s3.client().put_object(Bucket=s3.bucket, Key=key, Body=json.dumps(index))
+    key = f"{prefix}/run-1/checkpoints/index-00000001.json"
+    s3.client.put_object(Bucket=s3.bucket, Key=key, Body=json.dumps(index))
     with pytest.raises(UserError, match="is not an index that this version can read"):
         restore(f"{address}/run-1", tmp_path / "run-1", s3.endpoint)
 
@@ -636,8 +669,8 @@ def test_what_is_damaged_on_s3_is_left_out_and_named(
     (run / "plot.png").write_bytes(b"plot")
     S3Mirror(run, address, s3.endpoint).close(timeout_s=30)
     prefix = f"{address}/run-1".removeprefix(f"s3://{s3.bucket}/")
-    last = json.loads(remote(s3, f"{address}/run-1")["checkpoints/index.json"])["checkpoints"]["last"]
-    client = s3.client()
+    last = index_of(remote(s3, f"{address}/run-1"))["last"]
+    client = s3.client
     for name in ("plot.png", f"checkpoints/{last}/model.safetensors"):
         head = client.head_object(Bucket=s3.bucket, Key=f"{prefix}/{name}")
         body = b"#" * head["ContentLength"]

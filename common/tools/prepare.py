@@ -1,17 +1,17 @@
-"""Write a resolution pyramid: every image once at a few small sizes, so that each stage reads only as much as it shows.
+"""Write a resolution pyramid: every image once at a few small sizes, of which each stage reads its own.
 
     python -m common.tools.prepare --data_dir imagenet --out imagenet-pyramid
 
-Reading a photograph costs Huffman decoding of its every byte, however small it is wanted. So the smaller sizes are
-stored: short sides of 256, 146 and 73 pixels serve training at 224, 128 and 64 with the margin that crops need. The
-result is a dataset in Arrow files which `--data_dir` takes, and which plain `datasets.load_dataset(folder)` opens:
+To show a photograph at any size, all of its bytes must go through Huffman decoding. So smaller sizes are
+stored: short sides of 256, 146 and 73 pixels serve training at 224, 128 and 64 with the margin crops need.
+The result is a dataset of Arrow files that `--data_dir` takes and `datasets.load_dataset(folder)` opens:
 
-    image_256, image_146, image_73   JPEG, upright, RGB or grey, chroma 4:2:0; null in levels above an image's own size
+    image_256, image_146, image_73   JPEG, upright, RGB or grey, chroma 4:2:0; null where the image is smaller
     label                            class number, with the names
     height, width                    of the original, upright
 
-Work gathers in `<out>.partial` and gets its name when it is whole. A run that was killed goes on, when the same command
-is given again, after the last shard that it had finished; the result is the same to the byte.
+Work gathers in `<out>.partial`, which gets its name when it is whole. A run that was killed goes on after its
+last finished shard when the same command is given again; the result is the same to the byte.
 """
 
 import argparse
@@ -54,7 +54,7 @@ PIECE = 64  # images a worker encodes at a time
 BATCH_ROWS = 1024  # rows of a record batch: its bytes stay far below the 2 GiB that 32-bit offsets reach
 SAMPLE = 256  # images encoded to estimate the disk space
 NOTES = ".prepare"  # bookkeeping inside the unfinished folder
-NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class Settings:
             raise UserError(f"--shard_size must be at least 1 image, not {self.shard_size}")
 
 
-# --- one image ----------------------------------------------------------------------------------------------------
+# --- one image ------------------------------------------------------------------------------------
 
 
 class Row(NamedTuple):
@@ -89,8 +89,8 @@ class Row(NamedTuple):
 def encode_levels(encoded: np.ndarray, settings: Settings) -> tuple[list[bytes | None], int, int]:
     """Encode an image at every level below its own size; never enlarge it.
 
-    An image that is not larger than some levels is stored in the smallest of them only, at its own size, and as its own
-    bytes if they are an upright JPEG no larger than ours.
+    An image that is no larger than some levels is stored in the smallest of them only, at its own size; as
+    its own bytes, if they are an upright JPEG no larger than ours.
 
     Args:
         encoded: uint8 [n], any image file.
@@ -116,9 +116,9 @@ def encode_levels(encoded: np.ndarray, settings: Settings) -> tuple[list[bytes |
             if header.fast and len(encoded) <= len(copies[place]) and _is_upright(encoded):
                 copies[place] = encoded.tobytes()
         elif place > own:
-            # Each level from the one above: as good as from the original (measured: equal PSNR) at half the cost.
+            # From the level above, and from large originals by way of a box filter: faster at equal PSNR.
             size = [max(1, round(side * level / short)) for side in (width, height)]
-            image = image.resize(size, Image.Resampling.LANCZOS)
+            image = image.resize(size, Image.Resampling.LANCZOS, reducing_gap=3)
             copies[place] = _jpeg(image, settings.quality)
     return copies, height, width
 
@@ -151,7 +151,7 @@ def _is_upright(encoded: np.ndarray) -> bool:
         return opened.getexif().get(0x0112, 1) == 1
 
 
-# --- many images, in worker processes -----------------------------------------------------------------------------
+# --- many images, in worker processes -------------------------------------------------------------
 
 
 class Piece(NamedTuple):
@@ -199,6 +199,7 @@ def _encode(encoder: _Encoder, pieces: list[Piece], workers: int) -> Iterator[En
         sampler=pieces,
         num_workers=min(workers, len(pieces)),
         prefetch_factor=4 if workers else None,
+        collate_fn=_as_it_is,
         worker_init_fn=_start_worker,
     )
     try:
@@ -209,11 +210,15 @@ def _encode(encoder: _Encoder, pieces: list[Piece], workers: int) -> Iterator[En
         raise UserError("a worker process was killed, maybe for want of memory; lower --workers") from error
 
 
+def _as_it_is(answer):
+    return answer  # the default would turn arrays into tensors
+
+
 def _start_worker(worker: int) -> None:
     torch.set_num_threads(1)  # parallel over images, not within one
 
 
-# --- shards -------------------------------------------------------------------------------------------------------
+# --- shards ---------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -262,7 +267,7 @@ def _record_batch(rows: list[Row], schema: pa.Schema) -> pa.RecordBatch:
 
 
 def _write_shard(path: Path, schema: pa.Schema, rows: Iterable[Row]) -> None:
-    """Write an Arrow file, uncompressed so that it can be mapped; it has its name when it is safe on the disk."""
+    """Write an Arrow file, uncompressed to be memory-mapped; it gets its name when it is safe on the disk."""
     temporary = path.with_suffix(".tmp")
     rows = iter(rows)
     try:
@@ -281,7 +286,7 @@ def _checksum(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-# --- the unfinished pyramid, and what is known about it -------------------------------------------------------------
+# --- the unfinished pyramid, and what is known about it -------------------------------------------
 
 
 class Workplace:
@@ -301,7 +306,7 @@ class Workplace:
             raise UserError(f"{self.folder} is in the way and no unfinished pyramid; choose another --out")
         self.notes.mkdir(parents=True, exist_ok=True)
         self.data.mkdir(exist_ok=True)
-        # A POSIX lock belongs to this process alone: it ends with it, and workers that outlive it do not hold it.
+        # A POSIX lock is this process's own and ends with it; workers that outlive it do not hold it.
         self._lock = open(self.notes / "lock", "w")  # noqa: SIM115 -- held until the process ends
         try:
             fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -331,8 +336,8 @@ class Workplace:
             if begun.get(split) != now.get(split):
                 then, images = (known.get(split, {}).get("images", "no") for known in (begun, now))
                 raise UserError(
-                    f"--data_dir {data_dir} has changed since {self.folder} was begun ({then} {split} images then, "
-                    f"{images} now); remove {self.folder} to start anew"
+                    f"--data_dir {data_dir} has changed since {self.folder} was begun "
+                    f"({then} {split} images then, {images} now); remove {self.folder} to start anew"
                 )
 
     def check_files(self, sources: dict[str, Source]) -> None:
@@ -388,7 +393,7 @@ class Workplace:
 
 
 def _stamps(source: Source) -> np.ndarray:
-    """Size and modification time of each image's file in one number, uint64 [N]; [0] where images are not files."""
+    """Size and modification time of each image's file as one number, uint64 [N]; [0] if they are no files."""
     if not isinstance(source, FolderSource):
         return np.zeros(0, np.uint64)  # the fingerprint of Arrow and Parquet files says it already
     stamps = np.zeros(len(source), np.uint64)
@@ -406,7 +411,7 @@ def _stamps(source: Source) -> np.ndarray:
     return stamps
 
 
-# --- the whole ----------------------------------------------------------------------------------------------------
+# --- the whole ------------------------------------------------------------------------------------
 
 
 def tell(sentence: str) -> None:
@@ -419,7 +424,7 @@ def prepare(
     """Write the pyramid of `data_dir` to `out`, or finish one that was begun.
 
     Args:
-        data_dir: whatever the training scripts read: a folder, Parquet or Arrow files, a hub dataset. One split is enough.
+        data_dir: whatever the training scripts read; one split is enough.
         out: a folder that does not exist yet.
         workers: processes; None takes one per CPU that may be used.
         skip_unreadable: leave out images that cannot be decoded, listed in `skipped.txt`.
@@ -453,7 +458,7 @@ def _prepare(
     data_dir: str, place: Workplace, settings: Settings, workers: int, skip_unreadable: bool
 ) -> None:
     sources = _open_splits(data_dir)
-    plan = {"settings": json.loads(json.dumps(asdict(settings))), "sources": _describe(sources)}
+    plan = {"settings": {**asdict(settings), "levels": list(settings.levels)}, "sources": _describe(sources)}
     place.enter(data_dir, plan, sources)
     shards = list_shards(sources, settings.shard_size)
     entries = place.finished()
@@ -480,15 +485,11 @@ def _prepare(
     place._compare(data_dir, plan["sources"], _describe(reopened))
     place.check_files(reopened)
     place.complete(entries)
-    written, read, skipped = (
-        sum(entry[key] for entry in entries.values())
-        if key != "skipped"
-        else sum(len(entry[key]) for entry in entries.values())
-        for key in ("bytes", "read", "skipped")
-    )
-    unread = f", {skipped} unreadable images left out (see skipped.txt)" if skipped else ""
+    written, read = (sum(entry[key] for entry in entries.values()) for key in ("bytes", "read"))
+    skipped = sum(len(entry["skipped"]) for entry in entries.values())
     tell(
-        f"{place.out}: {images - skipped:,} images, {_size(written)}, {written / max(read, 1):.1%} of the originals{unread}"
+        f"{place.out}: {images - skipped:,} images, {_size(written)}, {written / max(read, 1):.1%} of the "
+        "originals" + (f"; {skipped} unreadable ones are left out, see skipped.txt" if skipped else "")
     )
 
 
@@ -548,8 +549,8 @@ def _announce(encoder: _Encoder, out: Path, images: int, left: int, workers: int
     kept = f", {_size(needed)} of it still to be written" if left < images else ""
     levels = ", ".join(map(str, encoder.settings.levels))
     tell(
-        f"{images:,} images at short sides {levels}: about {_size(whole)}, {share:.0%} of the originals{kept}; "
-        f"{_size(free)} free; {workers} workers"
+        f"{images:,} images at short sides {levels}: about {_size(whole)}, {share:.0%} of the "
+        f"originals{kept}; {_size(free)} free; {workers} workers"
     )
     if needed > free:
         raise UserError(f"--out {out} needs about {_size(needed)} and its disk has {_size(free)} free")

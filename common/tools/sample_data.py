@@ -223,7 +223,7 @@ def _scenery(rng: np.random.Generator, size: tuple[int, int]) -> Image.Image:
 
 
 def render(split: str, label: int, number: int) -> bytes:
-    """One picture as a JPEG file's bytes: a pure function of the arguments, given NumPy's and Pillow's versions."""
+    """One picture as a JPEG file's bytes: a pure function of the arguments, and of library versions."""
     rng = np.random.default_rng((sorted(IMAGES_PER_CLASS).index(split), label, number))
     short = int(rng.integers(96, 141))
     long = round(short * 2 ** rng.uniform(0, 1))
@@ -288,11 +288,16 @@ def _write_class(folder: Path, split: str, label: int) -> None:
         (target / f"{CLASSES[label]}_{number:03d}.jpg").write_bytes(render(split, label, number))
 
 
-def ensure_sample_data(cache: Path | None = None) -> Path:
-    """Make the sample unless it is there; return its folder, an ImageFolder tree: 2,000 train, 500 val images.
+def _pool() -> ProcessPoolExecutor:
+    """Spawned, not forked: the caller may hold threads and a CUDA context by now."""
+    return ProcessPoolExecutor(mp_context=get_context("spawn"))
 
-    `cache` is the folder to put `sample-v1` into (default: the user's cache folder). It appears under its name
-    only when it is whole, so a process that is killed leaves none, and several that start at once end with one.
+
+def ensure_sample_data(cache: Path | None = None) -> Path:
+    """Make the sample unless it is there; return its folder, an ImageFolder tree: 2,000 train, 500 val.
+
+    `cache` is the folder to put `sample-v1` into (default: the user's cache folder). It gets its name when
+    it is whole, so a process that is killed leaves none, and several that start at once end with one.
     UserError: cannot be written.
     """
     if cache is None:
@@ -308,8 +313,7 @@ def ensure_sample_data(cache: Path | None = None) -> Path:
         unfinished = Path(tempfile.mkdtemp(prefix=f".{VERSION}-", dir=cache))
         try:
             unfinished.chmod(0o755)  # mkdtemp's own mode shuts out other users of a shared cache
-            # Spawned, not forked: the caller may hold threads and a CUDA context by now.
-            with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
+            with _pool() as pool:
                 jobs = [
                     pool.submit(_write_class, unfinished, split, label)
                     for split in IMAGES_PER_CLASS

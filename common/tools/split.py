@@ -3,11 +3,11 @@
     python -m common.tools.split --data_dir photos --out photos-split --val_fraction 0.2
 
 Each class is split by itself, so that val has the classes in the proportions of the whole. Which image goes
-where depends on the seed and on its own class alone: a class that is added later leaves the others as they were.
+where depends on the seed and on its own class alone: adding a class later leaves the others as they were.
 
 Files gather in `<out>.partial`, whose `plan.json` says what goes where; the folder gets its name when all are
-there. A split that was interrupted goes on when the same command is given again. At every moment each image is
-whole in at least one place.
+there. A split that was interrupted goes on when the same command is given again. At every moment each image
+is whole in at least one place.
 """
 
 import argparse
@@ -125,7 +125,7 @@ def _refuse(folder: Path, out: Path) -> None:
 
 
 def _place(source: Path, target: Path, how: str) -> None:
-    """Bring one file to its place, whole or not at all. A file that is there was put there by an earlier run."""
+    """Bring one file to its place, whole or not at all; what is there already, an earlier run put there."""
     if not target.exists():
         if how == "move" and not source.is_symlink():
             try:

@@ -1,0 +1,156 @@
+"""The world-size contract: what several processes do together is what one does alone. Real processes, over gloo."""
+
+import csv
+import json
+
+import pytest
+import torch
+
+from tests.helpers import ROOT, assert_same, launch, make_images, weights
+
+PROBE = """
+import sys, torch
+from common import engine
+from common.config import parse_args
+from train_standard import StandardConfig
+
+seen = []
+original = engine.Trainer.step
+def step(self, stream, epoch, lr, momentum):
+    sums, waited = original(self, stream, epoch, lr, momentum)
+    micro = self.plan.accumulation(epoch.stage_index)
+    ids = [i for _, batch in list(self.recent)[-micro:] for i in batch.tolist()]
+    seen.append((epoch.index, lr, ids, sums.tolist()))
+    return sums, waited
+engine.Trainer.step = step
+if "--bn_eval" in sys.argv:
+    sys.argv.remove("--bn_eval")
+    engine.train_mode = lambda model, frozen: model.eval()
+cfg = parse_args(StandardConfig, "")
+try:
+    engine.train(cfg)
+finally:
+    import json, os
+    with open(f"{cfg.output}/{cfg.run_name}-seen-{os.environ.get('RANK', '0')}.json", "w") as file:
+        json.dump(seen, file)
+"""
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return make_images(tmp_path_factory.mktemp("data") / "images", train=22, val=7)  # 66 and 21: uneven shards
+
+
+@pytest.fixture(scope="module")
+def runs(data, tmp_path_factory):
+    """The same training on 1, 2 and 4 processes, at the same global batch."""
+    output = tmp_path_factory.mktemp("runs")
+    script = output / "probe.py"
+    script.write_text(PROBE)
+    flags = ["--data_dir", str(data), "--output", str(output), "--model", "test_resnet", "--wandb", "off"]
+    flags += ["--workers", "0", "--lr", "0.1", "--img_size", "32", "--epochs", "2", "--mixup_alpha", "0", "--cutmix_alpha", "0"]
+    flags += ["--mixed_precision", "no", "--bn_eval"]
+    for world in (1, 2, 4):
+        done = launch(world, str(script), *flags, "--run_name", f"w{world}", "--batch_size", str(16 // world))
+        assert done.returncode == 0, done.stderr[-2000:]
+    return output
+
+
+def seen(runs, world):
+    return [json.loads((runs / f"w{world}-seen-{rank}.json").read_text()) for rank in range(world)]
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_same_lr_curve_and_same_samples_at_each_step(runs, world):
+    alone, together = seen(runs, 1)[0], seen(runs, world)
+    for step, (epoch, lr, ids, _) in enumerate(alone):
+        parts = [process[step] for process in together]
+        assert all(part[:2] == [epoch, lr] for part in parts)
+        union = [i for part in parts for i in part[2]]
+        assert sorted(union) == sorted(ids)
+        assert len(set(union)) == len(union)
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_losses_and_weights_agree_within_rounding(runs, world):
+    alone, together = seen(runs, 1)[0], seen(runs, world)
+    for step, (*_, sums) in enumerate(alone):
+        loss = sum(process[step][3][0] for process in together)
+        assert loss == pytest.approx(sums[0], rel=1e-4)
+    for (name, a), b in zip(weights(runs / "w1").items(), weights(runs / f"w{world}").values(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_same_evaluation(runs, world):
+    def scores(world):
+        with open(runs / f"w{world}" / "training_log.csv") as file:
+            return [(row["val_loss"], row["val_top1"]) for row in csv.DictReader(file)]
+
+    for (loss_a, top_a), (loss_b, top_b) in zip(scores(1), scores(world), strict=True):
+        assert float(loss_a) == pytest.approx(float(loss_b), rel=1e-3)
+        assert abs(float(top_a) - float(top_b)) <= 100 / 21 + 1e-6  # one image on the fence
+
+
+def test_moves_to_another_number_of_processes_in_mid_epoch(data, tmp_path):
+    """Two processes stop in mid-epoch by SIGTERM; one goes on with the same global batch, and no sample is lost."""
+    flags = ["--data_dir", str(data), "--output", str(tmp_path), "--model", "test_resnet", "--wandb", "off"]
+    flags += ["--workers", "0", "--lr", "0.1", "--img_size", "32", "--epochs", "2", "--batch_size", "8", "--run_name", "run"]
+    script = tmp_path / "probe.py"
+    script.write_text(
+        PROBE.replace(
+            "seen.append(", "import os, signal\n    len(seen) == 2 and os.environ.get('RANK') == '1' and os.kill(os.getpid(), signal.SIGTERM)\n    seen.append("
+        )
+    )  # fmt: skip
+    stopped = launch(2, str(script), *flags)
+    assert stopped.returncode != 0
+    before = [json.loads((tmp_path / f"run-seen-{rank}.json").read_text()) for rank in (0, 1)]
+    assert [len(process) for process in before] == [3, 3]  # only one was told, both stopped after the same step
+    state = json.loads((tmp_path / "run" / "checkpoints" / "last" / "state.json").read_text())
+    assert state["progress"]["step"] == 3
+
+    resumed = launch(1, str(script), *flags)
+    assert resumed.returncode == 0, resumed.stderr[-2000:]
+    after = json.loads((tmp_path / "run-seen-0.json").read_text())
+    first_epoch = [i for process in before for _, _, ids, _ in process for i in ids]
+    first_epoch += [i for epoch, _, ids, _ in after for i in ids if epoch == 0]
+    assert len(first_epoch) == len(set(first_epoch)) == 64
+    assert len(after) == 2 * 4 - 3
+
+
+def test_a_failing_rank_ends_the_job_with_its_own_error(data, tmp_path):
+    script = tmp_path / "fail.py"
+    script.write_text(
+        "import os\nfrom common import engine\n"
+        "original = engine.Trainer.step\n"
+        "def step(self, *args):\n"
+        "    if os.environ['RANK'] == '1' and self.state.progress.step == 2:\n"
+        "        raise RuntimeError('the disk of rank one is on fire')\n"
+        "    return original(self, *args)\n"
+        "engine.Trainer.step = step\n"
+        "from common.config import main_with\nfrom train_standard import StandardConfig\n"
+        "main_with(engine.train, StandardConfig, '')\n"
+    )
+    flags = ["--data_dir", str(data), "--output", str(tmp_path), "--model", "test_resnet", "--wandb", "off"]
+    flags += ["--workers", "0", "--lr", "0.1", "--img_size", "32", "--epochs", "2", "--batch_size", "8"]
+    done = launch(2, str(script), *flags, timeout=90)
+    assert done.returncode != 0
+    first_error = next(line for line in done.stderr.splitlines() if "Error" in line)
+    assert "on fire" in first_error
+    assert ROOT.exists()
+
+
+def test_a_launcher_that_starts_strangers_is_refused(data, tmp_path, monkeypatch, capsys):
+    """WORLD_SIZE of 2 without rendezvous: Accelerate would train alone."""
+    from tests.helpers import run_training
+    from train_standard import StandardConfig
+
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr("common.run.Accelerator", lambda **kwargs: type("Alone", (), {"num_processes": 1})())
+    with pytest.raises(ValueError, match="2 processes were launched"):
+        run_training(StandardConfig, data, tmp_path, "run")
+
+
+def test_same_weights_helper_can_fail():
+    with pytest.raises(AssertionError):
+        assert_same({"a": torch.zeros(1)}, {"a": torch.ones(1)})

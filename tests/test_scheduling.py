@@ -1,0 +1,123 @@
+import itertools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from common.errors import UserError
+from common.scheduling import Schedule, Stage, couple_strength, make_plan, scaled_lr
+
+
+def plan_for(stages, images=1000, processes=1, accumulation=1, peak=0.4, **schedule):
+    return make_plan(stages, images, processes, accumulation, Schedule(peak, **schedule))
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    epochs=st.integers(1, 6),
+    batch=st.integers(5, 200),
+    processes=st.sampled_from([1, 2, 4]),
+    pct_start=st.floats(0.05, 0.95),
+    peak=st.floats(1e-4, 10),
+)
+def test_lr_and_momentum_equal_torch_at_every_step(epochs, batch, processes, pct_start, peak):
+    plan = plan_for([Stage(epochs, batch_size=batch)], processes=processes, peak=peak, pct_start=pct_start)
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([parameter], lr=0.1, momentum=0.9)
+    if plan.total_steps * pct_start <= 1 or plan.total_steps < 2:
+        return  # torch divides by zero here
+    oracle = torch.optim.lr_scheduler.OneCycleLR(optimizer, peak, total_steps=plan.total_steps, pct_start=pct_start)
+    for step in range(plan.total_steps):
+        assert plan.lr(step) == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-9)
+        assert plan.momentum(step) == pytest.approx(optimizer.param_groups[0]["momentum"], rel=1e-9)
+        optimizer.step()
+        if step < plan.total_steps - 1:
+            oracle.step()
+
+
+def test_stage_wise_is_one_torch_cycle_per_stage():
+    stages = [Stage(3, 56, 128), Stage(2, 112, 64)]
+    plan = plan_for(stages, peak=0.8, stage_wise=True, max_lr=0.6)
+    assert plan.peak(0) == 0.6
+    assert plan.peak(1) == pytest.approx(0.4)  # the linear rule: half the batch, half the rate
+    first = plan.stage_steps(0)
+    alone = plan_for([stages[1]], peak=0.4)
+    assert [plan.lr(first + s) for s in range(alone.total_steps)] == [alone.lr(s) for s in range(alone.total_steps)]
+
+
+def test_progressive_peaks_follow_the_batch_up_to_the_limit():
+    stages = [Stage(1, 56, 4096), Stage(1, 112, 1024), Stage(1, 224, 256)]
+    base = scaled_lr(0.1, 4096, "linear")
+    plan = plan_for(stages, images=10_000, peak=base, stage_wise=True, max_lr=0.4)
+    assert [plan.peak(i) for i in range(3)] == pytest.approx([0.4, 0.4, 0.1])
+
+
+def test_scales_multiply_the_global_cycle_and_never_jump_upward():
+    stages = [Stage(4, batch_size=20, lr_scale=1.0), Stage(4, batch_size=20, lr_scale=0.5)]
+    plan = plan_for(stages, dampening=0.2)
+    unscaled = plan_for([Stage(8, batch_size=20)])
+    first = plan.stage_steps(0)
+    assert plan.lr(first - 1) == unscaled.lr(first - 1)
+    glide = round(0.2 * plan.stage_steps(1))
+    ratios = [plan.lr(s) / unscaled.lr(s) for s in range(first, plan.total_steps)]
+    assert ratios[0] == pytest.approx(1.0)
+    assert all(a >= b for a, b in itertools.pairwise(ratios))
+    assert ratios[glide:] == pytest.approx([0.5] * len(ratios[glide:]))
+
+
+@pytest.mark.parametrize("stage_wise", [False, True])
+def test_the_curve_ends_where_it_should(stage_wise):
+    plan = plan_for([Stage(2, batch_size=50), Stage(3, batch_size=25, lr_scale=1.0)], stage_wise=stage_wise)
+    assert plan.lr(plan.total_steps - 1) == pytest.approx(0.4 / 25 / 1e4)
+    with pytest.raises(IndexError):
+        plan.lr(plan.total_steps)
+
+
+@pytest.mark.parametrize("processes", [1, 2, 4])
+def test_the_same_global_batch_gives_the_same_plan_on_any_number_of_processes(processes):
+    stages = [Stage(2, batch_size=64 // processes), Stage(2, batch_size=32 // processes)]
+    plan, alone = plan_for(stages, processes=processes), plan_for([Stage(2, batch_size=64), Stage(2, batch_size=32)])
+    assert plan.total_steps == alone.total_steps
+    assert [plan.lr(s) for s in range(plan.total_steps)] == [alone.lr(s) for s in range(plan.total_steps)]
+
+
+def test_a_resumed_plan_holds_the_global_batch_by_accumulation():
+    stages = [Stage(2, batch_size=16)]
+    eight = plan_for(stages, processes=8)
+    for processes, accumulation in ((4, 2), (1, 8), (8, 1), (16, 1)):
+        moved = make_plan(stages, 1000, processes, 1, Schedule(0.4), eight.global_batches)
+        assert moved.accumulation(0) == accumulation
+        assert moved.total_steps == eight.total_steps
+    with pytest.raises(UserError, match="--num_processes"):
+        make_plan(stages, 1000, 3, 1, Schedule(0.4), eight.global_batches)
+
+
+def test_epochs_are_whole_numbers_of_steps_and_can_be_entered_anywhere():
+    plan = plan_for([Stage(2, batch_size=300, mixup=0.5), Stage(1, batch_size=100, data_fraction=0.5)])
+    epochs = list(plan.epochs())
+    assert [(e.index, e.stage_index, e.first_step, e.steps, e.mix) for e in epochs] == [
+        (0, 0, 0, 3, True),
+        (1, 0, 3, 3, False),
+        (2, 1, 6, 5, True),
+    ]
+    assert list(plan.epochs(1)) == epochs[1:]
+    assert plan.total_steps == 11
+    assert plan.images_to_see == 6 * 300 + 5 * 100
+
+
+def test_a_batch_larger_than_the_data_is_cut_down():
+    assert plan_for([Stage(1, batch_size=4096)], images=100, processes=2).global_batches == (100,)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("epochs", 0), ("img_size", 0), ("batch_size", 0), ("data_fraction", 0), ("lr_scale", -1), ("mixup", 2)],
+)
+def test_impossible_stages_name_the_flag(field, value):
+    with pytest.raises(UserError, match=f"--{field} "):
+        Stage(**{"epochs": 1, field: value})
+
+
+def test_strength_follows_the_image_size():
+    assert [s.strength for s in couple_strength([Stage(1, 56), Stage(1, 112)])] == [0.5, 1.0]
