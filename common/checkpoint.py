@@ -200,6 +200,13 @@ def link(source: Path, target: Path) -> None:
     temporary.rename(target)
 
 
+def link_file(source: Path, target: Path) -> None:
+    temporary = target.with_name(target.name + ".tmp")
+    temporary.unlink(missing_ok=True)
+    os.link(source, temporary)
+    os.replace(temporary, target)
+
+
 def verify(folder: Path) -> None:
     """Compare every file with the manifest.
 

@@ -327,7 +327,7 @@ def _plain_stages(config_class: type[TrainConfig]) -> dict[str, list[dict[str, A
 def _with_bare_switches(config_class: type[TrainConfig], args: list[str]) -> list[str]:
     """Let `--debug` stand for `--debug true`."""
     switches = {f"--{f.name}" for f in dataclasses.fields(config_class) if f.type in (bool, "bool")}
-    followed_by = [*args[1:], ""]
+    followed_by = [*args, ""][1:]
     return [
         f"{arg}=true" if arg in switches and after not in ("true", "false") else arg
         for arg, after in zip(args, followed_by, strict=True)

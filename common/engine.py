@@ -91,6 +91,8 @@ def fit(run: Run, model: nn.Module, train: Source, val: Source) -> None:
         except Interrupted:
             trainer.save()
             raise
+        if loader.unreadable:
+            log.info("%d unreadable images were replaced by others of their class", len(loader.unreadable))
         log.info("%s", closing_block(run, progress))
 
 
@@ -385,8 +387,8 @@ class Trainer:
             checkpoint.write(folder / "last", files)
             if best:
                 checkpoint.link(folder / "last", folder / "best")
-                weights = files["ema.safetensors" if progress.best_is_ema else "model.safetensors"]
-                checkpoint.write_durably(run.folder / "best_weights.safetensors", checkpoint.save_tensors(weights))
+                weights = "ema.safetensors" if progress.best_is_ema else "model.safetensors"
+                checkpoint.link_file(folder / "best" / weights, run.folder / "best_weights.safetensors")
             if numbered:
                 checkpoint.link(folder / "last", folder / f"epoch_{progress.epochs_done}")
             run.log.info("saved step %d in %.2f s", progress.step, time.monotonic() - started)

@@ -66,14 +66,14 @@ def find_lr(
 
 
 def suggest(lrs: list[float], smoothed: list[float]) -> float:
-    """The peak for OneCycle: one third of the rate at which the smoothed loss is lowest.
+    """The peak for OneCycle: two thirds of the rate at which the smoothed loss is lowest.
 
-    At that rate itself the loss is about to rise; the smoothed curve also lags behind the raw one by some steps.
+    The smoothed curve lags behind the raw one, so at that rate itself the loss is already about to rise.
     """
     if not math.isfinite(smoothed[0]):
         raise UserError("the LR finder's first loss is not finite; check the data, or give --lr a number")
     lowest = min(range(len(smoothed)), key=smoothed.__getitem__)
-    return lrs[lowest] / 3
+    return lrs[lowest] / 1.5
 
 
 def _remember(state: TrainState) -> dict:

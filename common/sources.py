@@ -11,8 +11,9 @@ import os
 import re
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -38,6 +39,9 @@ class Source(Protocol):
     labels: np.ndarray  # int64 [N]
     fingerprint: str  # changes when the data change
     prepared: bool  # the bytes are upright JPEGs by `prepare`, maybe smaller than the originals in sizes()
+    group_rows: (
+        np.ndarray | None
+    )  # int64 [G]: rows that are fetched together, in order; None for random access
 
     def __len__(self) -> int: ...
 
@@ -72,6 +76,7 @@ class FolderSource:
     """
 
     prepared = False
+    group_rows = None
 
     def __init__(self, folder: Path):
         self.folder = folder.resolve()
@@ -80,7 +85,7 @@ class FolderSource:
         manifest = _load_manifest(cached, self._root)
         if manifest is None:
             log.info("listing the images of %s", self.folder)
-            _write_arrow(cached, _scan(self._root))
+            write_arrow(cached, _scan(self._root))
             manifest = _load_manifest(cached, self._root)
             assert manifest is not None
         self.classes, self.fingerprint, self._offsets, self._paths, self.labels = manifest
@@ -149,7 +154,7 @@ def _scan(root: bytes) -> pa.Table:
     metadata = {
         "classes": json.dumps(classes),
         "directories": json.dumps(directories),
-        "digest": _digest(classes, offsets, np.frombuffer(blob, np.uint8), labels),
+        "digest": digest(classes, offsets, np.frombuffer(blob, np.uint8), labels),
     }
     return pa.table({"path": paths, "label": labels}).replace_schema_metadata(metadata)
 
@@ -159,7 +164,7 @@ _EXTENSIONS = tuple(extension.encode() for extension in EXTENSIONS)
 
 def _load_manifest(cached: Path, root: bytes):
     """Map a manifest, or return None where there is none, it is damaged, or a directory has changed since."""
-    table = _map_arrow(cached)
+    table = map_arrow(cached)
     if table is None or table.schema.names != ["path", "label"]:
         return None
     metadata = {key.decode(): value.decode() for key, value in (table.schema.metadata or {}).items()}
@@ -175,19 +180,109 @@ def _load_manifest(cached: Path, root: bytes):
     labels = table.column("label").chunk(0).to_numpy()
     offsets = offsets[: len(labels) + 1]
     blob = blob[: offsets[-1]]
-    if _digest(classes, offsets, blob, labels) != digest:
+    if digest(classes, offsets, blob, labels) != digest:
         return None
     return classes, digest, offsets, blob, labels
 
 
-def _digest(*parts) -> str:
-    digest = hashlib.blake2b(digest_size=16)
+def digest(*parts) -> str:
+    state = hashlib.blake2b(digest_size=16)
     for part in parts:
-        digest.update(np.ascontiguousarray(part) if isinstance(part, np.ndarray) else repr(part).encode())
-    return digest.hexdigest()
+        state.update(np.ascontiguousarray(part) if isinstance(part, np.ndarray) else repr(part).encode())
+    return state.hexdigest()
 
 
 # --- Arrow: Hugging Face datasets and pyramids --------------------------------------------------------------
+
+
+class Columns(NamedTuple):
+    """Which columns of a table hold what."""
+
+    levels: dict[
+        int, str
+    ]  # image column by short side, smallest first; {0: column} where images are as they were
+    label: str
+    classes: list[str]  # empty if the labels are bare numbers
+    prepared: bool
+
+    @property
+    def small(self) -> list[str]:
+        """All but the images."""
+        return [self.label, "height", "width"] if self.prepared else [self.label]
+
+
+def find_columns(schema: pa.Schema, name: str) -> Columns:
+    """Find the image and label columns by the features that `datasets` keeps in a schema.
+
+    Raises:
+        UserError: there are none, or several image columns that are no pyramid.
+    """
+    from datasets import ClassLabel, Features, Image
+
+    features = Features.from_arrow_schema(schema)
+    images = [column for column, feature in features.items() if isinstance(feature, Image)]
+    levels = {int(column[6:]): column for column in images if re.fullmatch(r"image_\d+", column)}
+    if not levels and len(images) != 1:
+        raise UserError(f"--data_dir: {name} has {len(images)} image columns, not one: {list(features)}")
+    named = {column: feature.names for column, feature in features.items() if isinstance(feature, ClassLabel)}
+    # Of several (coarse and fine), the finest.
+    label = max(named, key=lambda column: len(named[column])) if named else "label"
+    if label not in features:
+        raise UserError(f"--data_dir: {name} has no class label column: {list(features)}")
+    return Columns(dict(sorted(levels.items())) or {0: images[0]}, label, named.get(label, []), bool(levels))
+
+
+def read_labels(table: pa.Table, columns: Columns, name: str) -> np.ndarray:
+    """Return a table's labels, int64 [N].
+
+    Raises:
+        UserError: some row has none.
+    """
+    labels = table.column(columns.label)
+    if labels.null_count or not pa.types.is_integer(labels.type):
+        raise UserError(f"--data_dir: column {columns.label} of {name} is not a class number in every row")
+    numbers = labels.to_numpy().astype(np.int64)
+    if numbers.min(initial=0) < 0:
+        raise UserError(f"--data_dir: {name} has rows without a label (-1)")
+    return numbers
+
+
+class Places(NamedTuple):
+    """Where the bytes of each row of an image column lie."""
+
+    chunks: list[np.ndarray]  # uint8 each
+    chunk: np.ndarray  # int32 [N]
+    start: np.ndarray  # int64 [N], in the chunk
+    length: np.ndarray  # int32 [N]; 0 where the row is null
+
+    def read(self, row: int) -> np.ndarray:
+        begin = self.start[row]
+        return self.chunks[self.chunk[row]][begin : begin + self.length[row]]
+
+
+def find_places(column: pa.ChunkedArray) -> Places:
+    """Look up where a column of bytes, or of structs with a field `bytes`, has them; nothing is copied."""
+    chunks: list[np.ndarray] = []
+    numbers, starts, lengths = [np.empty(0, np.int32)], [np.empty(0, np.int64)], [np.empty(0, np.int32)]
+    for chunk in column.chunks:
+        if pa.types.is_struct(chunk.type):
+            chunk = chunk.flatten()[chunk.type.get_field_index("bytes")]
+        offset_type = np.int64 if pa.types.is_large_binary(chunk.type) else np.int32
+        _, offsets, content = chunk.buffers()
+        offsets = np.frombuffer(offsets, offset_type)[chunk.offset : chunk.offset + len(chunk) + 1]
+        length = np.diff(offsets)
+        if chunk.null_count:
+            length[chunk.is_null().to_numpy(zero_copy_only=False)] = 0
+        numbers.append(np.full(len(chunk), len(chunks), np.int32))
+        starts.append(offsets[:-1].astype(np.int64))
+        lengths.append(length.astype(np.int32))
+        chunks.append(np.frombuffer(content or b"", np.uint8))
+    return Places(chunks, *map(np.concatenate, (numbers, starts, lengths)))
+
+
+def choose_level(levels: list[int], short_side: int) -> int:
+    """The smallest level with a margin of 8 to 7, as Resize(256) leaves for CenterCrop(224); else the largest."""
+    return next((level for level in levels if level >= short_side * 8 // 7), levels[-1])
 
 
 class ArrowSource:
@@ -196,98 +291,44 @@ class ArrowSource:
     Where the bytes of a row lie is three numbers (chunk, start, length): reading makes no Arrow object.
     """
 
+    group_rows = None
+
     def __init__(self, tables: dict[str, pa.Table], fingerprint: str):
-        """Find the image and label columns by their features.
+        """Look up where everything is.
 
         Args:
             tables: by the name they have in messages; with the features of `datasets` in their metadata.
             fingerprint: changes when the data change.
         """
-        from datasets import ClassLabel, Features, Image, Value
-
         self.fingerprint = fingerprint
         self._names = list(tables)
         self._first_rows = np.cumsum([0] + [len(table) for table in tables.values()])
         table = pa.concat_tables(tables.values())
-        name = self._names[0]
-        features = Features.from_arrow_schema(table.schema)
-        images = [column for column, feature in features.items() if isinstance(feature, Image)]
-        levels = {int(column[6:]): column for column in images if re.fullmatch(r"image_\d+", column)}
-        self.prepared = bool(levels)
-        if not levels:
-            if len(images) != 1:
-                raise UserError(
-                    f"--data_dir: {name} has {len(images)} image columns, not one: {list(features)}"
-                )
-            levels = {0: images[0]}
-        self._levels = sorted(levels)
-        self._chunks: list[np.ndarray] = []  # the bytes of each chunk of each level
-        self._where: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []  # per level: chunk, start, length
-        for level in self._levels:
-            self._where.append(self._locate(table.column(levels[level])))
+        columns = find_columns(table.schema, self._names[0])
+        self.labels = read_labels(table, columns, self._names[0])
+        self.classes = columns.classes or [str(number) for number in range(self.labels.max(initial=-1) + 1)]
+        self.prepared = columns.prepared
+        self._places = {level: find_places(table.column(name)) for level, name in columns.levels.items()}
+        self._levels = list(columns.levels)
         self._fill_missing()
-
-        labelled = [column for column, feature in features.items() if isinstance(feature, ClassLabel)]
-        if labelled:  # several (coarse and fine): the finest
-            column = max(labelled, key=lambda column: features[column].num_classes)
-            self.classes = list(features[column].names)
-        elif isinstance(features.get("label"), Value):
-            column, self.classes = "label", []
-        else:
-            raise UserError(f"--data_dir: {name} has no class label column: {list(features)}")
-        labels = table.column(column)
-        if labels.null_count or not pa.types.is_integer(labels.type):
-            raise UserError(f"--data_dir: column {column} of {name} is not a class number in every row")
-        self.labels = labels.to_numpy().astype(np.int64)
-        if len(self.labels) and self.labels.min() < 0:
-            raise UserError(f"--data_dir: {name} has rows without a label (-1)")
-        if not self.classes:
-            self.classes = [str(number) for number in range(int(self.labels.max(initial=-1)) + 1)]
         self._sizes: np.ndarray | None = None
         if self.prepared:
-            columns = [table.column(side).to_numpy().astype(np.int32) for side in ("height", "width")]
-            self._sizes = np.stack(columns, 1)
-
-    def _locate(self, column: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Note where each row's bytes lie; a missing row has length 0."""
-        chunks, starts, lengths = [], [], []
-        for chunk in column.chunks:
-            if pa.types.is_struct(chunk.type):
-                chunk = chunk.flatten()[chunk.type.get_field_index("bytes")]
-            offset_type = np.int64 if pa.types.is_large_binary(chunk.type) else np.int32
-            _, offsets, data = chunk.buffers()
-            offsets = np.frombuffer(offsets, offset_type)[chunk.offset : chunk.offset + len(chunk) + 1]
-            length = np.diff(offsets)
-            if chunk.null_count:
-                length[chunk.is_null().to_numpy(zero_copy_only=False)] = 0
-            starts.append(offsets[:-1].astype(np.int64))
-            lengths.append(length.astype(np.int32))
-            chunks.append(np.full(len(chunk), len(self._chunks), np.int32))
-            self._chunks.append(np.frombuffer(data or b"", np.uint8))
-        empty = [np.empty(0, np.int32)]
-        return tuple(np.concatenate(parts or empty) for parts in (chunks, starts, lengths))
+            self._sizes = np.stack([table.column(side).to_numpy() for side in ("height", "width")], 1)
 
     def _fill_missing(self) -> None:
         """Let a level point at the next smaller one for small images, which are stored once."""
-        for smaller, larger in zip(self._where, self._where[1:], strict=False):
-            missing = larger[2] == 0
-            for to, of in zip(larger, smaller, strict=True):
-                to[missing] = of[missing]
+        for below, above in pairwise(self._levels):
+            smaller, larger = self._places[below], self._places[above]
+            missing = larger.length == 0
+            larger.chunk[missing] = smaller.chunk[missing] + len(larger.chunks)
+            larger.start[missing], larger.length[missing] = smaller.start[missing], smaller.length[missing]
+            larger.chunks.extend(smaller.chunks)
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def read(self, index: int, short_side: int) -> np.ndarray:
-        chunk, start, length = self._where[self._level(short_side)]
-        begin = start[index]
-        return self._chunks[chunk[index]][begin : begin + length[index]]
-
-    def _level(self, short_side: int) -> int:
-        """The smallest level with a margin of 8 to 7, as Resize(256) leaves for CenterCrop(224)."""
-        for place, level in enumerate(self._levels):
-            if level >= short_side * 8 // 7:
-                return place
-        return len(self._levels) - 1
+        return self._places[choose_level(self._levels, short_side)].read(index)
 
     def describe(self, index: int) -> str:
         place = int(np.searchsorted(self._first_rows, index, "right")) - 1
@@ -305,10 +346,10 @@ class ArrowSource:
 def _cached_sizes(source: Source, read_head: Callable[[int], np.ndarray]) -> np.ndarray:
     """Scan the headers once; the result lives beside the manifests, under the fingerprint of the data."""
     cached = cache_folder() / "sizes" / f"{source.fingerprint}.arrow"
-    table = _map_arrow(cached)
+    table = map_arrow(cached)
     if table is None or table.schema.names != ["height", "width"] or len(table) != len(source):
         table = _scan_sizes(source, read_head)
-        _write_arrow(cached, table)
+        write_arrow(cached, table)
     return np.stack([table.column(side).to_numpy() for side in ("height", "width")], 1)
 
 
@@ -344,7 +385,7 @@ def _scan_sizes(source: Source, read_head: Callable[[int], np.ndarray]) -> pa.Ta
 # --- small Arrow files --------------------------------------------------------------------------------------
 
 
-def _write_arrow(path: Path, table: pa.Table) -> None:
+def write_arrow(path: Path, table: pa.Table) -> None:
     """Write an uncompressed Arrow file of one record batch, under its name only when whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
@@ -353,7 +394,7 @@ def _write_arrow(path: Path, table: pa.Table) -> None:
     temporary.replace(path)
 
 
-def _map_arrow(path: Path) -> pa.Table | None:
+def map_arrow(path: Path) -> pa.Table | None:
     """Memory-map an Arrow file; None where it is missing or damaged (it can be derived again)."""
     try:
         return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
@@ -412,7 +453,7 @@ def _open_shards(data_dir: str, shards: list[Path], names: tuple[str, ...]) -> A
             tables[str(shard)] = pa.ipc.open_file(pa.memory_map(str(shard))).read_all()
         except pa.ArrowInvalid as error:
             raise UserError(f"{shard} is damaged ({error}); remove it and run prepare again") from error
-    return ArrowSource(tables, _digest([(s.name, s.stat().st_size, len(tables[str(s)])) for s in chosen]))
+    return ArrowSource(tables, digest([(s.name, s.stat().st_size, len(tables[str(s)])) for s in chosen]))
 
 
 def _open_datasets(data_dir: str, names: tuple[str, ...]) -> ArrowSource:

@@ -9,10 +9,11 @@ The remote layout, under `s3://bucket/prefix/<run>/`:
 S3 replaces an object as a whole but knows no transactions, so the order of writing keeps a run restorable
 wherever the machine dies: first the plain files (a CSV is never older than the checkpoint it belongs to),
 then a checkpoint's files, its manifest, the index, and only then are checkpoints deleted that the index no
-longer names. Names live in the index alone, so renaming `last` to `previous` sends a few bytes. The index with
-the highest number counts: a request that timed out may still be carried out, after those that followed it, and
-must not bring an old index back. For the same reason plain files are compared with S3's listing from time to
-time.
+longer names. Names live in the index alone, so renaming `last` to `previous` sends a few bytes.
+
+A request that timed out may yet be carried out, after those that followed it. So an index is never
+overwritten and the highest number counts, and plain files are compared with S3's listing after each new set
+of checkpoints.
 
 What the mirror asks of the modules that write into the folder: a file is either replaced by a rename (from a
 `*.tmp` name) or appended to in whole lines; a checkpoint is a flat folder that gets its name when complete.
@@ -39,7 +40,7 @@ from common.errors import UserError
 
 log = logging.getLogger(__name__)
 
-PART_BYTES = 16 << 20  # files from this size on go up in parts of it, one of which is in memory at a time
+PART_BYTES = 8 << 20  # files from this size on go up in parts of it, one of which is in memory at a time
 CONNECT_TIMEOUT_S, READ_TIMEOUT_S = 10.0, 30.0
 FIRST_RETRY_S, LONGEST_RETRY_S, CLOSING_RETRY_S = 1.0, 60.0, 5.0
 RESTORE_ATTEMPTS = 6
@@ -110,6 +111,7 @@ class S3Mirror:
 
         self._index: dict[str, str] | None = None  # the remote index; None until S3 has answered
         self._index_number = 0
+        self._index_is_certain = True  # False after a failed attempt to write the next one
         self._tidied_for: dict[str, str] | None = None  # what was wanted when _tidy last looked
         self._sent: dict[str, tuple[int, int, int]] = {}  # plain file -> the version that S3 has, see _scan
         self._etags: dict[str, str] = {}  # and what S3 calls it
@@ -154,10 +156,9 @@ class S3Mirror:
         if self._report is not None:
             return self._report
         log.info("S3: uploading what is left to %s, for at most %.0f s", self.url, timeout_s)
-        self.submit()
         with self._lock:
             self._closing = True
-            self._lock.notify_all()
+            self.submit()
             self._lock.wait_for(lambda: self._done == self._asked or self._ended, timeout_s)
             self._stopped = True
             self._lock.notify_all()
@@ -381,15 +382,15 @@ class S3Mirror:
                 self._index, self._complete = index, set(index.values())
 
     def _write_index(self, index: dict[str, str]) -> None:
-        if index != self._index:
-            self._index_number += 1  # also if the attempt before failed, as far as we know
+        if index != self._index or not self._index_is_certain:
+            self._index_number, self._index_is_certain = self._index_number + 1, False
             key = f"{self._prefix}/checkpoints/index-{self._index_number:08}.json"
             body = json.dumps({"layout": _LAYOUT, "checkpoints": index}, indent=1, sort_keys=True).encode()
             self._client.put_object(Bucket=self._bucket, Key=key, Body=body, ChecksumAlgorithm="SHA256")
-            self._index = index
+            self._index, self._index_is_certain = index, True
 
     def _tidy(self) -> None:
-        """Look at what S3 holds: delete what no name leads to, and have a plain file sent again if it differs.
+        """Look at what S3 holds: have plain files sent again that differ, and delete what no name leads to.
 
         Nameless are the checkpoints and indices that were replaced, and what a dead machine left half sent.
         """
@@ -398,18 +399,22 @@ class S3Mirror:
         with self._lock:
             keep = {*self._index.values(), *self._wanted.values(), *self._sending.values()}
             self._complete &= keep
-        stored = {item.key.removeprefix(f"{self._prefix}/"): item for item in _list(self._client, self._bucket, f"{self._prefix}/")}
+        objects = _list(self._client, self._bucket, f"{self._prefix}/")
+        stored = {item.key.removeprefix(f"{self._prefix}/"): item for item in objects}
         for name, etag in list(self._etags.items()):
             if name not in stored or stored[name].etag != etag:
                 del self._sent[name], self._etags[name]
                 self._refused = f"{name}: S3 holds another version"
+        if not self._index_is_certain:
+            return  # the one that counts may name what ours does not
         nameless = []
         for name in stored:
             index, checkpoint = _INDEX.fullmatch(name), re.match(r"checkpoints/([0-9a-f]{16})/", name)
             if (index and int(index[1]) < self._index_number) or (checkpoint and checkpoint[1] not in keep):
                 nameless.append(name)
+        nameless.sort(key=lambda name: not name.endswith("/manifest.json"))  # what was sent last goes first
         try:
-            for name in sorted(nameless, key=lambda name: not name.endswith("/manifest.json")):  # sent last, goes first
+            for name in nameless:
                 self._client.delete_object(Bucket=self._bucket, Key=stored[name].key)
         except ClientError as error:
             if _is_transient(error):
@@ -454,7 +459,7 @@ def upload_file_to_s3(client: Any, path: Path, bucket: str, key: str) -> Stored:
         checksum = f"{base64.b64encode(hashlib.sha256(b''.join(parts)).digest()).decode()}-{len(parts)}"
     if head.get("ChecksumSHA256", checksum) != checksum:  # some compatible servers do not report it
         raise UploadError("the checksum differs after uploading")
-    return Stored(key, size, head["ETag"])
+    return Stored(key, size, head["ETag"].strip('"'))
 
 
 def restore(url: str, run_dir: Path, endpoint: str | None = None) -> Path:
@@ -505,7 +510,7 @@ def _plan_restore(
     """What to download: (key, path in the run's folder, size). A key that would leave it is a UserError."""
     for key, size, _etag in objects:
         name = key.removeprefix(f"{prefix}/")
-        if _INDEX.fullmatch(name) or (name.endswith("/") and size == 0):  # the latter is how consoles mark a folder
+        if _INDEX.fullmatch(name) or (name.endswith("/") and size == 0):  # consoles mark a folder so
             continue
         if not _is_safe(name):
             raise UserError(f"--resume: the key {key!r} would leave the run's folder")
@@ -621,7 +626,7 @@ def _read_index(client: Any, bucket: str, prefix: str) -> tuple[int, dict[str, s
 def _list(client: Any, bucket: str, prefix: str) -> Iterator[Stored]:
     for page in client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix):
         for item in page.get("Contents", []):
-            yield Stored(item["Key"], item["Size"], item["ETag"])
+            yield Stored(item["Key"], item["Size"], item["ETag"].strip('"'))  # not all servers quote it here
 
 
 def _is_safe(name: str) -> bool:

@@ -439,6 +439,8 @@ def test_a_stream_that_is_left_does_not_disturb_the_next(tree, taken):
         assert children() == processes  # the same workers
         with pytest.raises(AssertionError, match="ended when another one was begun"):
             next(first)
+    del batches, first
+    assert len(loader._slots._free) == len(loader._slots.slots)
     loader.close()
     assert not children() & processes
 

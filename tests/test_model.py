@@ -1,5 +1,6 @@
 import copy
 import logging
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -198,14 +199,20 @@ def test_a_new_head_is_normal_and_other_gaps_are_listed(trained, tmp_path, caplo
     assert "not in the model: extra" in caplog.text
 
 
-class NotATensor:
-    pass
+class Malice:
+    """Unpickling it runs a function."""
+
+    def __init__(self, trace):
+        self.trace = trace
+
+    def __reduce__(self):
+        return Path.touch, (self.trace,)
 
 
 def test_bad_weights_name_the_flag(trained, tmp_path):
     torch.save({"some": torch.zeros(3)}, tmp_path / "nothing_fits.pth")
     torch.save([1, 2], tmp_path / "no_dict.pth")
-    torch.save(NotATensor(), tmp_path / "code.pth")
+    torch.save({"w": torch.zeros(3), "code": Malice(tmp_path / "trace")}, tmp_path / "code.pth")
     (tmp_path / "text.pth").write_text("hello")
     (tmp_path / "empty.pth").touch()
     (tmp_path / "text.safetensors").write_text("hello")
@@ -224,6 +231,7 @@ def test_bad_weights_name_the_flag(trained, tmp_path):
             create_finetuned_model("resnet18", 5, str(tmp_path / name))
         assert name in str(error.value)
         assert "\n" not in str(error.value)
+    assert not (tmp_path / "trace").exists()
     with pytest.raises(UserError, match=r"did you mean resnet18\.a1_in1k"):
         create_finetuned_model("resnet18", 5, "resnet18.a1_in2k")
 

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -261,15 +261,23 @@ def test_a_checkpoint_replaced_in_mid_upload_arrives_as_it_was(
     assert tree(fresh) == tree(run)
 
 
+@pytest.mark.parametrize("size", [4, 6 << 20], ids=["at_once", "in_parts"])
 def test_a_log_that_grows_in_mid_upload_arrives_as_it_was(
-    s3: S3Server, address: str, tmp_path: Path, intercept: Callable[[Handler], None]
+    s3: S3Server,
+    address: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    intercept: Callable[[Handler], None],
+    size: int,
 ) -> None:
+    monkeypatch.setattr(storage, "PART_BYTES", 5 << 20)
     run = tmp_path / "run-1"
     run.mkdir()
-    (run / "training_log.csv").write_text("1,1\n")
+    first = b"1,1\n" * (size // 4)
+    (run / "training_log.csv").write_bytes(first)
 
     def append(operation: str, request: dict[str, Any]) -> None:
-        if operation == "PutObject" and request["url"].endswith("training_log.csv"):
+        if operation in ("PutObject", "CreateMultipartUpload") and "training_log.csv" in request["url"]:
             with (run / "training_log.csv").open("a") as file:
                 file.write("2,2\n")
 
@@ -277,9 +285,9 @@ def test_a_log_that_grows_in_mid_upload_arrives_as_it_was(
     mirror = S3Mirror(run, address, s3.endpoint)
     mirror.submit()
     wait_until(lambda: mirror._done == mirror._asked)
-    assert remote(s3, f"{address}/run-1")["training_log.csv"] == b"1,1\n"
+    assert remote(s3, f"{address}/run-1")["training_log.csv"] == first
     assert mirror.close(timeout_s=30).pending == []  # what came after close() is not its business
-    assert remote(s3, f"{address}/run-1")["training_log.csv"] == b"1,1\n2,2\n"
+    assert remote(s3, f"{address}/run-1")["training_log.csv"] == first + b"2,2\n"
 
 
 def test_death_between_any_two_requests_leaves_a_whole_checkpoint_and_its_log(
@@ -462,9 +470,9 @@ def test_requests_that_are_carried_out_late_do_no_harm(
 
     mirror = S3Mirror(run, address, s3.endpoint)
     intercept(carry_out)
-    S3Mirror(run, address, s3.endpoint)
     save_checkpoint(run, step=1)
     assert mirror.close(timeout_s=30).pending == []
+    assert not late
     assert len(remote(s3, f"{address}/run-1")) == 1 + FILES + 1
     assert tree(restore(f"{address}/run-1", tmp_path / "b", s3.endpoint)) == tree(run)
 
@@ -531,6 +539,12 @@ def test_a_wrong_start_is_one_sentence_without_a_secret(
     assert "\n" not in sentence
     for secret in (s3.secret_key, "wrong-secret", "secret-that", "AKIA", "token-that"):
         assert secret not in sentence + caplog.text
+
+
+def test_a_compatible_server_is_not_asked_for_a_host_per_bucket(s3: S3Server) -> None:
+    client = storage._client("http://minio.example:9000", "--s3", attempts=1)
+    url = client.generate_presigned_url("get_object", Params={"Bucket": "bucket", "Key": "key"})
+    assert url.startswith("http://minio.example:9000/bucket/key?")
 
 
 def test_an_endpoint_with_a_password_is_refused_and_not_repeated(s3: S3Server, tmp_path: Path) -> None:
@@ -601,24 +615,91 @@ def test_a_checkpoint_that_cannot_be_linked_is_reported_and_training_goes_on(
 
 
 def test_an_object_that_arrives_different_is_sent_again(
-    s3: S3Server, address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    s3: S3Server,
+    address: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    intercept: Callable[[Handler], None],
 ) -> None:
-    real, flips = storage._FirstBytes.read, [2]
+    real, operations = storage._FirstBytes.read, []
+    intercept(lambda operation, request: operations.append(operation))
 
-    def read(self: Any, amount: int | None = -1) -> bytes:
+    def read(self: Any, amount: int | None = -1) -> bytes:  # wrong until S3 is asked what it has got
         data = real(self, amount)
-        if data.startswith(b"important") and flips[0]:
-            flips[0] -= 1
-            return b"?" + data[1:]
-        return data
+        return data if "HeadObject" in operations else data.replace(b"important", b"imported!")
 
     monkeypatch.setattr(storage._FirstBytes, "read", read)
     run = tmp_path / "run-1"
     run.mkdir()
     (run / "file").write_bytes(b"important")
     assert S3Mirror(run, address, s3.endpoint).close(timeout_s=10).pending == []
-    assert flips == [0]
+    assert operations.count("HeadObject") == 2
     assert remote(s3, f"{address}/run-1")["file"] == b"important"
+
+
+def test_a_timeout_is_not_taken_for_a_file_that_cannot_be_read(
+    s3: S3Server, address: str, tmp_path: Path, intercept: Callable[[Handler], None]
+) -> None:
+    from botocore.exceptions import ConnectTimeoutError, ReadTimeoutError, SSLError
+
+    # All three are OSErrors, too.
+    errors = [cls(endpoint_url="", error="") for cls in (ConnectTimeoutError, ReadTimeoutError, SSLError)]
+
+    def fail(operation: str, request: dict[str, Any]) -> None:
+        if "config.yaml" in request["url"] and errors:
+            raise errors.pop()
+
+    intercept(fail)
+    run = make_run(tmp_path / "run-1")
+    assert S3Mirror(run, address, s3.endpoint).close(timeout_s=10).pending == []
+    assert errors == []
+
+
+@pytest.mark.parametrize("then", ["forward", "back"])
+def test_an_index_of_unknown_fate_is_not_relied_on(
+    s3: S3Server, address: str, tmp_path: Path, intercept: Callable[[Handler], None], then: str
+) -> None:
+    from botocore.exceptions import ClientError, ReadTimeoutError
+
+    run, checkpoints = tmp_path / "run-1", tmp_path / "run-1" / "checkpoints"
+    failures: list[str] = []
+    named: set[str] = set()
+
+    def fail(operation: str, request: dict[str, Any]) -> None:
+        """Write the third index but lose the answer, move on, and refuse three files."""
+        if operation != "PutObject":
+            return
+        if "index-00000003" in request["url"] and not failures:
+            key = request["url_path"].removeprefix(f"/{s3.bucket}/")
+            s3.client.put_object(Bucket=s3.bucket, Key=key, Body=request["body"])
+            failures.append(key)
+            if then == "forward":
+                save_checkpoint(run, step=3)
+                save_checkpoint(run, step=4)
+            else:
+                shutil.rmtree(checkpoints / "last")
+                (checkpoints / "previous").rename(checkpoints / "last")
+            mirror.submit()
+            raise ReadTimeoutError(endpoint_url="", error="")
+        if 1 <= len(failures) < 4 and then == "forward":
+            failures.append(request["url"])
+            answer = {"Error": {"Code": "AccessDenied"}, "ResponseMetadata": {"HTTPStatusCode": 403}}
+            raise ClientError(answer, operation)
+        if failures and not named:
+            objects = remote(s3, f"{address}/run-1")
+            named.update(f"checkpoints/{id_}/manifest.json" for id_ in index_of(objects).values())
+            assert named <= set(objects)
+
+    intercept(fail)
+    mirror = S3Mirror(run, address, s3.endpoint)
+    for step in (1, 2):
+        save_checkpoint(run, step)
+        mirror.submit()
+        wait_until(lambda: mirror._done == mirror._asked)
+    assert mirror.close(timeout_s=30).pending == []
+    assert failures
+    assert named
+    assert tree(restore(f"{address}/run-1", tmp_path / "b", s3.endpoint)) == tree(run)
 
 
 # What restoring refuses
@@ -683,6 +764,27 @@ def test_what_is_damaged_on_s3_is_left_out_and_named(
     assert is_whole(fresh / "checkpoints/previous")
     for name in ("plot.png", f"{last}/model.safetensors", "notes.txt"):
         assert re.search(rf"{name} does not match its checksum", caplog.text)
+
+
+def test_a_download_that_breaks_off_is_begun_again(
+    s3: S3Server, address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from botocore.exceptions import IncompleteReadError
+    from botocore.response import StreamingBody
+
+    run = make_run(tmp_path / "run-1")
+    S3Mirror(run, address, s3.endpoint).close(timeout_s=30)
+    real, breaks = StreamingBody.iter_chunks, [1, 2, 3]
+
+    def break_off(self: Any, size: int) -> Iterator[bytes]:
+        if breaks:
+            breaks.pop()
+            yield self.read(10)
+            raise IncompleteReadError(actual_bytes=10, expected_bytes=1000)
+        yield from real(self, size)
+
+    monkeypatch.setattr(StreamingBody, "iter_chunks", break_off)
+    assert tree(restore(f"{address}/run-1", tmp_path / "b", s3.endpoint)) == tree(run)
 
 
 def test_restoring_says_what_is_wrong_and_leaves_no_half_folder(

@@ -14,6 +14,8 @@ import csv
 import hashlib
 import io
 import math
+import os
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,12 +30,8 @@ from common.data import available_workers
 from common.decode import DecodeError, decode_batch, read_header
 from common.errors import UserError
 from common.sampling import BatchItem, View
-from common.sources import Source, open_source
-
-try:  # TEMPORARY
-    from common.sources import MissingSplit
-except ImportError:
-    MissingSplit = UserError
+from common.sources import MissingSplit, Source, open_source
+from common.tools.prepare import as_it_is, start_worker
 
 PIECE = 64  # images a worker looks at at a time
 UNREADABLE = "unreadable"
@@ -104,8 +102,8 @@ def inspect(source: Source, split: str, workers: int) -> Findings:
         batch_size=None,
         sampler=starts,
         num_workers=min(workers, len(starts)),
-        collate_fn=_as_it_is,
-        worker_init_fn=_start_worker,
+        collate_fn=as_it_is,
+        worker_init_fn=partial(start_worker, os.getpid()),
     )
     parts, unreadable = [], {}
     with tqdm(total=len(source), desc=f"inspect {split}", unit="image") as bar:
@@ -117,14 +115,6 @@ def inspect(source: Source, split: str, workers: int) -> Findings:
     if source.prepared:  # what was read is the largest copy
         images["height"], images["width"] = source.sizes().T
     return Findings(source, images, unreadable)
-
-
-def _as_it_is(answer):
-    return answer  # the default would turn arrays into tensors
-
-
-def _start_worker(worker: int) -> None:
-    torch.set_num_threads(1)  # parallel over images, not within one
 
 
 class Duplicates(NamedTuple):

@@ -23,9 +23,13 @@ import json
 import os
 import shutil
 import sys
+import threading
+import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -41,12 +45,7 @@ from tqdm import tqdm
 from common.data import available_workers
 from common.decode import DecodeError, read_header
 from common.errors import UserError
-from common.sources import FolderSource, Source, open_source
-
-try:  # TEMPORARY
-    from common.sources import MissingSplit
-except ImportError:
-    MissingSplit = UserError
+from common.sources import FolderSource, MissingSplit, Source, open_source
 
 FORMAT = 1
 SPLITS = {"train": "train", "val": "validation"}  # our names, and those of `datasets`
@@ -54,7 +53,6 @@ PIECE = 64  # images a worker encodes at a time
 BATCH_ROWS = 1024  # rows of a record batch: its bytes stay far below the 2 GiB that 32-bit offsets reach
 SAMPLE = 256  # images encoded to estimate the disk space
 NOTES = ".prepare"  # bookkeeping inside the unfinished folder
-NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
 
 @dataclass(frozen=True)
@@ -197,10 +195,10 @@ def _encode(encoder: _Encoder, pieces: list[Piece], workers: int) -> Iterator[En
         encoder,
         batch_size=None,
         sampler=pieces,
-        num_workers=min(workers, len(pieces)),
+        num_workers=workers,
         prefetch_factor=4 if workers else None,
-        collate_fn=_as_it_is,
-        worker_init_fn=_start_worker,
+        collate_fn=as_it_is,
+        worker_init_fn=partial(start_worker, os.getpid()),
     )
     try:
         yield from loader
@@ -210,12 +208,20 @@ def _encode(encoder: _Encoder, pieces: list[Piece], workers: int) -> Iterator[En
         raise UserError("a worker process was killed, maybe for want of memory; lower --workers") from error
 
 
-def _as_it_is(answer):
+def as_it_is(answer):
     return answer  # the default would turn arrays into tensors
 
 
-def _start_worker(worker: int) -> None:
-    torch.set_num_threads(1)  # parallel over images, not within one
+def start_worker(parent: int, worker: int) -> None:
+    """Set up a worker process: one thread for its work, and one that ends it when its parent is killed."""
+    torch.set_num_threads(1)
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)  # a worker with answers that nobody takes would wait for ever
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 # --- shards ---------------------------------------------------------------------------------------
@@ -296,63 +302,60 @@ class Workplace:
         self.out, self.folder = out, out.with_name(out.name + ".partial")
         self.notes, self.data = self.folder / NOTES, self.folder / "data"
 
-    def enter(self, data_dir: str, plan: dict[str, Any], sources: dict[str, Source]) -> None:
-        """Begin, or check that what is there was begun in the same way from the same images.
+    @contextmanager
+    def occupied(self) -> Iterator[None]:
+        """Make the folder, and keep other processes out of it.
 
         Raises:
-            UserError: settings or source differ, or another process works here.
+            UserError: one is there, or something else is.
         """
         if self.folder.exists() and not self.notes.is_dir() and os.listdir(self.folder):
             raise UserError(f"{self.folder} is in the way and no unfinished pyramid; choose another --out")
         self.notes.mkdir(parents=True, exist_ok=True)
         self.data.mkdir(exist_ok=True)
-        # A POSIX lock is this process's own and ends with it; workers that outlive it do not hold it.
-        self._lock = open(self.notes / "lock", "w")  # noqa: SIM115 -- held until the process ends
-        try:
-            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno not in (errno.EACCES, errno.EAGAIN):
-                raise
-            raise UserError(f"another process is preparing {self.out} right now") from error
-        if (self.notes / "plan.json").exists():
-            begun = json.loads((self.notes / "plan.json").read_text())
-            for name, value in plan["settings"].items():
-                if begun["settings"][name] != value:
-                    was = begun["settings"][name]
-                    raise UserError(
-                        f"{self.folder} was begun with --{name} {was}; take that, or remove the folder"
-                    )
-            self._compare(data_dir, begun["sources"], plan["sources"])
-            self.check_files(sources)
-        else:
+        with open(self.notes / "lock", "w") as lock:
+            try:
+                # A POSIX lock is this process's own and ends with it; workers that outlive it do not hold it.
+                fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                if error.errno not in (errno.EACCES, errno.EAGAIN):
+                    raise
+                raise UserError(f"another process is preparing {self.out} right now") from error
+            yield
+
+    def agree(self, data_dir: str, settings: Settings, sources: dict[str, Source]) -> None:
+        """Write down what is done here from which images; if that is written down already, compare.
+
+        Raises:
+            UserError: settings or source differ; the sentence names the first file that has changed.
+        """
+        chosen = {**asdict(settings), "levels": list(settings.levels)}
+        images = {split: [len(source), source.fingerprint] for split, source in sources.items()}
+        if not (self.notes / "plan.json").exists():
             for split, source in sources.items():
                 np.save(self.notes / f"{split}.npy", _stamps(source))
             temporary = self.notes / "plan.tmp"
-            temporary.write_text(json.dumps(plan))
+            temporary.write_text(json.dumps({"settings": chosen, "images": images}))
             temporary.rename(self.notes / "plan.json")
-
-    def _compare(self, data_dir: str, begun: dict[str, Any], now: dict[str, Any]) -> None:
-        for split in begun.keys() | now.keys():
-            if begun.get(split) != now.get(split):
-                then, images = (known.get(split, {}).get("images", "no") for known in (begun, now))
-                raise UserError(
-                    f"--data_dir {data_dir} has changed since {self.folder} was begun "
-                    f"({then} {split} images then, {images} now); remove {self.folder} to start anew"
-                )
-
-    def check_files(self, sources: dict[str, Source]) -> None:
-        """Compare sizes and times of all source files with those at the beginning.
-
-        Raises:
-            UserError: names the first that differs.
-        """
+            return
+        begun = json.loads((self.notes / "plan.json").read_text())
+        anew = f"remove {self.folder} to start anew"
+        for name, value in begun["settings"].items():
+            if value != chosen[name]:
+                raise UserError(f"{self.folder} was begun with --{name} {value}; take that, or {anew}")
+        if images != begun["images"]:
+            then, now = (sum(count for count, _ in known.values()) for known in (begun["images"], images))
+            raise UserError(
+                f"--data_dir {data_dir} has changed since {self.folder} was begun "
+                f"({then} images then, {now} now); {anew}"
+            )
         for split, source in sources.items():
             changed = np.flatnonzero(np.load(self.notes / f"{split}.npy") != _stamps(source))
             if len(changed):
-                path = source.describe(int(changed[0]))
-                more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
-                begun = f"since {self.folder} was begun; remove that folder to start anew"
-                raise UserError(f"{path}{more} changed {begun}")
+                path = source.describe(int(changed[0])) + (
+                    f" and {len(changed) - 1} more" if len(changed) > 1 else ""
+                )
+                raise UserError(f"{path} changed since {self.folder} was begun; {anew}")
 
     def finished(self) -> dict[str, dict[str, Any]]:
         """What is noted about the shards that are whole; those that are not what they were are named."""
@@ -442,55 +445,60 @@ def prepare(
     if Path(data_dir).is_dir() and out.resolve().is_relative_to(Path(data_dir).resolve()):
         raise UserError(f"--out {out} lies inside --data_dir {data_dir}; choose a place outside")
     workers = available_workers() if workers is None else workers
+    sources = _open_splits(data_dir)
     place = Workplace(out)
     try:
-        _prepare(data_dir, place, settings, workers, skip_unreadable)
+        with place.occupied():
+            place.agree(data_dir, settings, sources)
+            entries = place.finished()
+            _write_missing(place, _Encoder(sources, settings), entries, workers, skip_unreadable)
+            if Path(data_dir).is_dir():  # a hub dataset lies in a cache and does not change
+                place.agree(data_dir, settings, _open_splits(data_dir))
+            place.complete(entries)
     except OSError as error:
-        if error.errno in NO_SPACE:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
             why = "no space is left on the disk"
             then = "make room and give the same command again, finished shards are kept"
         else:
             why, then = error.strerror or str(error), "the same command goes on from here"
         raise UserError(f"cannot write {error.filename or place.folder}: {why}; {then}") from error
+    images, written, read = (
+        sum(entry[key] for entry in entries.values()) for key in ("rows", "bytes", "read")
+    )
+    tell(f"{out}: {images:,} images, {_size(written)}, {written / max(read, 1):.1%} of the originals")
+    if skipped := sum(len(entry["skipped"]) for entry in entries.values()):
+        tell(f"{skipped} unreadable images are left out; {out / 'skipped.txt'} lists them")
 
 
-def _prepare(
-    data_dir: str, place: Workplace, settings: Settings, workers: int, skip_unreadable: bool
+def _write_missing(
+    place: Workplace,
+    encoder: _Encoder,
+    entries: dict[str, dict[str, Any]],
+    workers: int,
+    skip_unreadable: bool,
 ) -> None:
-    sources = _open_splits(data_dir)
-    plan = {"settings": {**asdict(settings), "levels": list(settings.levels)}, "sources": _describe(sources)}
-    place.enter(data_dir, plan, sources)
-    shards = list_shards(sources, settings.shard_size)
-    entries = place.finished()
-    todo = [shard for shard in shards if shard.name not in entries]
-    encoder = _Encoder(sources, settings)
+    """Write the shards that have no entry yet, and their entries."""
+    sources, settings = encoder.sources, encoder.settings
+    todo = [shard for shard in list_shards(sources, settings.shard_size) if shard.name not in entries]
+    if not todo:
+        return
     images = sum(len(source) for source in sources.values())
     left = sum(shard.end - shard.begin for shard in todo)
-    if todo:
-        _announce(encoder, place.out, images, left, workers)
-
-    answers = _encode(encoder, [piece for shard in todo for piece in shard.pieces()], workers)
+    _announce(encoder, place.out, images, left, workers)
     schemas = {split: _schema(source, settings) for split, source in sources.items()}
-    with tqdm(total=images, initial=images - left, desc="prepare", unit="image", smoothing=0.05) as bar:
+    pieces = [piece for shard in todo for piece in shard.pieces()]
+    with (
+        closing(_encode(encoder, pieces, workers)) as answers,
+        tqdm(total=images, initial=images - left, desc="prepare", unit="image", smoothing=0.05) as bar,
+    ):
         for shard in todo:
-            entry: dict[str, Any] = {"shard": shard.name, "read": 0, "skipped": []}
+            entry: dict[str, Any] = {"shard": shard.name, "rows": 0, "read": 0, "skipped": []}
             rows = _rows(islice(answers, len(shard.pieces())), entry, skip_unreadable, bar)
             path = place.data / shard.name
             _write_shard(path, schemas[shard.split], rows)
             entry |= {"sha256": _checksum(path), "bytes": path.stat().st_size}
             place.note(entry)
             entries[shard.name] = entry
-
-    reopened = _open_splits(data_dir)
-    place._compare(data_dir, plan["sources"], _describe(reopened))
-    place.check_files(reopened)
-    place.complete(entries)
-    written, read = (sum(entry[key] for entry in entries.values()) for key in ("bytes", "read"))
-    skipped = sum(len(entry["skipped"]) for entry in entries.values())
-    tell(
-        f"{place.out}: {images - skipped:,} images, {_size(written)}, {written / max(read, 1):.1%} of the "
-        "originals" + (f"; {skipped} unreadable ones are left out, see skipped.txt" if skipped else "")
-    )
 
 
 def _rows(
@@ -503,6 +511,7 @@ def _rows(
                 raise UserError(f"cannot decode {path}: {why}; remove it, or pass --skip_unreadable")
             entry["skipped"].append([path, why])
             bar.write(f"left out: {path}: {why}", sys.stderr)
+        entry["rows"] += len(answer.rows)
         entry["read"] += answer.bytes_read
         bar.update(len(answer.rows) + len(answer.failures))
         yield from answer.rows
@@ -520,12 +529,6 @@ def _open_splits(data_dir: str) -> dict[str, Source]:
     if any(source.prepared for source in sources.values()):
         raise UserError(f"--data_dir {data_dir} is a pyramid already")
     return sources
-
-
-def _describe(sources: dict[str, Source]) -> dict[str, Any]:
-    return {
-        split: {"fingerprint": source.fingerprint, "images": len(source)} for split, source in sources.items()
-    }
 
 
 def _announce(encoder: _Encoder, out: Path, images: int, left: int, workers: int) -> None:

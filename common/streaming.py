@@ -1,0 +1,327 @@
+"""Shards in object storage or on the hub, as a source: fetched by row group when an image of it is wanted.
+
+A row group of a Parquet file, or a record batch of an Arrow file, is what can be fetched at once: some hundred
+images. The files' footers say how many rows each has, so that every image has its index from the start, and an order
+of training is a matrix of indices as for any other source (`sampling.streaming_epoch`), only one that stays within a
+few row groups for a while. Position, resume and number of processes therefore need nothing of their own.
+
+What was fetched is kept in the user's cache folder, up to `KEEP_BYTES`, where all workers of all processes of the
+machine map it: a row group travels once, whoever asks first.
+"""
+
+import fcntl
+import logging
+import os
+import re
+import shutil
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pyarrow import fs
+
+from common.errors import UserError
+from common.sources import (
+    VAL_NAMES,
+    MissingSplit,
+    Places,
+    cache_folder,
+    choose_level,
+    digest,
+    find_columns,
+    find_places,
+    map_arrow,
+    read_labels,
+    write_arrow,
+)
+
+log = logging.getLogger(__name__)
+
+KEEP_BYTES = 16 << 30  # of row groups on this machine; an epoch is at some 20,000 images at a time, 2 GB of photographs
+MAPPED = 256  # row groups that a worker keeps mapped
+TRIES = 5  # of a fetch, with pauses of 1, 2, 4 and 8 s
+
+
+class Storage:
+    """Files below a URL; s3://, hf:// or a folder. Connections are made anew in each process, after a fork too."""
+
+    def __init__(self, url: str):
+        self.url = url
+        scheme, _, path = url.rpartition("://")
+        self.root = path.rstrip("/") if scheme else str(Path(url).expanduser().resolve())
+        self._scheme = scheme
+        self._process, self._system = 0, None
+
+    def system(self) -> fs.FileSystem:
+        if self._process != os.getpid():
+            self._process, self._system = os.getpid(), self._connect()
+        return self._system
+
+    def _connect(self) -> fs.FileSystem:
+        if self._scheme == "s3":
+            endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+            region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
+            if not region and not endpoint:
+                region = fs.resolve_s3_region(self.root.partition("/")[0])
+            return fs.S3FileSystem(endpoint_override=endpoint, region=region)
+        if self._scheme == "hf":
+            from huggingface_hub import HfFileSystem
+
+            return fs.PyFileSystem(fs.FSSpecHandler(HfFileSystem()))
+        return fs.LocalFileSystem()
+
+    def files(self) -> list[fs.FileInfo]:
+        """List Parquet and Arrow files, sorted by name.
+
+        Raises:
+            UserError: the storage cannot be reached, or there are none.
+        """
+        try:
+            found = self.system().get_file_info(fs.FileSelector(self.root, recursive=True))
+        except OSError as error:
+            raise UserError(f"--data_dir {self.url} cannot be read: {_first_line(error)}") from error
+        shards = [info for info in found if info.is_file and info.extension in ("parquet", "arrow")]
+        if not shards:
+            raise UserError(f"--data_dir {self.url} holds no Parquet or Arrow files")
+        return sorted(shards, key=lambda info: info.path)
+
+    def retry(self, what: str, fetch: Callable):
+        """Call `fetch()`, again after a pause if the network fails.
+
+        Raises:
+            UserError: it failed `TRIES` times.
+        """
+        for attempt in range(TRIES):
+            try:
+                return fetch()
+            except OSError as error:
+                if attempt == TRIES - 1:
+                    raise UserError(f"cannot read {what}: {_first_line(error)}") from error
+                log.warning("cannot read %s, trying again: %s", what, _first_line(error))
+                self._process = 0  # with a new connection
+                time.sleep(2**attempt)
+
+
+class Shard:
+    """One Parquet or Arrow file."""
+
+    def __init__(self, storage: Storage, path: str):
+        self.storage, self.path = storage, path
+
+    @contextmanager
+    def _opened(self, columns: list[str] | None) -> Iterator[pq.ParquetFile | pa.ipc.RecordBatchFileReader]:
+        with self.storage.system().open_input_file(self.path) as file:
+            if self.path.endswith(".parquet"):
+                yield pq.ParquetFile(file)
+            else:
+                schema = pa.ipc.open_file(file).schema
+                fields = [schema.get_field_index(column) for column in columns or []]
+                options = pa.ipc.IpcReadOptions(included_fields=fields)
+                yield pa.ipc.open_file(file, options=options)
+
+    def schema(self) -> pa.Schema:
+        with self._opened(None) as file:
+            return file.schema_arrow if isinstance(file, pq.ParquetFile) else file.schema
+
+    def read_small(self, columns: list[str]) -> tuple[list[int], pa.Table]:
+        """Return the rows of each group, and some columns of all."""
+        with self._opened(columns) as file:
+            if isinstance(file, pq.ParquetFile):
+                groups = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
+                return groups, file.read(columns)
+            batches = [file.get_batch(group) for group in range(file.num_record_batches)]
+            return [len(batch) for batch in batches], pa.Table.from_batches(batches)
+
+    def read_images(self, group: int, column: str) -> pa.Table:
+        """Fetch one image column of one group."""
+        with self._opened([column]) as file:
+            if isinstance(file, pq.ParquetFile):
+                return file.read_row_group(group, [column])
+            return pa.Table.from_batches([file.get_batch(group)])
+
+
+class StreamSource:
+    """One split of shards that stay where they are."""
+
+    def __init__(self, storage: Storage, files: list[fs.FileInfo]):
+        self._shards = [Shard(storage, info.path) for info in files]
+        self._storage = storage
+        name = files[0].path
+        self.fingerprint = digest([(info.path, info.size, info.mtime_ns) for info in files])
+        self._folder = cache_folder() / "streams" / self.fingerprint
+        schema = storage.retry(name, self._shards[0].schema)
+        columns = find_columns(schema, name)
+        self._columns, self._levels, self.prepared = columns.levels, list(columns.levels), columns.prepared
+        rows = self._read_rows(columns.small)
+        self.labels = read_labels(rows, columns, name)
+        self.classes = columns.classes or [str(number) for number in range(self.labels.max(initial=-1) + 1)]
+        self._sizes: np.ndarray | None = None
+        if self.prepared:
+            self._sizes = np.stack([rows.column(side).to_numpy() for side in ("height", "width")], 1)
+        # A row's group is known by the number of the shard and of the group in it.
+        shard, group = (rows.column(which).to_numpy() for which in ("shard", "group"))
+        first = np.flatnonzero(np.diff(shard, prepend=-1) | np.diff(group, prepend=-1))
+        self._first_rows, self._groups = first, np.stack([shard[first], group[first]], 1)
+        self.group_rows = np.diff(first, append=len(rows))
+        self._mapped: OrderedDict[tuple[int, int], Places] = OrderedDict()
+
+    def _read_rows(self, columns: list[str]) -> pa.Table:
+        """Read all that is not images, and where each row lies: once, and then from the cache folder."""
+        cached = self._folder / "rows.arrow"
+        table = map_arrow(cached)
+        if table is None:
+            log.info("reading the footers of %d files below %s", len(self._shards), self._storage.url)
+            with ThreadPoolExecutor(16) as pool:
+                parts = list(pool.map(lambda shard: self._storage.retry(shard.path, lambda: shard.read_small(columns)), self._shards))
+            counts = [rows for rows, _ in parts]
+            shards = np.repeat(np.arange(len(parts)), [sum(rows) for rows in counts])
+            groups = np.concatenate([np.repeat(np.arange(len(rows)), rows) for rows in counts])
+            table = pa.concat_tables([part for _, part in parts])
+            table = table.append_column("shard", pa.array(shards)).append_column("group", pa.array(groups))
+            write_arrow(cached, table)
+        return table
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def _place(self, index: int) -> tuple[int, int]:
+        """The number of a row's group, and of the row in it."""
+        number = int(np.searchsorted(self._first_rows, index, "right")) - 1
+        return number, index - int(self._first_rows[number])
+
+    def read(self, index: int, short_side: int) -> np.ndarray:
+        number, row = self._place(index)
+        wanted = choose_level(self._levels, short_side)
+        for level in reversed(self._levels[: self._levels.index(wanted) + 1]):
+            encoded = self._group(number, level).read(row)
+            if len(encoded):  # a small image is stored in a smaller level only
+                break
+        return encoded
+
+    def _group(self, number: int, level: int) -> Places:
+        """Map a group's images, fetching them if no process has before."""
+        key = number, level
+        if key not in self._mapped:
+            self._mapped[key] = find_places(self._fetched(number, level).column(0))
+            if len(self._mapped) > MAPPED:
+                self._mapped.popitem(last=False)
+        self._mapped.move_to_end(key)
+        return self._mapped[key]
+
+    def _fetched(self, number: int, level: int) -> pa.Table:
+        path = self._folder / f"{number}-{level}.arrow"
+        table = map_arrow(path)
+        if table is not None:
+            path.touch()  # the ones that were not used for longest go first
+            return table
+        self._folder.mkdir(parents=True, exist_ok=True)
+        with open(self._folder / f"lock{number % 64}", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            table = map_arrow(path)
+            if table is None:  # or another worker has just fetched it
+                shard, group = self._groups[number].tolist()
+                read = self._shards[shard].read_images
+                column = self._columns[level]
+                name = f"row group {group} of {self._shards[shard].path}"
+                write_arrow(path, self._storage.retry(name, lambda: read(group, column)))
+                table = map_arrow(path)
+                self._make_room()
+        return table
+
+    def _make_room(self) -> None:
+        """Remove what was not used for longest; processes that still map it are not disturbed."""
+        files = [(path.stat(), path) for path in self._folder.glob("*-*.arrow")]
+        total = sum(status.st_size for status, _ in files)
+        for status, path in sorted(files, key=lambda entry: entry[0].st_mtime_ns):
+            if total <= KEEP_BYTES:
+                break
+            path.unlink(missing_ok=True)
+            total -= status.st_size
+
+    def describe(self, index: int) -> str:
+        number, row = self._place(index)
+        shard, group = self._groups[number].tolist()
+        return f"row {row} of row group {group} of {self._shards[shard].path}"
+
+    def sizes(self) -> np.ndarray:
+        if self._sizes is None:
+            raise UserError("--streaming knows no image sizes beforehand, which rectangular batches need")
+        return self._sizes
+
+
+def open_stream(data_dir: str, split: str) -> StreamSource:
+    """Open one split of the shards below a URL or folder.
+
+    Args:
+        data_dir: s3://bucket/prefix, hf://datasets/org/name, a hub dataset org/name, or a folder.
+        split: "train" or "val", as in `sources.open_source`.
+
+    Raises:
+        UserError: cannot be read, or holds no such shards.
+    """
+    if "://" not in data_dir and not Path(data_dir).expanduser().is_dir():
+        data_dir = f"hf://datasets/{data_dir}"
+    storage = Storage(data_dir)
+    return StreamSource(storage, _of_split(storage, split))
+
+
+def _of_split(storage: Storage, split: str) -> list[fs.FileInfo]:
+    """Choose shards by the split's name at the beginning of a file's or folder's name."""
+    files = storage.files()
+    names = ("train",) if split == "train" else VAL_NAMES
+    for name in names:
+        pattern = re.compile(rf"(^|/){name}([^a-zA-Z].*)?$")
+        below = len(storage.root)
+        if chosen := [info for info in files if pattern.search(info.path[below:].removesuffix(f".{info.extension}"))]:
+            return chosen
+    raise MissingSplit(f"--data_dir {storage.url} has no shards named {' or '.join(names)}")
+
+
+def download(data_dir: str) -> Path:
+    """Copy all shards below a URL to the user's cache folder; those that are there already stay.
+
+    Raises:
+        UserError: cannot be read, or there is not enough space.
+    """
+    storage = Storage(data_dir)
+    files = storage.files()
+    folder = cache_folder() / "downloads" / digest([(info.path, info.size, info.mtime_ns) for info in files])
+    folder.mkdir(parents=True, exist_ok=True)
+    targets = [folder / info.path[len(storage.root) :].lstrip("/") for info in files]
+    missing = [pair for pair in zip(files, targets, strict=True) if not pair[1].exists()]
+    needed, free = sum(info.size for info, _ in missing), shutil.disk_usage(folder).free
+    if needed > free:
+        raise UserError(
+            f"--data_dir {data_dir} takes {needed / 1e9:.1f} GB and {folder} has {free / 1e9:.1f} GB free; "
+            "pass --streaming"
+        )
+
+    def copy(pair: tuple[fs.FileInfo, Path]) -> None:
+        info, target = pair
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = target.with_suffix(f".{os.getpid()}.tmp")
+
+        def fetch() -> None:
+            with storage.system().open_input_stream(info.path) as source, open(temporary, "wb") as sink:
+                shutil.copyfileobj(source, sink, 1 << 22)
+
+        storage.retry(info.path, fetch)
+        temporary.rename(target)
+
+    from tqdm import tqdm
+
+    with ThreadPoolExecutor(8) as pool:
+        bar = tqdm(pool.map(copy, missing), total=len(missing), desc="download", unit="file", disable=not missing)
+        for _ in bar:
+            pass
+    return folder
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
