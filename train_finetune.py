@@ -46,7 +46,10 @@ class FinetuneConfig(TrainConfig):
         return [
             Stage(epochs=self.head_epochs, mixup=False, frozen=(BACKBONE,), **common),
             Stage(
-                epochs=self.epochs - self.head_epochs, mixup=self.mixup_share, lr_scale=self.body_lr_scale, **common
+                epochs=self.epochs - self.head_epochs,
+                mixup=self.mixup_share,
+                lr_scale=self.body_lr_scale,
+                **common,
             ),
         ]
 

@@ -23,9 +23,13 @@ EXPERT_STAGES = [
     Stage(epochs=15, img_size=128, batch_size=1024, data_fraction=0.50, lr_scale=1.00),
     Stage(epochs=15, img_size=160, batch_size=768, data_fraction=0.75, lr_scale=0.60),
     Stage(epochs=20, img_size=224, batch_size=512, lr_scale=0.35),
-    Stage(epochs=15, img_size=224, batch_size=512, lr_scale=0.20, frozen=STEM),  # edges and colours have settled
+    Stage(
+        epochs=15, img_size=224, batch_size=512, lr_scale=0.20, frozen=STEM
+    ),  # edges and colours have settled
     Stage(epochs=10, img_size=224, batch_size=512, mixup=False, lr_scale=0.12, frozen=(*STEM, "layer2")),
-    Stage(epochs=5, img_size=224, batch_size=512, mixup=False, lr_scale=0.08, frozen=(*STEM, "layer2", "layer3")),
+    Stage(
+        epochs=5, img_size=224, batch_size=512, mixup=False, lr_scale=0.08, frozen=(*STEM, "layer2", "layer3")
+    ),
 ]
 
 

@@ -32,7 +32,9 @@ class StandardConfig(TrainConfig):
 
     def curriculum(self) -> list[Stage]:
         return [
-            Stage(epochs=self.epochs, img_size=self.img_size, batch_size=self.batch_size, mixup=self.mixup_share)
+            Stage(
+                epochs=self.epochs, img_size=self.img_size, batch_size=self.batch_size, mixup=self.mixup_share
+            )
         ]
 
 

@@ -22,7 +22,9 @@ class Batches:
         rank, world: this process, and how many there are.
     """
 
-    def __init__(self, cfg: TrainConfig, plan: Plan, train: Source, val: Source, rank: int, world: int) -> None:
+    def __init__(
+        self, cfg: TrainConfig, plan: Plan, train: Source, val: Source, rank: int, world: int
+    ) -> None:
         self.cfg, self.plan, self.train, self.val, self.rank, self.world = cfg, plan, train, val, rank, world
 
     def run_items(self, start_epoch: int, start_step: int) -> Iterator[BatchItem]:
@@ -37,9 +39,13 @@ class Batches:
         pool = self._pool(stage.data_fraction)
         if stage.shape == "rect":
             shapes, buckets = self._buckets(stage.img_size)
-            matrix = sampling.rect_epoch(pool, buckets, shapes, epoch.global_batch, self.cfg.seed, epoch.index)
+            matrix = sampling.rect_epoch(
+                pool, buckets, shapes, epoch.global_batch, self.cfg.seed, epoch.index
+            )
         else:
-            matrix = sampling.square_epoch(pool, stage.img_size, epoch.global_batch, self.cfg.seed, epoch.index)
+            matrix = sampling.square_epoch(
+                pool, stage.img_size, epoch.global_batch, self.cfg.seed, epoch.index
+            )
         yield from sampling.local_items(
             matrix,
             epoch=epoch.index,
@@ -66,9 +72,12 @@ class Batches:
 
     def bucket_tables(self) -> str:
         """For each image size of the plan that has rectangular batches: shapes, shares and what cropping loses."""
-        sizes = sorted({stage.img_size for stage in self.plan.stages if stage.shape == "rect" or self.cfg.rect_val})
+        sizes = sorted(
+            {stage.img_size for stage in self.plan.stages if stage.shape == "rect" or self.cfg.rect_val}
+        )
         return "\n".join(
-            sampling.format_buckets(sampling.bucket_table(self.train.sizes(), self._buckets(size)[0])) for size in sizes
+            sampling.format_buckets(sampling.bucket_table(self.train.sizes(), self._buckets(size)[0]))
+            for size in sizes
         )
 
     def micro_batch(self, stage_index: int) -> int:

@@ -33,7 +33,9 @@ class Progress:
 
     step: int = 0  # optimizer steps taken
     epochs_done: int = 0  # epochs trained, evaluated and recorded
-    epoch_sums: list[float] = field(default_factory=lambda: [0.0, 0.0, 0.0])  # loss, hits, images of the epoch under way
+    epoch_sums: list[float] = field(
+        default_factory=lambda: [0.0, 0.0, 0.0]
+    )  # loss, hits, images of the epoch under way
     skipped_steps: int = 0
     images_seen: int = 0
     wall_s: float = 0.0
@@ -70,14 +72,18 @@ def _pack_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor]
     return tensors, {"state": rest, "param_groups": packed["param_groups"]}
 
 
-def _unpack_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], rest: dict[str, Any]) -> None:
+def _unpack_optimizer(
+    optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], rest: dict[str, Any]
+) -> None:
     state: dict[int, dict[str, Any]] = {}
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for name, value in {**tensors, **rest["state"]}.items():
         index, key = name.split(".", 1)
         parameter = parameters[int(index)]
         if isinstance(value, Tensor) and value.shape == parameter.shape:
-            value = torch.empty_like(parameter, dtype=value.dtype).copy_(value)  # in the parameter's memory layout
+            value = torch.empty_like(parameter, dtype=value.dtype).copy_(
+                value
+            )  # in the parameter's memory layout
         state.setdefault(int(index), {})[key] = value
     optimizer.load_state_dict({"state": state, "param_groups": rest["param_groups"]})
 
@@ -169,14 +175,22 @@ def write(folder: Path, files: dict[str, Any]) -> None:
     try:
         temporary.mkdir(parents=True)
         for name, content in files.items():
-            data = save_tensors(content) if name.endswith(".safetensors") else json.dumps(content, indent=1).encode()
+            data = (
+                save_tensors(content)
+                if name.endswith(".safetensors")
+                else json.dumps(content, indent=1).encode()
+            )
             manifest["files"][name] = {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
             write_durably(temporary / name, data)
         write_durably(temporary / MANIFEST, json.dumps(manifest, indent=1).encode())
     except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        what = "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else error.strerror
-        raise UserError(f"cannot write the checkpoint {folder}: {what}; the one before it is whole, set --output") from error
+        what = (
+            "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else error.strerror
+        )
+        raise UserError(
+            f"cannot write the checkpoint {folder}: {what}; the one before it is whole, set --output"
+        ) from error
     if folder.exists():
         previous = folder.with_name("previous")
         shutil.rmtree(previous, ignore_errors=True)
@@ -219,7 +233,9 @@ def verify(folder: Path) -> None:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DamagedCheckpoint(f"{folder / MANIFEST} is missing or damaged") from error
     if version != FORMAT_VERSION:
-        raise UserError(f"{folder} has checkpoint format {version}, this version reads {FORMAT_VERSION}; see --resume")
+        raise UserError(
+            f"{folder} has checkpoint format {version}, this version reads {FORMAT_VERSION}; see --resume"
+        )
     for name, entry in entries:
         path = folder / Path(name).name
         if not path.is_file():
@@ -264,7 +280,9 @@ def share(files: dict[str, Any] | None, accelerator: Accelerator) -> dict[str, A
         layout = [
             {
                 "state.json": files["state.json"],
-                "tensors": {f: {k: (tuple(t.shape), t.dtype) for k, t in c.items()} for f, c in tensors.items()},
+                "tensors": {
+                    f: {k: (tuple(t.shape), t.dtype) for k, t in c.items()} for f, c in tensors.items()
+                },
             }
         ]
     broadcast_object_list(layout)

@@ -188,7 +188,14 @@ class TrainConfig:
 
     def validate(self) -> None:
         """Refuse values and combinations that cannot be meant."""
-        positive = ("prefetch", "accumulation", "lr_finder_iterations", "nan_patience", "rect_buckets", "save_freq_last")
+        positive = (
+            "prefetch",
+            "accumulation",
+            "lr_finder_iterations",
+            "nan_patience",
+            "rect_buckets",
+            "save_freq_last",
+        )
         positive += ("div_factor", "final_div_factor", "print_freq")
         for name in positive:
             if getattr(self, name) <= 0:
@@ -200,7 +207,15 @@ class TrainConfig:
             value = getattr(self, name)
             if value not in (None, "auto") and value <= 0:
                 raise UserError(f"--{name} must be above 0, not {value}")
-        for name in ("pct_start", "dampening", "ema_decay", "batch_aug_prob", "flip", "erasing_prob", "cutout_prob"):
+        for name in (
+            "pct_start",
+            "dampening",
+            "ema_decay",
+            "batch_aug_prob",
+            "flip",
+            "erasing_prob",
+            "cutout_prob",
+        ):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"--{name} must be from 0 to 1, not {getattr(self, name)}")
         for name in ("crop_scale", "rect_scale"):
@@ -217,15 +232,42 @@ class TrainConfig:
 
 # What does not change the weights that come out, and may differ when a run goes on.
 FREE_TO_CHANGE = frozenset(
-    "data_dir workers prefetch compile channels_last accumulation auto_batch output run_name resume save_freq_last checkpoint_minutes keep_every "
-    "s3 s3_endpoint wandb wandb_project print_freq dry_run final_eval nan_patience grad_compression tf32".split()
+    [
+        "data_dir",
+        "workers",
+        "prefetch",
+        "compile",
+        "channels_last",
+        "accumulation",
+        "auto_batch",
+        "output",
+        "run_name",
+        "resume",
+        "save_freq_last",
+        "checkpoint_minutes",
+        "keep_every",
+        "s3",
+        "s3_endpoint",
+        "wandb",
+        "wandb_project",
+        "print_freq",
+        "dry_run",
+        "final_eval",
+        "nan_patience",
+        "grad_compression",
+        "tf32",
+    ]
 )
 
 
 def differences(mine: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
     """Settings in which two dumped configs would train differently, as `--name a (was b)`."""
     names = sorted((mine.keys() | theirs.keys()) - FREE_TO_CHANGE)
-    return [f"--{name} {mine.get(name)} (was {theirs.get(name)})" for name in names if mine.get(name) != theirs.get(name)]
+    return [
+        f"--{name} {mine.get(name)} (was {theirs.get(name)})"
+        for name in names
+        if mine.get(name) != theirs.get(name)
+    ]
 
 
 def as_plain(cfg: Any) -> dict[str, Any]:
@@ -309,7 +351,9 @@ def parse_args(config_class: type[Config], description: str, args: list[str] | N
             print(f"error: {' '.join(str(message).split())} (see --help)", file=sys.stderr)
             raise SystemExit(2)
 
-    parser = OneSentenceParser(description=description, usage="%(prog)s [--config FILE.yaml] [--flag VALUE ...]")
+    parser = OneSentenceParser(
+        description=description, usage="%(prog)s [--config FILE.yaml] [--flag VALUE ...]"
+    )
     parser.add_argument("--config", action="config", help="YAML file with any of these settings")
     parser.add_class_arguments(config_class, as_group=False)
     parser.set_defaults(_plain_stages(config_class))
@@ -320,7 +364,9 @@ def parse_args(config_class: type[Config], description: str, args: list[str] | N
 
 def _plain_stages(config_class: type[TrainConfig]) -> dict[str, list[dict[str, Any]]]:
     """Default lists of stages as plain values, which `--print_config` can write."""
-    lists = {f.name: f.default_factory() for f in dataclasses.fields(config_class) if callable(f.default_factory)}
+    lists = {
+        f.name: f.default_factory() for f in dataclasses.fields(config_class) if callable(f.default_factory)
+    }
     return {name: [as_plain(stage) for stage in stages] for name, stages in lists.items()}
 
 
@@ -343,4 +389,3 @@ def main_with(main: Callable[[Config], None], config_class: type[Config], descri
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
-

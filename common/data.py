@@ -9,6 +9,7 @@ import logging
 import math
 import mmap
 import os
+import signal
 import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -24,6 +25,7 @@ from common.decode import DecodeError, decode_batch
 from common.errors import UserError
 from common.sampling import BatchItem
 from common.sources import Source, open_source
+from common.streaming import open_stream
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +42,8 @@ def open_dataset(cfg) -> tuple[Source, Source]:
     Raises:
         UserError: a split is missing, or the two do not have the same classes.
     """
-    train, val = open_source(cfg.data_dir, "train"), open_source(cfg.data_dir, "val")
+    open_split = open_stream if cfg.streaming else open_source
+    train, val = open_split(cfg.data_dir, "train"), open_split(cfg.data_dir, "val")
     for name, some, others in (("val", train, val), ("train", val, train)):
         if missing := sorted(set(some.classes) - set(others.classes)):
             names = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
@@ -167,6 +170,8 @@ class _Decoder(Dataset):
                 sizes = source.sizes()[indices] if source.prepared else None
                 decode_batch(encoded, item, self.seed, images, sizes)
                 return None
+            except UserError as error:  # the storage cannot be reached: no image can stand in
+                return str(error)
             except DecodeError as error:
                 position, why = error.position, str(error)
             path = source.describe(int(indices[position]))
@@ -209,6 +214,12 @@ class _Items:
         self._slots.recall()  # the workers are done with the stream before, the DataLoader saw to that
         for item in self.items:
             yield item, self._slots.take()
+
+
+def _leave_signals_to_the_trainer(worker: int) -> None:
+    """Ctrl-C and a scheduler's SIGTERM reach workers too; they are still needed for the step under way."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _as_it_is(answer: _Answer) -> _Answer:
@@ -257,6 +268,7 @@ class Loader:
             prefetch_factor=prefetch if self.workers else None,
             persistent_workers=self.workers > 0,
             multiprocessing_context="fork" if forks else None,
+            worker_init_fn=_leave_signals_to_the_trainer,
         )
         self._streams = 0
 

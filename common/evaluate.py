@@ -80,4 +80,3 @@ def evaluate(
             raise RuntimeError(f"evaluated {count:.0f} of {num_images} images")
         scores.append(Score(loss / count, 100 * top1 / count, 100 * top5 / count, int(count)))
     return scores
-

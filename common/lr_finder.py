@@ -12,7 +12,6 @@ from common.errors import UserError
 from common.plots import DIVERGED
 
 
-
 @dataclass(frozen=True)
 class Sweep:
     """What the finder saw: learning rates, losses and smoothed losses by step, and the peak it suggests."""
@@ -80,7 +79,9 @@ def _remember(state: TrainState) -> dict:
     return {
         "model": {name: tensor.clone() for name, tensor in state.model.state_dict().items()},
         "optimizer": copy.deepcopy(state.optimizer.state_dict()),
-        "ema": None if state.ema is None else {k: v.clone() for k, v in state.ema.module.state_dict().items()},
+        "ema": None
+        if state.ema is None
+        else {k: v.clone() for k, v in state.ema.module.state_dict().items()},
         "scaler": state.scaler.state_dict() if state.scaler else None,
         "rng": rng_state(),
     }
@@ -95,5 +96,3 @@ def _restore(state: TrainState, before: dict) -> None:
     if state.scaler:
         state.scaler.load_state_dict(before["scaler"])
     set_rng_state(before["rng"])
-
-

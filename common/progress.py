@@ -56,14 +56,21 @@ class EpochMeter:
         if not self.run.is_main:
             return
         loss, hits, images = sums.tolist()
-        text = f"loss {loss / images:.3f}, top-1 {100 * hits / images:.1f} %, {self.images_per_s:.0f} images/s"
+        text = (
+            f"loss {loss / images:.3f}, top-1 {100 * hits / images:.1f} %, {self.images_per_s:.0f} images/s"
+        )
         if not self.bar.disable:
             self.bar.set_postfix_str(f"{text}, {peak_memory_mb(self.run.accelerator.device):.0f} MB")
         elif time.monotonic() - self.last_line > self.run.cfg.print_freq:
             self.last_line = time.monotonic()
             done = self.step - self.epoch.first_step
             self.run.log.info(
-                "epoch %d, step %d/%d: %s, ETA %s", self.epoch.index + 1, done, self.epoch.steps, text, clock(self.eta_s())
+                "epoch %d, step %d/%d: %s, ETA %s",
+                self.epoch.index + 1,
+                done,
+                self.epoch.steps,
+                text,
+                clock(self.eta_s()),
             )
 
     def seconds_since_start(self) -> float:

@@ -26,10 +26,27 @@ from common.plots import write_plots
 from common.scheduling import Plan
 
 EXIT_INTERRUPTED = 75  # EX_TEMPFAIL: stopped by a signal with everything saved; run the same command again
-CSV_COLUMNS = (
-    "epoch stage img_size batch_size lr momentum train_loss train_top1 val_loss val_top1 val_top5 ema_top1 "
-    "images_per_s data_wait memory_mb epoch_s total_s images_seen skipped_steps"
-).split()
+CSV_COLUMNS = [
+    "epoch",
+    "stage",
+    "img_size",
+    "batch_size",
+    "lr",
+    "momentum",
+    "train_loss",
+    "train_top1",
+    "val_loss",
+    "val_top1",
+    "val_top5",
+    "ema_top1",
+    "images_per_s",
+    "data_wait",
+    "memory_mb",
+    "epoch_s",
+    "total_s",
+    "images_seen",
+    "skipped_steps",
+]
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
@@ -54,7 +71,9 @@ class Run:
         self.mirror: Any = None
         self._signal = 0
         self._save_due = time.monotonic() + 60 * cfg.checkpoint_minutes
-        self._cpu_group = torch.distributed.new_group(backend="gloo") if accelerator.num_processes > 1 else None
+        self._cpu_group = (
+            torch.distributed.new_group(backend="gloo") if accelerator.num_processes > 1 else None
+        )
 
     # --- stopping --------------------------------------------------------------------------------------------------
 
@@ -136,7 +155,9 @@ class Run:
             writer.writerow(("step", "epoch", "lr", "momentum"))
             for epoch in plan.epochs():
                 for step in range(epoch.first_step, epoch.first_step + epoch.steps):
-                    writer.writerow((step, epoch.index + 1, f"{plan.lr(step):.6g}", f"{plan.momentum(step):.6g}"))
+                    writer.writerow(
+                        (step, epoch.index + 1, f"{plan.lr(step):.6g}", f"{plan.momentum(step):.6g}")
+                    )
 
     def write_json(self, name: str, content: dict[str, Any]) -> None:
         if self.is_main:
@@ -202,7 +223,9 @@ def start_run(cfg: TrainConfig) -> Iterator[Run]:
     try:
         yield run
     except Interrupted:
-        run.log.info("stopped by a signal; the same command with --run_name %s goes on from here", cfg.run_name)
+        run.log.info(
+            "stopped by a signal; the same command with --run_name %s goes on from here", cfg.run_name
+        )
         raise SystemExit(EXIT_INTERRUPTED) from None
     except UserError as error:
         run.log.error("error: %s", error)
@@ -225,7 +248,9 @@ def _make_accelerator(cfg: TrainConfig) -> Accelerator:
     if cpu and wanted == "fp16":
         raise UserError("--mixed_precision fp16 needs a GPU; use bf16 or no on a CPU")
     hooks = {"fp16": DDPCommunicationHookType.FP16, "bf16": DDPCommunicationHookType.BF16}
-    ddp = DistributedDataParallelKwargs(comm_hook=hooks.get(cfg.grad_compression, DDPCommunicationHookType.NO))
+    ddp = DistributedDataParallelKwargs(
+        comm_hook=hooks.get(cfg.grad_compression, DDPCommunicationHookType.NO)
+    )
     accelerator = Accelerator(
         cpu=cpu,
         mixed_precision=wanted,
@@ -281,10 +306,14 @@ def _problem_with(folder: Path, cfg: TrainConfig) -> str:
     config_file = folder / "config.yaml"
     if config_file.exists():
         if cfg.resume == "none":
-            return f"{folder} already holds a run; choose another --run_name, or --resume auto to go on with it"
+            return (
+                f"{folder} already holds a run; choose another --run_name, or --resume auto to go on with it"
+            )
         changed = differences(as_plain(cfg), yaml.safe_load(config_file.read_text()))
         if changed:
-            return f"{folder} holds a run with other settings: {', '.join(changed)}; choose another --run_name"
+            return (
+                f"{folder} holds a run with other settings: {', '.join(changed)}; choose another --run_name"
+            )
     elif folder.exists() and any(folder.iterdir()):
         return f"{folder} exists and is not a run; choose another --run_name or --output"
     try:

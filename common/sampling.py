@@ -9,6 +9,7 @@ Orders are sorts by a hash of (seed, epoch, image), not a generator's shuffle: t
 machine and under any version of numpy.
 """
 
+import math
 from collections.abc import Iterator
 from typing import Literal, NamedTuple
 
@@ -72,14 +73,18 @@ def square_epoch(pool: np.ndarray, size: int, global_batch: int, seed: int, epoc
 
 def _shuffle(pool: np.ndarray, global_batch: int, seed: int, epoch: int) -> np.ndarray:
     """Put `pool` in the epoch's order and cut it to whole global batches: int32 [steps * global_batch]."""
-    steps = len(pool) // global_batch
-    if steps == 0:
-        raise UserError(
-            f"{len(pool)} training images do not fill one global batch of {global_batch}: lower --batch_size"
-        )
+    steps = _steps(len(pool), global_batch)
     # Stable, because a tie between two hashes must fall the same way on every machine.
     order = np.argsort(uniforms(seed, epoch, pool, ORDER, 1)[:, 0], kind="stable")
     return pool[order[: steps * global_batch]].astype(np.int32)
+
+
+def _steps(images: int, global_batch: int) -> int:
+    if images < global_batch:
+        raise UserError(
+            f"{images} training images do not fill one global batch of {global_batch}: lower --batch_size"
+        )
+    return images // global_batch
 
 
 def local_items(
@@ -266,3 +271,32 @@ def rect_epoch(
     shape = np.argmin(images @ _area_lost(aspects[:, None], aspects), axis=1)
     rows = np.argsort(uniforms(seed, epoch, np.arange(len(indices)), ROWS, 1)[:, 0], kind="stable")
     return Epoch(indices[rows], shapes[shape[rows]])
+
+
+LANES = 8  # parts of a streamed epoch that are read side by side; processes take whole ones while they can
+WINDOW = 2048  # rows of a lane that are shuffled among each other
+
+
+def streaming_epoch(group_rows: np.ndarray, size: int, global_batch: int, seed: int, epoch: int) -> Epoch:
+    """Shuffle rows that are fetched in groups (int [G] rows each, in order), with few groups in use at a time.
+
+    The groups are shuffled, and then each row moves on by up to `WINDOW` places: a shuffle buffer as a pure
+    function. The order is cut into `LANES` lanes, each of which fills its own columns of every batch, so that
+    a batch has images of many places and a process fetches the groups of its own lanes only. Rows that do not
+    fill a global batch stay out; which ones varies with the epoch.
+
+    Raises UserError when there are fewer rows than one global batch.
+    """
+    steps = _steps(int(group_rows.sum()), global_batch)
+    first = np.cumsum(group_rows) - group_rows
+    groups = np.argsort(uniforms(seed, epoch, np.arange(len(group_rows)), ROWS, 1)[:, 0], kind="stable")
+    rows = group_rows[groups]
+    place = np.arange(rows.sum())
+    indices = place + np.repeat(first[groups] - (np.cumsum(rows) - rows), rows)
+    moved = place + WINDOW * uniforms(seed, epoch, place, ORDER, 1)[:, 0]
+    indices = indices[np.argsort(moved, kind="stable")][: steps * global_batch].astype(np.int32)
+    lanes = math.gcd(LANES, global_batch)
+    matrix = (
+        indices.reshape(lanes, steps, global_batch // lanes).transpose(1, 0, 2).reshape(steps, global_batch)
+    )
+    return Epoch(matrix, np.full((steps, 2), size, np.int32))

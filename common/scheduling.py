@@ -208,7 +208,9 @@ class Plan:
         schedule, stage = self.schedule, self.stages[stage_index]
         if stage.lr_scale is not None:
             return min(schedule.peak_lr, schedule.max_lr) * stage.lr_scale
-        return min(schedule.peak_lr * self.global_batches[stage_index] / self.global_batches[0], schedule.max_lr)
+        return min(
+            schedule.peak_lr * self.global_batches[stage_index] / self.global_batches[0], schedule.max_lr
+        )
 
     def lr(self, step: int) -> float:
         """Learning rate of an optimizer step, before a parameter group's own scale."""
@@ -225,7 +227,12 @@ class Plan:
     def _cycle(self, step: int, total: int, peak: float) -> float:
         s = self.schedule
         return one_cycle(
-            step, total, peak, pct_start=s.pct_start, div_factor=s.div_factor, final_div_factor=s.final_div_factor
+            step,
+            total,
+            peak,
+            pct_start=s.pct_start,
+            div_factor=s.div_factor,
+            final_div_factor=s.final_div_factor,
         )
 
     def momentum(self, step: int) -> float:
@@ -241,7 +248,20 @@ class Plan:
 
     def table(self) -> str:
         """The plan as a person reads it: one line per stage."""
-        head = ("stage", "epochs", "px", "shape", "data", "batch", "steps", "mixup", "lr start", "peak", "end", "frozen")
+        head = (
+            "stage",
+            "epochs",
+            "px",
+            "shape",
+            "data",
+            "batch",
+            "steps",
+            "mixup",
+            "lr start",
+            "peak",
+            "end",
+            "frozen",
+        )
         rows, first = [head], 0
         for i, stage in enumerate(self.stages):
             steps = self.stage_steps(i)
@@ -258,7 +278,9 @@ class Plan:
             )  # fmt: skip
             first += steps
         widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
-        return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+        return "\n".join(
+            "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows
+        )
 
 
 def make_plan(
@@ -274,7 +296,9 @@ def make_plan(
     `global_batches` are those of the run that is resumed, which hold on any number of processes.
     """
     if global_batches is None:
-        share = [max(1, round(num_images * stage.data_fraction)) // (processes * accumulation) for stage in stages]
+        share = [
+            max(1, round(num_images * stage.data_fraction)) // (processes * accumulation) for stage in stages
+        ]
         global_batches = tuple(
             min(stage.batch_size, max(1, limit)) * processes * accumulation
             for stage, limit in zip(stages, share, strict=True)

@@ -18,8 +18,10 @@ from typing import NamedTuple, Protocol
 import numpy as np
 import pyarrow as pa
 
+from common.cache import cache_folder, fingerprint_of, map_arrow, write_arrow
 from common.decode import DecodeError, read_header
 from common.errors import UserError
+from common.remote import download
 
 log = logging.getLogger(__name__)
 
@@ -57,12 +59,6 @@ class Source(Protocol):
 
     def sizes(self) -> np.ndarray:
         """Return the originals' heights and widths as seen, int32 [N, 2]; 1, 1 if unreadable."""
-
-
-def cache_folder() -> Path:
-    """Where what is derived from datasets is kept: the user's cache folder, never the dataset."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "image-classification-training"
 
 
 # --- a folder of class folders ------------------------------------------------------------------------------
@@ -154,7 +150,7 @@ def _scan(root: bytes) -> pa.Table:
     metadata = {
         "classes": json.dumps(classes),
         "directories": json.dumps(directories),
-        "digest": digest(classes, offsets, np.frombuffer(blob, np.uint8), labels),
+        "digest": fingerprint_of(classes, offsets, np.frombuffer(blob, np.uint8), labels),
     }
     return pa.table({"path": paths, "label": labels}).replace_schema_metadata(metadata)
 
@@ -180,16 +176,9 @@ def _load_manifest(cached: Path, root: bytes):
     labels = table.column("label").chunk(0).to_numpy()
     offsets = offsets[: len(labels) + 1]
     blob = blob[: offsets[-1]]
-    if digest(classes, offsets, blob, labels) != digest:
+    if fingerprint_of(classes, offsets, blob, labels) != digest:
         return None
     return classes, digest, offsets, blob, labels
-
-
-def digest(*parts) -> str:
-    state = hashlib.blake2b(digest_size=16)
-    for part in parts:
-        state.update(np.ascontiguousarray(part) if isinstance(part, np.ndarray) else repr(part).encode())
-    return state.hexdigest()
 
 
 # --- Arrow: Hugging Face datasets and pyramids --------------------------------------------------------------
@@ -281,7 +270,7 @@ def find_places(column: pa.ChunkedArray) -> Places:
 
 
 def choose_level(levels: list[int], short_side: int) -> int:
-    """The smallest level with a margin of 8 to 7, as Resize(256) leaves for CenterCrop(224); else the largest."""
+    """The smallest level with a margin as Resize(256) leaves for CenterCrop(224); else the largest."""
     return next((level for level in levels if level >= short_side * 8 // 7), levels[-1])
 
 
@@ -382,26 +371,6 @@ def _scan_sizes(source: Source, read_head: Callable[[int], np.ndarray]) -> pa.Ta
     return pa.table({"height": sizes[:, 0].copy(), "width": sizes[:, 1].copy()})
 
 
-# --- small Arrow files --------------------------------------------------------------------------------------
-
-
-def write_arrow(path: Path, table: pa.Table) -> None:
-    """Write an uncompressed Arrow file of one record batch, under its name only when whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
-        writer.write_table(table.combine_chunks())
-    temporary.replace(path)
-
-
-def map_arrow(path: Path) -> pa.Table | None:
-    """Memory-map an Arrow file; None where it is missing or damaged (it can be derived again)."""
-    try:
-        return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
-    except (FileNotFoundError, pa.ArrowInvalid, OSError):
-        return None
-
-
 # --- which source a name means ------------------------------------------------------------------------------
 
 
@@ -409,13 +378,17 @@ def open_source(data_dir: str, split: str) -> Source:
     """Open one split of what `--data_dir` names.
 
     Args:
-        data_dir: an ImageFolder tree, a folder of Arrow or Parquet files, or a hub dataset `org/name`.
+        data_dir: an ImageFolder tree, a folder of Arrow or Parquet files, a hub dataset `org/name`, or
+            s3://bucket/prefix with Arrow or Parquet files, which are downloaded.
         split: "train" or "val", which stands for the first of val, validation, valid and test that is there.
 
     Raises:
         MissingSplit: there are other splits, or maybe another layout.
         UserError: there is nothing, or not what is needed.
     """
+    if data_dir.startswith("s3://"):
+        data_dir = str(download(data_dir))
+    data_dir = data_dir.removeprefix("hf://").removeprefix("datasets/")
     folder = Path(data_dir).expanduser()
     names = ("train",) if split == "train" else VAL_NAMES
     if not data_dir:
@@ -453,7 +426,9 @@ def _open_shards(data_dir: str, shards: list[Path], names: tuple[str, ...]) -> A
             tables[str(shard)] = pa.ipc.open_file(pa.memory_map(str(shard))).read_all()
         except pa.ArrowInvalid as error:
             raise UserError(f"{shard} is damaged ({error}); remove it and run prepare again") from error
-    return ArrowSource(tables, digest([(s.name, s.stat().st_size, len(tables[str(s)])) for s in chosen]))
+    return ArrowSource(
+        tables, fingerprint_of([(s.name, s.stat().st_size, len(tables[str(s)])) for s in chosen])
+    )
 
 
 def _open_datasets(data_dir: str, names: tuple[str, ...]) -> ArrowSource:

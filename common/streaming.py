@@ -1,24 +1,23 @@
 """Shards in object storage or on the hub, as a source: fetched by row group when an image of it is wanted.
 
-A row group of a Parquet file, or a record batch of an Arrow file, is what can be fetched at once: some hundred
-images. The files' footers say how many rows each has, so that every image has its index from the start, and an order
-of training is a matrix of indices as for any other source (`sampling.streaming_epoch`), only one that stays within a
-few row groups for a while. Position, resume and number of processes therefore need nothing of their own.
+A row group of a Parquet file, or a record batch of an Arrow file, is what can be fetched at once: some
+hundred images. The files' footers say how many rows each has, so every image has its index from the start,
+and an order of training is a matrix of indices as for any other source (`sampling.streaming_epoch`), only one
+that stays within a few row groups for a while. Position, resume and number of processes need nothing of their
+own.
 
-What was fetched is kept in the user's cache folder, up to `KEEP_BYTES`, where all workers of all processes of the
-machine map it: a row group travels once, whoever asks first.
+What was fetched is kept in the user's cache folder, up to `KEEP_BYTES`, where all workers of all processes of
+the machine map it: a row group travels once, whoever asks first.
 """
 
 import fcntl
 import logging
-import os
 import re
-import shutil
-import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -26,86 +25,23 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import fs
 
+from common.cache import cache_folder, map_arrow, write_arrow
 from common.errors import UserError
+from common.remote import Storage
 from common.sources import (
     VAL_NAMES,
     MissingSplit,
     Places,
-    cache_folder,
     choose_level,
-    digest,
     find_columns,
     find_places,
-    map_arrow,
     read_labels,
-    write_arrow,
 )
 
 log = logging.getLogger(__name__)
 
-KEEP_BYTES = 16 << 30  # of row groups on this machine; an epoch is at some 20,000 images at a time, 2 GB of photographs
+KEEP_BYTES = 16 << 30  # an epoch is at 20,000 images at a time, 2 GB of photographs
 MAPPED = 256  # row groups that a worker keeps mapped
-TRIES = 5  # of a fetch, with pauses of 1, 2, 4 and 8 s
-
-
-class Storage:
-    """Files below a URL; s3://, hf:// or a folder. Connections are made anew in each process, after a fork too."""
-
-    def __init__(self, url: str):
-        self.url = url
-        scheme, _, path = url.rpartition("://")
-        self.root = path.rstrip("/") if scheme else str(Path(url).expanduser().resolve())
-        self._scheme = scheme
-        self._process, self._system = 0, None
-
-    def system(self) -> fs.FileSystem:
-        if self._process != os.getpid():
-            self._process, self._system = os.getpid(), self._connect()
-        return self._system
-
-    def _connect(self) -> fs.FileSystem:
-        if self._scheme == "s3":
-            endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
-            region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
-            if not region and not endpoint:
-                region = fs.resolve_s3_region(self.root.partition("/")[0])
-            return fs.S3FileSystem(endpoint_override=endpoint, region=region)
-        if self._scheme == "hf":
-            from huggingface_hub import HfFileSystem
-
-            return fs.PyFileSystem(fs.FSSpecHandler(HfFileSystem()))
-        return fs.LocalFileSystem()
-
-    def files(self) -> list[fs.FileInfo]:
-        """List Parquet and Arrow files, sorted by name.
-
-        Raises:
-            UserError: the storage cannot be reached, or there are none.
-        """
-        try:
-            found = self.system().get_file_info(fs.FileSelector(self.root, recursive=True))
-        except OSError as error:
-            raise UserError(f"--data_dir {self.url} cannot be read: {_first_line(error)}") from error
-        shards = [info for info in found if info.is_file and info.extension in ("parquet", "arrow")]
-        if not shards:
-            raise UserError(f"--data_dir {self.url} holds no Parquet or Arrow files")
-        return sorted(shards, key=lambda info: info.path)
-
-    def retry(self, what: str, fetch: Callable):
-        """Call `fetch()`, again after a pause if the network fails.
-
-        Raises:
-            UserError: it failed `TRIES` times.
-        """
-        for attempt in range(TRIES):
-            try:
-                return fetch()
-            except OSError as error:
-                if attempt == TRIES - 1:
-                    raise UserError(f"cannot read {what}: {_first_line(error)}") from error
-                log.warning("cannot read %s, trying again: %s", what, _first_line(error))
-                self._process = 0  # with a new connection
-                time.sleep(2**attempt)
 
 
 class Shard:
@@ -153,7 +89,7 @@ class StreamSource:
         self._shards = [Shard(storage, info.path) for info in files]
         self._storage = storage
         name = files[0].path
-        self.fingerprint = digest([(info.path, info.size, info.mtime_ns) for info in files])
+        self.fingerprint = storage.fingerprint(files)
         self._folder = cache_folder() / "streams" / self.fingerprint
         schema = storage.retry(name, self._shards[0].schema)
         columns = find_columns(schema, name)
@@ -177,8 +113,12 @@ class StreamSource:
         table = map_arrow(cached)
         if table is None:
             log.info("reading the footers of %d files below %s", len(self._shards), self._storage.url)
+
+            def read(shard: Shard) -> tuple[list[int], pa.Table]:
+                return self._storage.retry(shard.path, lambda: shard.read_small(columns))
+
             with ThreadPoolExecutor(16) as pool:
-                parts = list(pool.map(lambda shard: self._storage.retry(shard.path, lambda: shard.read_small(columns)), self._shards))
+                parts = list(pool.map(read, self._shards))
             counts = [rows for rows, _ in parts]
             shards = np.repeat(np.arange(len(parts)), [sum(rows) for rows in counts])
             groups = np.concatenate([np.repeat(np.arange(len(rows)), rows) for rows in counts])
@@ -218,20 +158,22 @@ class StreamSource:
         path = self._folder / f"{number}-{level}.arrow"
         table = map_arrow(path)
         if table is not None:
-            path.touch()  # the ones that were not used for longest go first
+            path.touch()  # what was not used for longest makes room first
             return table
-        self._folder.mkdir(parents=True, exist_ok=True)
         with open(self._folder / f"lock{number % 64}", "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             table = map_arrow(path)
-            if table is None:  # or another worker has just fetched it
+            if table is None:  # no other worker has fetched it meanwhile
                 shard, group = self._groups[number].tolist()
-                read = self._shards[shard].read_images
-                column = self._columns[level]
-                name = f"row group {group} of {self._shards[shard].path}"
-                write_arrow(path, self._storage.retry(name, lambda: read(group, column)))
-                table = map_arrow(path)
-                self._make_room()
+                fetch = partial(self._shards[shard].read_images, group, self._columns[level])
+                table = self._storage.retry(f"row group {group} of {self._shards[shard].path}", fetch)
+                try:
+                    self._make_room()
+                    write_arrow(path, table)
+                except OSError as error:
+                    raise UserError(f"cannot keep row groups in {self._folder}: {error.strerror}") from error
+                mapped = map_arrow(path)
+                table = table if mapped is None else mapped  # rather the pages all share than this memory
         return table
 
     def _make_room(self) -> None:
@@ -278,50 +220,8 @@ def _of_split(storage: Storage, split: str) -> list[fs.FileInfo]:
     for name in names:
         pattern = re.compile(rf"(^|/){name}([^a-zA-Z].*)?$")
         below = len(storage.root)
-        if chosen := [info for info in files if pattern.search(info.path[below:].removesuffix(f".{info.extension}"))]:
+        if chosen := [
+            info for info in files if pattern.search(info.path[below:].removesuffix(f".{info.extension}"))
+        ]:
             return chosen
     raise MissingSplit(f"--data_dir {storage.url} has no shards named {' or '.join(names)}")
-
-
-def download(data_dir: str) -> Path:
-    """Copy all shards below a URL to the user's cache folder; those that are there already stay.
-
-    Raises:
-        UserError: cannot be read, or there is not enough space.
-    """
-    storage = Storage(data_dir)
-    files = storage.files()
-    folder = cache_folder() / "downloads" / digest([(info.path, info.size, info.mtime_ns) for info in files])
-    folder.mkdir(parents=True, exist_ok=True)
-    targets = [folder / info.path[len(storage.root) :].lstrip("/") for info in files]
-    missing = [pair for pair in zip(files, targets, strict=True) if not pair[1].exists()]
-    needed, free = sum(info.size for info, _ in missing), shutil.disk_usage(folder).free
-    if needed > free:
-        raise UserError(
-            f"--data_dir {data_dir} takes {needed / 1e9:.1f} GB and {folder} has {free / 1e9:.1f} GB free; "
-            "pass --streaming"
-        )
-
-    def copy(pair: tuple[fs.FileInfo, Path]) -> None:
-        info, target = pair
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = target.with_suffix(f".{os.getpid()}.tmp")
-
-        def fetch() -> None:
-            with storage.system().open_input_stream(info.path) as source, open(temporary, "wb") as sink:
-                shutil.copyfileobj(source, sink, 1 << 22)
-
-        storage.retry(info.path, fetch)
-        temporary.rename(target)
-
-    from tqdm import tqdm
-
-    with ThreadPoolExecutor(8) as pool:
-        bar = tqdm(pool.map(copy, missing), total=len(missing), desc="download", unit="file", disable=not missing)
-        for _ in bar:
-            pass
-    return folder
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__

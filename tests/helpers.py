@@ -74,5 +74,11 @@ def launch(processes: int, script: str, *flags: str, timeout: float = 240) -> su
         command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
     return subprocess.run(
-        [*command, script, *flags], env=env, cwd=ROOT, capture_output=True, text=True, timeout=timeout, check=False
+        [*command, script, *flags],
+        env=env,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
     )

@@ -103,7 +103,9 @@ def disturb(args: list[str], kills: int, number: int, rng: random.Random, run: P
         if number == signal.SIGTERM and (run / "checkpoints" / "last").exists():
             saved = json.loads((run / "checkpoints" / "last" / "state.json").read_text())["progress"]["step"]
             done = max((step + 1 for _, step, _ in samples(run, 0)), default=0)
-            assert saved >= done or (run / "summary.json").exists(), f"{run.name}: saved {saved}, trained {done}"
+            assert saved >= done or (run / "summary.json").exists(), (
+                f"{run.name}: saved {saved}, trained {done}"
+            )
     finish(args)
     return hits
 
@@ -140,7 +142,9 @@ def check(whole: Path, parts: Path, processes: int, exact: bool) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--kills", type=int, default=20, help="SIGKILLs per strategy, one process")
     parser.add_argument("--terms", type=int, default=5, help="SIGTERMs per strategy, two processes")
     parser.add_argument("--strategies", nargs="+", default=list(STRATEGIES), choices=list(STRATEGIES))
@@ -164,7 +168,10 @@ def main() -> None:
         parts = work / f"{script}-termed"
         hits = disturb(command(script, 2, work, parts.name), options.terms, signal.SIGTERM, rng, parts)
         check(work / f"{script}-whole2", parts, 2, exact=False)
-        print(f"{script}: {hits} SIGTERMs on 2 processes, no step lost, {time.monotonic() - began:.0f} s", flush=True)
+        print(
+            f"{script}: {hits} SIGTERMs on 2 processes, no step lost, {time.monotonic() - began:.0f} s",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

@@ -28,7 +28,9 @@ def test_flags_yaml_and_defaults_meet(tmp_path):
 
 
 def test_stages_from_yaml(tmp_path):
-    (tmp_path / "c.yaml").write_text(yaml.safe_dump({"stages": [{"epochs": 2, "frozen": ["layer1"], "mixup": False}]}))
+    (tmp_path / "c.yaml").write_text(
+        yaml.safe_dump({"stages": [{"epochs": 2, "frozen": ["layer1"], "mixup": False}]})
+    )
     cfg = parse_args(HybridConfig, "", ["--config", str(tmp_path / "c.yaml")])
     assert cfg.stages == [Stage(2, frozen=("layer1",), mixup=False)]
 
@@ -71,9 +73,9 @@ def test_no_amp():
 
 def fails(capsys, config=StandardConfig, *args):
     """Run as a script would; returns the sentence on stderr or stdout."""
-    from common.engine import train
-
     import sys
+
+    from common.engine import train
 
     old, sys.argv = sys.argv, ["train.py", *args]
     try:
@@ -119,13 +121,17 @@ def test_wrong_flags_are_named(flags, named, data, tmp_path, capsys):
 
 def test_empty_data_folder(tmp_path, capsys):
     (tmp_path / "train").mkdir()
-    assert str(tmp_path) in fails(capsys, StandardConfig, "--data_dir", str(tmp_path), "--output", str(tmp_path / "runs"))
+    assert str(tmp_path) in fails(
+        capsys, StandardConfig, "--data_dir", str(tmp_path), "--output", str(tmp_path / "runs")
+    )
 
 
 def test_classes_that_differ(data, tmp_path, capsys):
     shutil.copytree(data, tmp_path / "d")
     (tmp_path / "d" / "val" / "class1").rename(tmp_path / "d" / "val" / "clas1")
-    text = fails(capsys, StandardConfig, "--data_dir", str(tmp_path / "d"), "--output", str(tmp_path / "runs"))
+    text = fails(
+        capsys, StandardConfig, "--data_dir", str(tmp_path / "d"), "--output", str(tmp_path / "runs")
+    )
     assert "class1" in text
 
 
@@ -135,11 +141,31 @@ def test_unreadable_images_end_training_with_their_path_or_are_replaced(kind, da
     broken = tmp_path / "d" / "train" / "class0" / "3.jpg"
     broken.write_bytes(broken.read_bytes()[:300] if kind == "truncated" else b"this is no photograph")
     flags = ("--data_dir", str(tmp_path / "d"), "--output", str(tmp_path / "runs"), "--wandb", "off", *SMALL)
-    flags += ("--model", "test_resnet", "--workers", "0", "--img_size", "32", "--lr", "0.1", "--batch_size", "24")
+    flags += (
+        "--model",
+        "test_resnet",
+        "--workers",
+        "0",
+        "--img_size",
+        "32",
+        "--lr",
+        "0.1",
+        "--batch_size",
+        "24",
+    )
     text = fails(capsys, StandardConfig, *flags, "--run_name", "stops")
     assert str(broken) in text
     assert "--skip_unreadable" in text
-    run = run_training(StandardConfig, tmp_path / "d", tmp_path / "runs", "skips", *SMALL, "--batch_size", "24", "--skip_unreadable")
+    run = run_training(
+        StandardConfig,
+        tmp_path / "d",
+        tmp_path / "runs",
+        "skips",
+        *SMALL,
+        "--batch_size",
+        "24",
+        "--skip_unreadable",
+    )
     log = (run / "training_log.txt").read_text()
     assert log.count(str(broken)) == 1
     assert "1 unreadable" in log

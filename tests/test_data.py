@@ -16,6 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
+from common import cache as cache_module
 from common import data, sources
 from common.data import Loader, available_workers, open_dataset
 from common.errors import UserError
@@ -617,14 +618,14 @@ def test_one_million_images_start_at_once(tmp_path, monkeypatch, cache):
     folders = [("", root.stat().st_mtime_ns)] + [
         (f"{name}/", (root / name).stat().st_mtime_ns) for name in names
     ]
-    digest = sources._digest(names, offsets, np.frombuffer(blob, np.uint8), labels)
+    digest = cache_module.fingerprint_of(names, offsets, np.frombuffer(blob, np.uint8), labels)
     table = pa.table({"path": array, "label": labels}).replace_schema_metadata(
         {"classes": json.dumps(names), "directories": json.dumps(folders), "digest": digest}
     )
     key = sources._manifest_path(os.fsencode(root) + b"/")
-    sources._write_arrow(key, table)
+    cache_module.write_arrow(key, table)
     sides = np.full(MANY, 500, np.int32)
-    sources._write_arrow(cache / "sizes" / f"{digest}.arrow", pa.table({"height": sides, "width": sides}))
+    cache_module.write_arrow(cache / "sizes" / f"{digest}.arrow", pa.table({"height": sides, "width": sides}))
     result = subprocess.run(
         [sys.executable, "-c", IMAGENET, root], capture_output=True, text=True, check=True
     )

@@ -38,7 +38,9 @@ finally:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    return make_images(tmp_path_factory.mktemp("data") / "images", train=22, val=7)  # 66 and 21: uneven shards
+    return make_images(
+        tmp_path_factory.mktemp("data") / "images", train=22, val=7
+    )  # 66 and 21: uneven shards
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +50,20 @@ def runs(data, tmp_path_factory):
     script = output / "probe.py"
     script.write_text(PROBE)
     flags = ["--data_dir", str(data), "--output", str(output), "--model", "test_resnet", "--wandb", "off"]
-    flags += ["--workers", "0", "--lr", "0.1", "--img_size", "32", "--epochs", "2", "--mixup_alpha", "0", "--cutmix_alpha", "0"]
+    flags += [
+        "--workers",
+        "0",
+        "--lr",
+        "0.1",
+        "--img_size",
+        "32",
+        "--epochs",
+        "2",
+        "--mixup_alpha",
+        "0",
+        "--cutmix_alpha",
+        "0",
+    ]
     flags += ["--mixed_precision", "no", "--bn_eval"]
     for world in (1, 2, 4):
         done = launch(world, str(script), *flags, "--run_name", f"w{world}", "--batch_size", str(16 // world))
@@ -95,7 +110,20 @@ def test_same_evaluation(runs, world):
 def test_moves_to_another_number_of_processes_in_mid_epoch(data, tmp_path):
     """Two processes stop in mid-epoch by SIGTERM; one goes on with the same global batch, and no sample is lost."""
     flags = ["--data_dir", str(data), "--output", str(tmp_path), "--model", "test_resnet", "--wandb", "off"]
-    flags += ["--workers", "0", "--lr", "0.1", "--img_size", "32", "--epochs", "2", "--batch_size", "8", "--run_name", "run"]
+    flags += [
+        "--workers",
+        "0",
+        "--lr",
+        "0.1",
+        "--img_size",
+        "32",
+        "--epochs",
+        "2",
+        "--batch_size",
+        "8",
+        "--run_name",
+        "run",
+    ]
     script = tmp_path / "probe.py"
     script.write_text(
         PROBE.replace(
@@ -105,7 +133,10 @@ def test_moves_to_another_number_of_processes_in_mid_epoch(data, tmp_path):
     stopped = launch(2, str(script), *flags)
     assert stopped.returncode != 0
     before = [json.loads((tmp_path / f"run-seen-{rank}.json").read_text()) for rank in (0, 1)]
-    assert [len(process) for process in before] == [3, 3]  # only one was told, both stopped after the same step
+    assert [len(process) for process in before] == [
+        3,
+        3,
+    ]  # only one was told, both stopped after the same step
     state = json.loads((tmp_path / "run" / "checkpoints" / "last" / "state.json").read_text())
     assert state["progress"]["step"] == 3
 

@@ -31,12 +31,19 @@ def test_exact_whatever_the_batches(size):
     predicted, labels = [0, 1, 2, 3, 4, 5, 0], [0, 1, 2, 3, 0, 0, 0]
     number = -(-len(labels) // size)
     scores = evaluate(
-        [Fixed(), Fixed()], batches(predicted, labels, size), number, 7, Accelerator(cpu=True), Plain(num_classes=6)
+        [Fixed(), Fixed()],
+        batches(predicted, labels, size),
+        number,
+        7,
+        Accelerator(cpu=True),
+        Plain(num_classes=6),
     )
     assert scores[0] == scores[1]
     assert scores[0].top1 == pytest.approx(100 * 5 / 7)
     logits = torch.nn.functional.one_hot(torch.tensor(predicted), 6).float() * 9
-    assert scores[0].loss == pytest.approx(torch.nn.functional.cross_entropy(logits, torch.tensor(labels)).item())
+    assert scores[0].loss == pytest.approx(
+        torch.nn.functional.cross_entropy(logits, torch.tensor(labels)).item()
+    )
     hits = (logits.topk(5, 1).indices == torch.tensor(labels)[:, None]).any(1)
     assert scores[0].top5 == pytest.approx(100 * hits.float().mean().item())
 

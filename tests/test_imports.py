@@ -6,10 +6,27 @@ from pathlib import Path
 import pytest
 
 COMMON = Path(__file__).parent.parent / "common"
-TOP_TO_BOTTOM = (
-    "engine lr_finder evaluate progress run storage checkpoint plots batching data sources decode sampling "
-    "augment model config scheduling hashing errors"
-).split()
+TOP_TO_BOTTOM = [
+    "engine",
+    "lr_finder",
+    "evaluate",
+    "progress",
+    "run",
+    "storage",
+    "checkpoint",
+    "plots",
+    "batching",
+    "data",
+    "sources",
+    "decode",
+    "sampling",
+    "augment",
+    "model",
+    "config",
+    "scheduling",
+    "hashing",
+    "errors",
+]
 MODULES = [path.stem for path in COMMON.glob("*.py") if path.stem != "__init__"]
 
 

@@ -11,7 +11,9 @@ from common.lr_finder import find_lr, suggest
 
 def state_and_step(loss_at=None):
     torch.manual_seed(0)
-    model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.BatchNorm1d(8), torch.nn.Dropout(0.5), torch.nn.Linear(8, 2))
+    model = torch.nn.Sequential(
+        torch.nn.Linear(4, 8), torch.nn.BatchNorm1d(8), torch.nn.Dropout(0.5), torch.nn.Linear(8, 2)
+    )
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     ema = SimpleNamespace(module=torch.nn.Linear(2, 2))
     state = TrainState(model, optimizer, ema, None, Progress())
@@ -33,7 +35,12 @@ def state_and_step(loss_at=None):
 
 def everything(state):
     buffers = [v.clone() for s in state.optimizer.state.values() for v in s.values() if v is not None]
-    return [*map(torch.clone, state.model.state_dict().values()), *buffers, state.ema.module.weight.clone(), torch.get_rng_state()]
+    return [
+        *map(torch.clone, state.model.state_dict().values()),
+        *buffers,
+        state.ema.module.weight.clone(),
+        torch.get_rng_state(),
+    ]
 
 
 def test_restores_everything_bit_for_bit():

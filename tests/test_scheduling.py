@@ -27,7 +27,9 @@ def test_lr_and_momentum_equal_torch_at_every_step(epochs, batch, processes, pct
     optimizer = torch.optim.SGD([parameter], lr=0.1, momentum=0.9)
     if plan.total_steps * pct_start <= 1 or plan.total_steps < 2:
         return  # torch divides by zero here
-    oracle = torch.optim.lr_scheduler.OneCycleLR(optimizer, peak, total_steps=plan.total_steps, pct_start=pct_start)
+    oracle = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, peak, total_steps=plan.total_steps, pct_start=pct_start
+    )
     for step in range(plan.total_steps):
         assert plan.lr(step) == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-9)
         assert plan.momentum(step) == pytest.approx(optimizer.param_groups[0]["momentum"], rel=1e-9)
@@ -43,7 +45,9 @@ def test_stage_wise_is_one_torch_cycle_per_stage():
     assert plan.peak(1) == pytest.approx(0.4)  # the linear rule: half the batch, half the rate
     first = plan.stage_steps(0)
     alone = plan_for([stages[1]], peak=0.4)
-    assert [plan.lr(first + s) for s in range(alone.total_steps)] == [alone.lr(s) for s in range(alone.total_steps)]
+    assert [plan.lr(first + s) for s in range(alone.total_steps)] == [
+        alone.lr(s) for s in range(alone.total_steps)
+    ]
 
 
 def test_progressive_peaks_follow_the_batch_up_to_the_limit():
@@ -77,7 +81,10 @@ def test_the_curve_ends_where_it_should(stage_wise):
 @pytest.mark.parametrize("processes", [1, 2, 4])
 def test_the_same_global_batch_gives_the_same_plan_on_any_number_of_processes(processes):
     stages = [Stage(2, batch_size=64 // processes), Stage(2, batch_size=32 // processes)]
-    plan, alone = plan_for(stages, processes=processes), plan_for([Stage(2, batch_size=64), Stage(2, batch_size=32)])
+    plan, alone = (
+        plan_for(stages, processes=processes),
+        plan_for([Stage(2, batch_size=64), Stage(2, batch_size=32)]),
+    )
     assert plan.total_steps == alone.total_steps
     assert [plan.lr(s) for s in range(plan.total_steps)] == [alone.lr(s) for s in range(plan.total_steps)]
 

@@ -130,7 +130,10 @@ def find_duplicates(found: dict[str, Findings]) -> Duplicates:
     members = [(split, index) for split, findings in found.items() for index in range(len(findings.images))]
     _, group_of, counts = np.unique(digests, axis=0, return_inverse=True, return_counts=True)
     group_of = group_of.reshape(-1)
-    repeated = np.flatnonzero(counts[group_of] > 1)
+    sizes = np.concatenate([findings.images["bytes"] for findings in found.values()])
+    repeated = np.flatnonzero(
+        (counts[group_of] > 1) & (sizes > 0)
+    )  # empty files are unreadable, that says it
     groups: dict[int, list[tuple[str, int]]] = {}
     for place in repeated.tolist():
         groups.setdefault(int(group_of[place]), []).append(members[place])

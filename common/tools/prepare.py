@@ -203,7 +203,7 @@ def _encode(encoder: _Encoder, pieces: list[Piece], workers: int) -> Iterator[En
     try:
         yield from loader
     except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
+        if "exited unexpectedly" not in str(error) and "killed by signal" not in str(error):
             raise
         raise UserError("a worker process was killed, maybe for want of memory; lower --workers") from error
 

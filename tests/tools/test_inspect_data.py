@@ -121,6 +121,15 @@ def test_many_classes_are_shortened_and_equal_ones_are_one_line(tmp_path: Path):
     assert "all classes have the same number of images" in texts["same"]
 
 
+def test_empty_files_are_unreadable_but_no_duplicates(tmp_path: Path, capsys):
+    folder = image_folder(tmp_path / "photos" / "train", {"ant": 2}, width=9, height=8)
+    for name in ("empty.jpg", "void.jpg"):
+        (folder / "ant" / name).touch()
+    printed = run(tmp_path / "photos", tmp_path / "out", capsys)
+    assert "unreadable images: 2" in printed
+    assert "duplicates: none" in printed
+
+
 @pytest.mark.parametrize(
     ("flags", "words"),
     [

@@ -342,6 +342,12 @@ def test_a_change_during_the_last_shard_is_noticed(tree: Path, tmp_path: Path, m
     assert not (tmp_path / "pyramid").exists()
 
 
+def test_a_killed_worker_is_one_sentence(tree: Path, tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(prepare_tool, "encode_levels", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+    with pytest.raises(UserError, match="a worker process was killed"):
+        prepare(str(tree), tmp_path / "pyramid", SMALL, workers=2)
+
+
 def test_other_settings_are_refused_until_the_old_ones_are_done(tree: Path, tmp_path: Path, monkeypatch):
     begin(tree, tmp_path / "pyramid", monkeypatch)
     with pytest.raises(UserError, match="was begun with --quality 90; take that, or remove"):
