@@ -6,7 +6,7 @@ from functools import lru_cache
 import numpy as np
 
 from common import sampling
-from common.config import TrainConfig
+from common.config import TrainConfig, UserError
 from common.data import Source
 from common.sampling import BatchItem, View
 from common.scheduling import EpochPlan, Plan, Stage
@@ -26,6 +26,11 @@ class Batches:
         self, cfg: TrainConfig, plan: Plan, train: Source, val: Source, rank: int, world: int
     ) -> None:
         self.cfg, self.plan, self.train, self.val, self.rank, self.world = cfg, plan, train, val, rank, world
+        random_access = cfg.rect_val or any(s.data_fraction < 1 or s.shape == "rect" for s in plan.stages)
+        if train.group_rows is not None and random_access:
+            raise UserError(
+                "--streaming reads shards in order: it goes with data_fraction 1 and square shapes only"
+            )
 
     def run_items(self, start_epoch: int, start_step: int) -> Iterator[BatchItem]:
         """Everything from a position to the end of the run, so that the workers never wait at an epoch's end."""
@@ -37,7 +42,11 @@ class Batches:
         """This process's micro-batches of an epoch, from optimizer step `start_step` of the run."""
         stage = epoch.stage
         pool = self._pool(stage.data_fraction)
-        if stage.shape == "rect":
+        if self.train.group_rows is not None:
+            matrix = sampling.streaming_epoch(
+                self.train.group_rows, stage.img_size, epoch.global_batch, self.cfg.seed, epoch.index
+            )
+        elif stage.shape == "rect":
             shapes, buckets = self._buckets(stage.img_size)
             matrix = sampling.rect_epoch(
                 pool, buckets, shapes, epoch.global_batch, self.cfg.seed, epoch.index

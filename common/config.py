@@ -20,13 +20,13 @@ class TrainConfig:
     """Settings of a training run.
 
     Args:
-        data_dir: ImageFolder tree (train/<class>/*.jpg, val/...), prepared pyramid, Parquet folder, or hub id org/name; empty = the built-in sample data.
-        streaming: read Parquet shards as they are needed instead of keeping the dataset on this machine.
+        data_dir: ImageFolder tree (train/<class>/*.jpg, val/...), prepared pyramid, Parquet or Arrow folder, hub id org/name, or s3:// and hf:// addresses of shards; empty = the built-in sample data.
+        streaming: read Parquet or Arrow shards as they are needed instead of keeping the dataset on this machine.
         workers: loader processes per training process; null = the CPUs this process may use, shared out.
         prefetch: batches each worker prepares ahead.
         skip_unreadable: let another image of its class stand in for one that cannot be decoded.
         model: resnet18, resnet34, resnet50, resnet101, or any timm model name.
-        weights: start from these weights: a run folder, a .safetensors or .pth file, or a timm pretrained tag.
+        weights: start from these weights: a run folder, a .safetensors or .pth file, a timm pretrained tag, or "timm" for the default one.
         optimizer: sgd, or any timm optimizer name.
         lr: base learning rate per 256 images, or "auto" for the LR finder's suggestion as the peak.
         lr_scaling: linear = multiply a numeric --lr by global batch / 256; none = take it as it is.
@@ -75,7 +75,7 @@ class TrainConfig:
         seed: of everything random.
         output: folder that holds the runs.
         run_name: name of this run's folder; empty = script and time.
-        resume: auto = go on where the run named --run_name stopped; a run folder or checkpoint; s3://…; none = start anew.
+        resume: auto = go on where the run named --run_name stopped, also from --s3 if its folder is gone; a run folder or checkpoint; s3://…; none = start anew.
         save_freq_last: epochs between checkpoints.
         checkpoint_minutes: minutes between checkpoints within long epochs; 0 = only at epoch ends.
         keep_every: also keep a numbered checkpoint every this many epochs; 0 = none.
@@ -110,7 +110,7 @@ class TrainConfig:
     dampening: float = 0.1
     momentum: float = 0.9
     momentum_swing: float = 0.05
-    nesterov: bool = False
+    nesterov: bool = True
     weight_decay: float = 1e-4
     decay_norm_and_bias: bool = True
     layer_decay: float | None = None

@@ -4,12 +4,13 @@ import csv
 import json
 import logging
 import os
+import secrets
 import signal
 import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 from types import FrameType
@@ -47,6 +48,8 @@ CSV_COLUMNS = [
     "images_seen",
     "skipped_steps",
 ]
+REPEAT_S = 2.0  # a launcher forwards what its whole process group was sent: that is one signal, not two
+LAUNCHER_GRACE_S = 25.0  # launchers kill what is still there 30 s after they passed a signal on
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
@@ -69,7 +72,7 @@ class Run:
         self.is_main = accelerator.is_main_process
         self.log = logging.getLogger("common")
         self.mirror: Any = None
-        self._signal = 0
+        self._signal, self._signalled = 0, 0.0
         self._save_due = time.monotonic() + 60 * cfg.checkpoint_minutes
         self._cpu_group = (
             torch.distributed.new_group(backend="gloo") if accelerator.num_processes > 1 else None
@@ -78,9 +81,12 @@ class Run:
     # --- stopping --------------------------------------------------------------------------------------------------
 
     def on_signal(self, number: int, frame: FrameType | None) -> None:
-        if self._signal:
+        now = time.monotonic()
+        if self._signal and now > self._signalled + REPEAT_S:
             os._exit(128 + number)  # a second signal means now
-        self._signal = number
+        if self._signal:
+            return
+        self._signal, self._signalled = number, now
         os.write(2, b"\nstopping after this step; a second signal stops at once\n")
 
     def agreed(self, *wishes: bool) -> list[bool]:
@@ -168,13 +174,19 @@ class Run:
         if self.mirror is not None:
             self.mirror.submit()
 
+    def close_mirror(self, timeout_s: float = 300.0) -> None:
+        """Wait for the uploads that are under way, within limits, and say what is and is not on S3."""
+        if self.mirror is not None:
+            self.log.info("%s", self.mirror.close(timeout_s))
+            self.mirror = None
+
     def start_tracker(self, wandb_id: str) -> str:
         """Start or continue the W&B run; returns its id, which belongs into the checkpoint."""
         if self.cfg.wandb == "off" or not self.is_main:
             return wandb_id
         import wandb
 
-        wandb_id = wandb_id or wandb.util.generate_id()
+        wandb_id = wandb_id or secrets.token_hex(4)
         online = self.cfg.wandb == "auto" and bool(wandb.api.api_key)
         os.environ.setdefault("WANDB_SILENT", "true")
         self.accelerator.init_trackers(
@@ -226,16 +238,21 @@ def start_run(cfg: TrainConfig) -> Iterator[Run]:
         run.log.info(
             "stopped by a signal; the same command with --run_name %s goes on from here", cfg.run_name
         )
+        for number in previous:
+            signal.signal(
+                number, signal.SIG_IGN
+            )  # the first process to leave makes a launcher signal the others
+        run.close_mirror(LAUNCHER_GRACE_S)
+        accelerator.wait_for_everyone()  # the main process may still be uploading
         raise SystemExit(EXIT_INTERRUPTED) from None
     except UserError as error:
         run.log.error("error: %s", error)
         raise SystemExit(2) from None
     finally:
+        run.close_mirror()
+        accelerator.end_training()
         for number, handler in previous.items():
             signal.signal(number, handler)
-        if run.mirror is not None:
-            run.log.info("%s", run.mirror.close())
-        accelerator.end_training()
         for handler in handlers:
             run.log.removeHandler(handler)
             handler.close()
@@ -272,9 +289,9 @@ def _claim_folder(cfg: TrainConfig, accelerator: Accelerator) -> Path:
         if cfg.run_name:
             raise UserError("--resume PATH goes on in that run's own folder; leave out --run_name")
         path = _fetch(cfg, accelerator) if cfg.resume.startswith("s3://") else Path(cfg.resume)
-        if not path.is_dir():
+        if accelerator.is_main_process and not path.is_dir():
             raise UserError(f"--resume {cfg.resume} is not a run folder or a checkpoint")
-        if (path / checkpoint.MANIFEST).exists():
+        if path.parent.name == "checkpoints":
             path = path.parent.parent
         cfg.output, cfg.run_name = str(path.parent), path.resolve().name
     elif not cfg.run_name:
@@ -283,6 +300,8 @@ def _claim_folder(cfg: TrainConfig, accelerator: Accelerator) -> Path:
             broadcast_object_list(name)
         cfg.run_name = name[0]
     folder = Path(cfg.output) / cfg.run_name
+    if cfg.resume == "auto" and cfg.s3 and accelerator.is_main_process and not folder.exists():
+        _fetch_if_stored(cfg, folder)  # the same command restarts a run on a machine that replaces a lost one
     problem = [_problem_with(folder, cfg) if accelerator.is_main_process else ""]
     if accelerator.num_processes > 1:
         broadcast_object_list(problem)
@@ -299,6 +318,13 @@ def _fetch(cfg: TrainConfig, accelerator: Accelerator) -> Path:
         restore(cfg.resume, folder, cfg.s3_endpoint)
     accelerator.wait_for_everyone()
     return folder
+
+
+def _fetch_if_stored(cfg: TrainConfig, folder: Path) -> None:
+    from common.storage import NothingStored, restore
+
+    with suppress(NothingStored):
+        restore(f"{cfg.s3.rstrip('/')}/{cfg.run_name}", folder, cfg.s3_endpoint)
 
 
 def _problem_with(folder: Path, cfg: TrainConfig) -> str:

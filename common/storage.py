@@ -77,6 +77,10 @@ class Stored(NamedTuple):
     etag: str
 
 
+class NothingStored(UserError):
+    """S3 answers, and there is no run at the address."""
+
+
 class UploadError(Exception):
     """The object that S3 holds is not the file that was sent."""
 
@@ -482,7 +486,7 @@ def restore(url: str, run_dir: Path, endpoint: str | None = None) -> Path:
     try:
         found = _read_index(client, bucket, prefix)
         if found is None:
-            raise UserError(f"--resume {url}: there is no run at this address")
+            raise NothingStored(f"--resume {url}: there is no run at this address")
         _number, index = found
         files = list(_plan_restore(_list(client, bucket, f"{prefix}/"), prefix, index))
         shutil.rmtree(partial, ignore_errors=True)

@@ -25,9 +25,9 @@ from tests.helpers import ROOT, make_images, weights
 
 PROBE = """
 import json, os, sys
-from common import engine
+from common import engine, trainer
 from common.config import main_with
-original = engine.Trainer.step
+original = trainer.Trainer.step
 def step(self, stream, epoch, lr, momentum):
     result = original(self, stream, epoch, lr, momentum)
     if self.state.progress.peak_lr:  # not while the LR finder sweeps
@@ -37,7 +37,7 @@ def step(self, stream, epoch, lr, momentum):
         with open(f"{self.run.folder}.samples-{os.environ.get('RANK', '0')}", "a") as file:
             file.write(line + chr(10))
     return result
-engine.Trainer.step = step
+trainer.Trainer.step = step
 script = __import__(sys.argv.pop(1))
 config = next(c for n, c in vars(script).items() if n.endswith("Config") and c.__module__ == script.__name__)
 main_with(engine.train, config, "")

@@ -10,22 +10,22 @@ from tests.helpers import ROOT, assert_same, launch, make_images, weights
 
 PROBE = """
 import sys, torch
-from common import engine
+from common import engine, trainer
 from common.config import parse_args
 from train_standard import StandardConfig
 
 seen = []
-original = engine.Trainer.step
+original = trainer.Trainer.step
 def step(self, stream, epoch, lr, momentum):
     sums, waited = original(self, stream, epoch, lr, momentum)
     micro = self.plan.accumulation(epoch.stage_index)
     ids = [i for _, batch in list(self.recent)[-micro:] for i in batch.tolist()]
     seen.append((epoch.index, lr, ids, sums.tolist()))
     return sums, waited
-engine.Trainer.step = step
+trainer.Trainer.step = step
 if "--bn_eval" in sys.argv:
     sys.argv.remove("--bn_eval")
-    engine.train_mode = lambda model, frozen: model.eval()
+    trainer.train_mode = lambda model, frozen: model.eval()
 cfg = parse_args(StandardConfig, "")
 try:
     engine.train(cfg)
@@ -152,13 +152,13 @@ def test_moves_to_another_number_of_processes_in_mid_epoch(data, tmp_path):
 def test_a_failing_rank_ends_the_job_with_its_own_error(data, tmp_path):
     script = tmp_path / "fail.py"
     script.write_text(
-        "import os\nfrom common import engine\n"
-        "original = engine.Trainer.step\n"
+        "import os\nfrom common import engine, trainer\n"
+        "original = trainer.Trainer.step\n"
         "def step(self, *args):\n"
         "    if os.environ['RANK'] == '1' and self.state.progress.step == 2:\n"
         "        raise RuntimeError('the disk of rank one is on fire')\n"
         "    return original(self, *args)\n"
-        "engine.Trainer.step = step\n"
+        "trainer.Trainer.step = step\n"
         "from common.config import main_with\nfrom train_standard import StandardConfig\n"
         "main_with(engine.train, StandardConfig, '')\n"
     )

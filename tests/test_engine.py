@@ -114,7 +114,7 @@ def test_lr_finder_leaves_no_trace(data, tmp_path):
 
 def test_accumulation_equals_a_large_batch(data, tmp_path, monkeypatch):
     """BatchNorm in eval, since its statistics depend on the micro-batch; no mixing, since partners do too."""
-    monkeypatch.setattr("common.engine.train_mode", lambda model, frozen: model.eval())
+    monkeypatch.setattr("common.trainer.train_mode", lambda model, frozen: model.eval())
     flags = ("--epochs", "1", "--mixup_alpha", "0", "--cutmix_alpha", "0", "--mixed_precision", "no")
     large = run_training(StandardConfig, data, tmp_path, "large", *flags, "--batch_size", "64")
     small = run_training(
@@ -183,20 +183,20 @@ def test_out_of_memory_names_the_flag(data, tmp_path, monkeypatch, capsys):
     def explode(*args):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr("common.engine.Trainer.step", explode)
+    monkeypatch.setattr("common.trainer.Trainer.step", explode)
     with pytest.raises(SystemExit):
         run_training(StandardConfig, data, tmp_path, "run", *STANDARD)
     assert "--batch_size" in capsys.readouterr().out
 
 
 def test_auto_batch_halves_and_accumulates(data, tmp_path, monkeypatch):
-    from common import engine
+    from common import preparation
 
     def needs_memory(run, model, batch_size, height, width):
         if batch_size > 8:
             raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(engine, "trial_step", needs_memory)
+    monkeypatch.setattr(preparation, "trial_step", needs_memory)
     run = run_training(StandardConfig, data, tmp_path, "run", *STANDARD, "--auto_batch")
     assert {row["batch_size"] for row in rows(run)} == {"8"}
     assert json.loads((run / "summary.json").read_text())["images_seen"] == 3 * 64

@@ -8,6 +8,8 @@ import pytest
 COMMON = Path(__file__).parent.parent / "common"
 TOP_TO_BOTTOM = [
     "engine",
+    "trainer",
+    "preparation",
     "lr_finder",
     "evaluate",
     "progress",
@@ -18,6 +20,9 @@ TOP_TO_BOTTOM = [
     "batching",
     "data",
     "sources",
+    "streaming",
+    "remote",
+    "cache",
     "decode",
     "sampling",
     "augment",

@@ -21,11 +21,12 @@ from torch.nn import functional as F
 
 from common.config import main_with
 from common.data import Batch
-from common.engine import Trainer, _new_state, set_rates
 from common.model import create_model
+from common.preparation import new_state
 from common.run import start_run
 from common.sampling import BatchItem, View
 from common.scheduling import EpochPlan, make_plan
+from common.trainer import Trainer, set_rates
 from train_standard import StandardConfig
 
 
@@ -82,7 +83,7 @@ def main(cfg: LoopConfig) -> None:
     cfg.output = cfg.output if cfg.output != "runs" else tempfile.mkdtemp()
     with start_run(cfg) as run:
         device = run.accelerator.device
-        state = _new_state(run, create_model(cfg.model, 1000))
+        state = new_state(run, create_model(cfg.model, 1000))
         plan = make_plan(cfg.curriculum(), cfg.steps * cfg.batch_size, 1, 1, cfg.schedule(0.1))
         trainer = Trainer(run, state, plan, Counted(cfg.batch_size), None, num_classes=1000)
         batches = ready_batches(cfg, device)
