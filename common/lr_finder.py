@@ -65,14 +65,21 @@ def find_lr(
 
 
 def suggest(lrs: list[float], smoothed: list[float]) -> float:
-    """The peak for OneCycle: two thirds of the rate at which the smoothed loss is lowest.
+    """The peak for OneCycle: two fifths of the rate at which the smoothed loss begins to blow up.
 
-    The smoothed curve lags behind the raw one, so at that rate itself the loss is already about to rise.
+    It has done so when it lies above its lowest value so far by a twentieth of the first loss. The lowest point itself
+    is no good guide: the curve is flat there, and noise decides where. Two fifths, because the smoothed curve is late
+    by some steps, and because the sweep is too short to show what a rate does that is held for epochs.
     """
     if not math.isfinite(smoothed[0]):
         raise UserError("the LR finder's first loss is not finite; check the data, or give --lr a number")
-    lowest = min(range(len(smoothed)), key=smoothed.__getitem__)
-    return lrs[lowest] / 1.5
+    lowest, at_lowest = smoothed[0], 0
+    for step, loss in enumerate(smoothed):
+        if loss < lowest:
+            lowest, at_lowest = loss, step
+        if not loss < lowest + smoothed[0] / 20:
+            return 0.4 * lrs[step]
+    return 0.4 * lrs[at_lowest]
 
 
 def _remember(state: TrainState) -> dict:
