@@ -11,9 +11,11 @@ $(VENV)/.installed: requirements.txt requirements-dev.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	touch $@
 
+# A real run, small enough for two CPU cores: the LR finder, OneCycle, evaluation, checkpoints and plots.
 demo: $(VENV)/.installed
 	$(BIN)/accelerate launch --config_file accelerate_configs/cpu.yaml train_standard.py \
-		--debug --model resnet18 --run_name demo-$$(date +%Y%m%d-%H%M%S)
+		--model resnet18 --img_size 48 --batch_size 32 --epochs 11 --crop_scale "[0.35, 1]" --mixup_share 0 \
+		--run_name demo-$$(date +%Y%m%d-%H%M%S)
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

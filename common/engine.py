@@ -40,8 +40,9 @@ def fit(run: Run, model: nn.Module, train: Source, val: Source) -> None:
     state = new_state(run, model)
     resume(run, state, train)
     progress = state.progress
-    plan = fit_memory(run, state, make_run_plan(run.cfg, run.accelerator.num_processes, train, progress))
+    plan = make_run_plan(cfg, run.accelerator.num_processes, train, progress)
     batches = Batches(cfg, plan, train, val, run.accelerator.process_index, run.accelerator.num_processes)
+    plan = batches.plan = fit_memory(run, state, batches)
     loader = Loader(
         train,
         val,

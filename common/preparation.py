@@ -1,5 +1,6 @@
 """What happens before the first step: state, resume, plan, and a batch that fits into memory."""
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from accelerate.utils import broadcast_object_list
 from torch import nn
 
 from common import checkpoint
+from common.batching import Batches
 from common.checkpoint import Progress, TrainState
 from common.config import TrainConfig, UserError, as_plain, differences
 from common.data import Source
@@ -100,17 +102,22 @@ def make_run_plan(cfg: TrainConfig, processes: int, train: Source, progress: Pro
     return plan
 
 
-def fit_memory(run: Run, state: TrainState, plan: Plan) -> Plan:
-    """With `--auto_batch`, halve each stage's batch until a step fits; accumulation keeps the global batch."""
+def fit_memory(run: Run, state: TrainState, batches: Batches) -> Plan:
+    """With `--auto_batch`, halve each stage's batch until a step of its largest shape fits.
+
+    Accumulation keeps the global batch.
+    """
+    plan = batches.plan
     if not run.cfg.auto_batch:
         return plan
     stages = list(plan.stages)
     for index, stage in enumerate(stages):
         set_trainable_layers(state.model, stage.frozen)
-        size = plan.global_batches[index] // plan.processes // plan.accumulation(index)
+        size = batches.micro_batch(index)
+        height, width = max(batches.stage_shapes(stage), key=math.prod)
         while True:
             try:
-                trial_step(run, state.model, size, stage.img_size, stage.img_size)
+                trial_step(run, state.model, size, height, width)
                 break
             except torch.OutOfMemoryError:
                 if size == 1:

@@ -4,10 +4,10 @@ import fcntl
 import logging
 import os
 import shutil
-import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from time import sleep
 from typing import TypeVar
 
 from pyarrow import fs
@@ -84,7 +84,7 @@ class Storage:
                     raise UserError(f"cannot read {what}: {_first_line(error)}") from error
                 log.warning("cannot read %s, trying again: %s", what, _first_line(error))
                 self._process = 0  # with a new connection
-                time.sleep(2**attempt)
+                sleep(2**attempt)
 
 
 def download(data_dir: str) -> Path:

@@ -120,7 +120,8 @@ class Trainer:
 
             def train_step(lr: float) -> float:
                 run.stop_if_asked()
-                sums, _ = self.step(stream, epoch, lr, self.run.cfg.momentum)
+                with out_of_memory_advice(epoch, self.batches.micro_batch(epoch.stage_index)):
+                    sums, _ = self.step(stream, epoch, lr, self.run.cfg.momentum)
                 if run.accelerator.num_processes > 1:
                     torch.distributed.all_reduce(sums)
                 loss, _, images = sums.tolist()
@@ -309,10 +310,11 @@ class Trainer:
         self.stage_index = epoch.stage_index
         train_mode(model, stage.frozen)
         run.log.info("stage %d of %d: %s", epoch.stage_index + 1, len(self.plan.stages), describe(stage))
-        if run.cfg.compile or run.accelerator.device.type == "cuda":
-            self._warm_up(epoch)
-        if stage.frozen:
-            self._report_freezing(epoch)
+        with out_of_memory_advice(epoch, self.batches.micro_batch(epoch.stage_index)):
+            if run.cfg.compile or run.accelerator.device.type == "cuda":
+                self._warm_up(epoch)
+            if stage.frozen:
+                self._report_freezing(epoch)
 
     def _warm_up(self, epoch: EpochPlan) -> None:
         """Compile, or let cuDNN choose, for every shape of the stage, so that no step of training has to wait for it."""

@@ -307,7 +307,7 @@ def in_process(url: str, rank: int, world: int, start: int = 0, stop: int = 0) -
 def answer(process: subprocess.Popen) -> list[list[int]]:
     import json
 
-    out, _ = process.communicate(timeout=120)
+    out, _ = process.communicate(timeout=500)
     assert process.returncode == 0
     return json.loads(out)
 
@@ -354,14 +354,14 @@ def test_an_interruption_is_survived_and_a_long_one_is_said(shards, endpoint, mo
         if len(pauses) == 2:
             endpoint.start()
 
-    monkeypatch.setattr(remote.time, "sleep", sleep)
+    monkeypatch.setattr(remote, "sleep", sleep)
     endpoint.stop()
     with caplog.at_level(logging.WARNING):
         assert train.read(5, 32).tobytes() == picture(5, 40, 30)["bytes"]
     assert pauses == [1, 2]
     assert "trying again" in caplog.text
     endpoint.stop()
-    monkeypatch.setattr(remote.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(remote, "sleep", lambda seconds: None)
     loader = Loader(train, val, seed=0, workers=0, skip_unreadable=True)
     with pytest.raises(UserError, match=r"cannot read row group 0 of .*train-00001") as caught:
         next(loader.stream([BatchItem(0, np.array([35]), 32, 32, 0, VIEW)]))

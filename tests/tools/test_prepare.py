@@ -23,6 +23,10 @@ from tests.tools.pictures import files, image_folder, picture, tool
 SMALL = Settings(levels=(32, 16), shard_size=10)
 
 
+class Killed(Exception):
+    """Stands for whatever ends a process in the middle of its work."""
+
+
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch) -> Path:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -54,12 +58,12 @@ def psnr(a: Image.Image, b: Image.Image) -> float:
 
 
 def interrupt_after(shards: int, monkeypatch) -> None:
-    """Let `prepare` stop, as by Ctrl-C, when it has finished a few shards."""
+    """Let `prepare` stop, as if killed, when it has finished a few shards."""
     write, written = prepare_tool._write_shard, []
 
     def stop(path: Path, *rest) -> None:
         if len(written) == shards:
-            raise KeyboardInterrupt
+            raise Killed
         write(path, *rest)
         written.append(path)
 
@@ -70,7 +74,7 @@ def begin(tree: Path, out: Path, monkeypatch, shards: int = 2) -> Path:
     """An unfinished pyramid with a few finished shards; returns its folder."""
     with monkeypatch.context() as patched:
         interrupt_after(shards, patched)
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(Killed):
             prepare(str(tree), out, SMALL, workers=0)
     assert not out.exists()
     return out.with_name(out.name + ".partial")

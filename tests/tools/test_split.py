@@ -13,6 +13,10 @@ from tests.tools.pictures import files, image_folder
 CLASSES = {"ant": 10, "bee": 5, "cat": 2}
 
 
+class Killed(Exception):
+    """Stands for whatever ends a process in the middle of its work."""
+
+
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch) -> Path:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -65,12 +69,12 @@ def test_an_interrupted_split_loses_nothing_and_goes_on(folder, tmp_path, monkey
     def stop(*args):
         calls.append(args)
         if len(calls) > stop_at:
-            raise KeyboardInterrupt
+            raise Killed
         place(*args)
 
     monkeypatch.setattr(split_tool, "_place", stop)
     out = tmp_path / "out"
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(Killed):
         split(folder, out, 0.2, 0, how)
     assert not out.exists()
     contents = set(files(folder).values()) | set(files(tmp_path / "out.partial").values())
@@ -103,12 +107,12 @@ def test_a_file_that_took_the_place_of_a_moved_one_is_not_removed(folder: Path, 
 
     def stop(source: Path, *rest) -> None:
         if moved:
-            raise KeyboardInterrupt
+            raise Killed
         place(source, *rest)
         moved.append(source)
 
     monkeypatch.setattr(split_tool, "_place", stop)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(Killed):
         split(folder, tmp_path / "out", 0.2, 0, "move")
     monkeypatch.setattr(split_tool, "_place", place)
     moved[0].write_bytes(b"something new")
