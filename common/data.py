@@ -85,22 +85,23 @@ class _Slot:
     def __init__(self) -> None:
         self._file = open(os.memfd_create("batch"), "r+b")  # noqa: SIM115 -- lives as long as the slot
         self._map: mmap.mmap | None = None
-        self._pinned_at: int | None = None
 
     def images(self, item: BatchItem, pin: bool = False) -> np.ndarray:
         """Map what a batch takes, uint8 [B, H, W, 3]; pinned for asynchronous copies to CUDA."""
         shape = (len(item.indices), item.height, item.width, 3)
         size = math.prod(shape)
         if self._map is None or len(self._map) < size:
-            if self._pinned_at is not None:
-                torch.cuda.check_error(int(torch.cuda.cudart().cudaHostUnregister(self._pinned_at)))
+            if pin and self._map is not None:
+                torch.cuda.cudart().cudaHostUnregister(self._address())
             if self._file.seek(0, os.SEEK_END) < size:
                 self._file.truncate(size)
             self._map = mmap.mmap(self._file.fileno(), size)
-            if pin:
-                self._pinned_at = np.frombuffer(self._map, np.uint8).ctypes.data
-                torch.cuda.check_error(int(torch.cuda.cudart().cudaHostRegister(self._pinned_at, size, 0)))
+            if pin and (error := int(torch.cuda.cudart().cudaHostRegister(self._address(), size, 0))):
+                log.warning("CUDA error %d: batches are not pinned, so copies to the device wait", error)
         return np.frombuffer(self._map, np.uint8, size).reshape(shape)
+
+    def _address(self) -> int:
+        return np.frombuffer(self._map, np.uint8).ctypes.data
 
 
 class _Slots:

@@ -256,6 +256,8 @@ def start_run(cfg: TrainConfig) -> Iterator[Run]:
         for handler in handlers:
             run.log.removeHandler(handler)
             handler.close()
+        run.log.setLevel(logging.NOTSET)
+        run.log.propagate = True
 
 
 def _make_accelerator(cfg: TrainConfig) -> Accelerator:

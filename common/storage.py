@@ -147,7 +147,7 @@ class S3Mirror:
                     continue  # without a manifest it is not a checkpoint
                 except OSError as error:
                     log.warning("S3: cannot hold %s for uploading: %s", folder, error.strerror)
-                    self._unlinked[folder.name] = str(error.strerror)
+                    self._unlinked[folder.name] = error.strerror or str(error)
                     if folder.name in self._wanted:  # S3 keeps what it has under that name
                         wanted[folder.name] = self._wanted[folder.name]
             self._wanted = wanted
@@ -359,7 +359,7 @@ class S3Mirror:
         except BotoCoreError:  # before OSError, which some of botocore's timeouts are as well
             raise
         except OSError as error:
-            self._reasons[name] = str(error.strerror)
+            self._reasons[name] = error.strerror or str(error)
             return None
         except (ClientError, UploadError) as error:
             if _is_transient(error):

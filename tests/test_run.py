@@ -74,7 +74,9 @@ def test_csv_has_the_promised_columns(data, tmp_path):
 
 def test_logs_are_closed_after_a_run(data, tmp_path):
     run_training(StandardConfig, data, tmp_path, "run", *SMALL)
-    assert not logging.getLogger("common").handlers
+    logger = logging.getLogger("common")
+    assert not [handler for handler in logger.handlers if isinstance(handler, logging.FileHandler)]
+    assert logger.propagate
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 

@@ -1,6 +1,7 @@
 """Shards that stay in object storage: every image once an epoch, whoever reads, wherever one stops."""
 
 import io
+import json
 import logging
 import subprocess
 import sys
@@ -278,15 +279,12 @@ def test_shards_of_a_split_are_found_by_name(tmp_path, path):
 # --- shards in S3 -------------------------------------------------------------------------------------------
 
 
-def epoch_numbers(
-    source: StreamSource, rank: int, world: int, start: int, stop: int | None
-) -> list[list[int]]:
+def epoch_numbers(source: StreamSource, rank: int, world: int, steps: slice = slice(None)) -> list[list[int]]:
+    """What a process sees at each step of an epoch."""
     matrix = streaming_epoch(source.group_rows, 32, 16, seed=3, epoch=2)
-    items = list(
-        local_items(matrix, epoch=2, view=VIEW, rank=rank, world=world, accumulation=1, start_step=start)
-    )
+    items = local_items(matrix, epoch=2, view=VIEW, rank=rank, world=world, accumulation=1, start_step=0)
     loader = Loader(source, source, seed=3, workers=2)
-    numbers = [number_of(batch.images) for batch in loader.stream(items[: stop and stop - start])]
+    numbers = [number_of(batch.images) for batch in loader.stream(list(items)[steps])]
     loader.close()
     return numbers
 
@@ -294,30 +292,22 @@ def epoch_numbers(
 PROCESS = """
 import json, sys
 from tests.test_streaming import epoch_numbers, open_stream
-url, rank, world, start, stop = sys.argv[1], *map(int, sys.argv[2:])
-print(json.dumps(epoch_numbers(open_stream(url, "train"), rank, world, start, stop or None)))
+source, rank = open_stream(sys.argv[1], "train"), int(sys.argv[2])
+print(json.dumps([epoch_numbers(source, rank, 2), epoch_numbers(source, rank, 2, slice(3))]))
 """
-
-
-def in_process(url: str, rank: int, world: int, start: int = 0, stop: int = 0) -> subprocess.Popen:
-    command = [sys.executable, "-c", PROCESS, url, *map(str, (rank, world, start, stop))]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[1])
-
-
-def answer(process: subprocess.Popen) -> list[list[int]]:
-    import json
-
-    out, _ = process.communicate(timeout=500)
-    assert process.returncode == 0
-    return json.loads(out)
 
 
 def test_two_processes_see_every_image_once_and_resume_loses_none(shards, endpoint):
     url = upload(endpoint, shards, "streaming/two")
-    whole = [in_process(url, rank, 2) for rank in (0, 1)]
-    before = [in_process(url, rank, 2, stop=3) for rank in (0, 1)]
-    whole, before = ([answer(process) for process in group] for group in (whole, before))
-    after = answer(in_process(url, 0, 1, start=3))  # goes on, with one process
+    root = Path(__file__).parents[1]
+    processes = [
+        subprocess.Popen([sys.executable, "-c", PROCESS, url, str(rank)], stdout=subprocess.PIPE, cwd=root)
+        for rank in (0, 1)
+    ]
+    whole, before = zip(
+        *(json.loads(process.communicate(timeout=500)[0]) for process in processes), strict=True
+    )
+    after = epoch_numbers(open_stream(url, "train"), 0, 1, slice(3, None))  # goes on, with one process
     steps = [a + b for a, b in zip(*whole, strict=True)]
     assert len(steps) == 119 // 16
     seen = [number for step in steps for number in step]
