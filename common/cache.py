@@ -1,11 +1,14 @@
 """What is derived from datasets and kept between runs: in the user's cache folder, never in the dataset."""
 
 import hashlib
+import logging
 import os
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+
+log = logging.getLogger(__name__)
 
 
 def cache_folder() -> Path:
@@ -29,6 +32,14 @@ def write_arrow(path: Path, table: pa.Table) -> None:
     with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
         writer.write_table(table.combine_chunks())
     temporary.replace(path)
+
+
+def keep_arrow(path: Path, table: pa.Table) -> None:
+    """Write what only saves time; where the cache folder cannot be written, say so and go on."""
+    try:
+        write_arrow(path, table)
+    except OSError as error:
+        log.warning("%s is not kept for the next start: %s", path, error.strerror)
 
 
 def map_arrow(path: Path) -> pa.Table | None:

@@ -188,7 +188,6 @@ class Run:
 
         wandb_id = wandb_id or secrets.token_hex(4)
         online = self.cfg.wandb == "auto" and bool(wandb.api.api_key)
-        os.environ.setdefault("WANDB_SILENT", "true")
         self.accelerator.init_trackers(
             self.cfg.wandb_project,
             config=as_plain(self.cfg),
@@ -199,6 +198,7 @@ class Run:
                     "resume": "allow",
                     "mode": "online" if online else "offline",
                     "dir": str(self.folder),
+                    "settings": wandb.Settings(silent=True),  # the run's last lines are its own
                 }
             },
         )

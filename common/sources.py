@@ -18,7 +18,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 import pyarrow as pa
 
-from common.cache import cache_folder, fingerprint_of, map_arrow, write_arrow
+from common.cache import cache_folder, fingerprint_of, keep_arrow, map_arrow
 from common.decode import DecodeError, read_header
 from common.errors import UserError
 from common.remote import download
@@ -41,9 +41,7 @@ class Source(Protocol):
     labels: np.ndarray  # int64 [N]
     fingerprint: str  # changes when the data change
     prepared: bool  # the bytes are upright JPEGs by `prepare`, maybe smaller than the originals in sizes()
-    group_rows: (
-        np.ndarray | None
-    )  # int64 [G]: rows that are fetched together, in order; None for random access
+    group_rows: np.ndarray | None  # int64 [G], rows that are fetched together; None for random access
 
     def __len__(self) -> int: ...
 
@@ -78,19 +76,23 @@ class FolderSource:
         self.folder = folder.resolve()
         self._root = os.fsencode(self.folder) + b"/"
         cached = _manifest_path(self._root)
-        manifest = _load_manifest(cached, self._root)
+        manifest = _read_manifest(map_arrow(cached), self._root)
         if manifest is None:
             log.info("listing the images of %s", self.folder)
-            write_arrow(cached, _scan(self._root))
-            manifest = _load_manifest(cached, self._root)
-            assert manifest is not None
-        self.classes, self.fingerprint, self._offsets, self._paths, self.labels = manifest
+            table = _scan(self._root)
+            keep_arrow(cached, table)
+            manifest = _read_manifest(table, self._root)
+            if manifest is None:
+                raise UserError(f"{self.folder} changes while it is being listed")
+        self._manifest = manifest
+        self.classes, self.labels, self.fingerprint = manifest.classes, manifest.labels, manifest.fingerprint
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def _path(self, index: int) -> bytes:
-        return self._root + self._paths[self._offsets[index] : self._offsets[index + 1]].tobytes()
+        _, _, _, offsets, paths, _ = self._manifest
+        return self._root + paths[offsets[index] : offsets[index + 1]].tobytes()
 
     def read(self, index: int, short_side: int) -> np.ndarray:
         with open(self._path(index), "rb", buffering=0) as file:
@@ -104,7 +106,16 @@ class FolderSource:
         return os.fsdecode(self._path(index))
 
     def sizes(self) -> np.ndarray:
-        return _cached_sizes(self, self._read_head)
+        return _cached_sizes(self, self._manifest.place, self._read_head)
+
+
+class _Manifest(NamedTuple):
+    classes: list[str]
+    fingerprint: str  # of names and classes: the same for a copy elsewhere
+    place: str  # of this folder at this time: copies may hold other pixels under the same names
+    offsets: np.ndarray  # int64 [N + 1]
+    paths: np.ndarray  # uint8, all names one after the other
+    labels: np.ndarray  # int64 [N]
 
 
 def _manifest_path(root: bytes) -> Path:
@@ -112,8 +123,12 @@ def _manifest_path(root: bytes) -> Path:
 
 
 def _scan(root: bytes) -> pa.Table:
-    """List a tree: a row per image, by class and name; directories and their times in the metadata."""
-    directories: list[tuple[str, int]] = []
+    """List a tree: a row per image, by class and name; directories and their times in the metadata.
+
+    Raises:
+        UserError: no class folders, or an empty one.
+    """
+    directories = [("", os.stat(root).st_mtime_ns)]
     classes: list[str] = []
     lengths: list[np.ndarray] = []
     blobs: list[bytes] = []
@@ -129,7 +144,6 @@ def _scan(root: bytes) -> pa.Table:
                 elif entry.name.lower().endswith(_EXTENSIONS) and not entry.name.startswith(b"."):
                     yield prefix + entry.name
 
-    directories.append(("", os.stat(root).st_mtime_ns))
     for name in sorted(os.fsdecode(entry.name) for entry in os.scandir(root) if entry.is_dir()):
         paths = list(images_below(os.fsencode(name) + b"/"))
         if not paths:
@@ -150,7 +164,7 @@ def _scan(root: bytes) -> pa.Table:
     metadata = {
         "classes": json.dumps(classes),
         "directories": json.dumps(directories),
-        "digest": fingerprint_of(classes, offsets, np.frombuffer(blob, np.uint8), labels),
+        "fingerprint": fingerprint_of(classes, offsets, np.frombuffer(blob, np.uint8), labels),
     }
     return pa.table({"path": paths, "label": labels}).replace_schema_metadata(metadata)
 
@@ -158,9 +172,8 @@ def _scan(root: bytes) -> pa.Table:
 _EXTENSIONS = tuple(extension.encode() for extension in EXTENSIONS)
 
 
-def _load_manifest(cached: Path, root: bytes):
-    """Map a manifest, or return None where there is none, it is damaged, or a directory has changed since."""
-    table = map_arrow(cached)
+def _read_manifest(table: pa.Table | None, root: bytes) -> _Manifest | None:
+    """Unpack a manifest; None where there is none, it is damaged, or a directory has changed since."""
     if table is None or table.schema.names != ["path", "label"]:
         return None
     metadata = {key.decode(): value.decode() for key, value in (table.schema.metadata or {}).items()}
@@ -168,17 +181,17 @@ def _load_manifest(cached: Path, root: bytes):
         for name, modified in json.loads(metadata["directories"]):
             if os.stat(root + os.fsencode(name)).st_mtime_ns != modified:
                 return None
-        classes, digest = json.loads(metadata["classes"]), metadata["digest"]
+        classes, fingerprint = json.loads(metadata["classes"]), metadata["fingerprint"]
     except (OSError, KeyError, ValueError):
         return None
-    _, offsets, blob = table.column("path").chunk(0).buffers()
-    offsets, blob = np.frombuffer(offsets, np.int64), np.frombuffer(blob, np.uint8)
+    _, offsets, paths = table.column("path").chunk(0).buffers()
     labels = table.column("label").chunk(0).to_numpy()
-    offsets = offsets[: len(labels) + 1]
-    blob = blob[: offsets[-1]]
-    if fingerprint_of(classes, offsets, blob, labels) != digest:
+    offsets = np.frombuffer(offsets, np.int64)[: len(labels) + 1]
+    paths = np.frombuffer(paths, np.uint8)[: offsets[-1]]
+    if fingerprint_of(classes, offsets, paths, labels) != fingerprint:
         return None
-    return classes, digest, offsets, blob, labels
+    place = fingerprint_of(root, metadata["directories"], fingerprint)
+    return _Manifest(classes, fingerprint, place, offsets, paths, labels)
 
 
 # --- Arrow: Hugging Face datasets and pyramids --------------------------------------------------------------
@@ -187,9 +200,7 @@ def _load_manifest(cached: Path, root: bytes):
 class Columns(NamedTuple):
     """Which columns of a table hold what."""
 
-    levels: dict[
-        int, str
-    ]  # image column by short side, smallest first; {0: column} where images are as they were
+    levels: dict[int, str]  # image columns by short side, smallest first; {0: column} of a plain dataset
     label: str
     classes: list[str]  # empty if the labels are bare numbers
     prepared: bool
@@ -325,20 +336,20 @@ class ArrowSource:
 
     def sizes(self) -> np.ndarray:
         if self._sizes is None:
-            self._sizes = _cached_sizes(self, lambda index: self.read(index, 0)[:HEAD_BYTES])
+            self._sizes = _cached_sizes(self, self.fingerprint, lambda i: self.read(i, 0)[:HEAD_BYTES])
         return self._sizes
 
 
 # --- sizes from headers -------------------------------------------------------------------------------------
 
 
-def _cached_sizes(source: Source, read_head: Callable[[int], np.ndarray]) -> np.ndarray:
-    """Scan the headers once; the result lives beside the manifests, under the fingerprint of the data."""
-    cached = cache_folder() / "sizes" / f"{source.fingerprint}.arrow"
+def _cached_sizes(source: Source, key: str, read_head: Callable[[int], np.ndarray]) -> np.ndarray:
+    """Scan the headers once; the result lives beside the manifests, under a key that changes with the data."""
+    cached = cache_folder() / "sizes" / f"{key}.arrow"
     table = map_arrow(cached)
     if table is None or table.schema.names != ["height", "width"] or len(table) != len(source):
         table = _scan_sizes(source, read_head)
-        write_arrow(cached, table)
+        keep_arrow(cached, table)
     return np.stack([table.column(side).to_numpy() for side in ("height", "width")], 1)
 
 
@@ -362,10 +373,8 @@ def _scan_sizes(source: Source, read_head: Callable[[int], np.ndarray]) -> pa.Ta
         return end - begin
 
     # Threads, because on a network disk the time goes into waiting; one core reads 20,000 headers a second.
-    with (
-        ThreadPoolExecutor(16) as pool,
-        tqdm(total=len(source), desc="image headers", delay=2, leave=False) as bar,
-    ):
+    bar = tqdm(total=len(source), desc="image headers", delay=2, leave=False)
+    with bar, ThreadPoolExecutor(16) as pool:
         for done in pool.map(scan, range(0, len(source), 1024)):
             bar.update(done)
     return pa.table({"height": sizes[:, 0].copy(), "width": sizes[:, 1].copy()})
@@ -388,7 +397,8 @@ def open_source(data_dir: str, split: str) -> Source:
     """
     if data_dir.startswith("s3://"):
         data_dir = str(download(data_dir))
-    data_dir = data_dir.removeprefix("hf://").removeprefix("datasets/")
+    elif data_dir.startswith("hf://"):
+        data_dir = data_dir.removeprefix("hf://").removeprefix("datasets/")
     folder = Path(data_dir).expanduser()
     names = ("train",) if split == "train" else VAL_NAMES
     if not data_dir:
@@ -399,9 +409,7 @@ def open_source(data_dir: str, split: str) -> Source:
         return _open_datasets(data_dir, names)
     if shards := sorted(folder.glob("data/*.arrow")):
         return _open_shards(data_dir, shards, names)
-    if any(
-        next(folder.glob(f"{below}*.parquet"), None) for below in ("", "data/", *(f"{n}/" for n in names))
-    ):
+    if any(next((folder / below).glob("*.parquet"), None) for below in ("", "data", *names)):
         return _open_datasets(data_dir, names)
     for name in names:
         if (folder / name).is_dir():
@@ -426,9 +434,8 @@ def _open_shards(data_dir: str, shards: list[Path], names: tuple[str, ...]) -> A
             tables[str(shard)] = pa.ipc.open_file(pa.memory_map(str(shard))).read_all()
         except pa.ArrowInvalid as error:
             raise UserError(f"{shard} is damaged ({error}); remove it and run prepare again") from error
-    return ArrowSource(
-        tables, fingerprint_of([(s.name, s.stat().st_size, len(tables[str(s)])) for s in chosen])
-    )
+    known = [(shard.name, shard.stat().st_size, len(tables[str(shard)])) for shard in chosen]
+    return ArrowSource(tables, fingerprint_of(known))
 
 
 def _open_datasets(data_dir: str, names: tuple[str, ...]) -> ArrowSource:
@@ -442,7 +449,6 @@ def _open_datasets(data_dir: str, names: tuple[str, ...]) -> ArrowSource:
             raise MissingSplit(f"--data_dir {data_dir} has the splits {found} but no {names[0]}")
         dataset = datasets.load_dataset(data_dir, split=name)
     except (ConnectionError, datasets.exceptions.DatasetNotFoundError) as error:
-        raise UserError(
-            f"--data_dir {data_dir} is no folder here, and the hub gave no such dataset: {error}"
-        ) from error
+        why = f"is no folder here, and the hub gave no such dataset: {error}"
+        raise UserError(f"--data_dir {data_dir} {why}") from error
     return ArrowSource({f"{name} of {data_dir}": dataset.data.table}, dataset._fingerprint)

@@ -12,11 +12,12 @@ the machine map it: a row group travels once, whoever asks first.
 
 import fcntl
 import logging
+import os
 import re
 from collections import OrderedDict
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
@@ -25,7 +26,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import fs
 
-from common.cache import cache_folder, map_arrow, write_arrow
+from common.cache import cache_folder, keep_arrow, map_arrow, write_arrow
 from common.errors import UserError
 from common.remote import Storage
 from common.sources import (
@@ -124,7 +125,7 @@ class StreamSource:
             groups = np.concatenate([np.repeat(np.arange(len(rows)), rows) for rows in counts])
             table = pa.concat_tables([part for _, part in parts])
             table = table.append_column("shard", pa.array(shards)).append_column("group", pa.array(groups))
-            write_arrow(cached, table)
+            keep_arrow(cached, table)
         return table
 
     def __len__(self) -> int:
@@ -158,8 +159,10 @@ class StreamSource:
         path = self._folder / f"{number}-{level}.arrow"
         table = map_arrow(path)
         if table is not None:
-            path.touch()  # what was not used for longest makes room first
+            with suppress(FileNotFoundError):  # another process may need the room
+                os.utime(path)  # what was not used for longest makes room first
             return table
+        self._folder.mkdir(parents=True, exist_ok=True)
         with open(self._folder / f"lock{number % 64}", "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             table = map_arrow(path)
@@ -178,13 +181,17 @@ class StreamSource:
 
     def _make_room(self) -> None:
         """Remove what was not used for longest; processes that still map it are not disturbed."""
-        files = [(path.stat(), path) for path in self._folder.glob("*-*.arrow")]
-        total = sum(status.st_size for status, _ in files)
-        for status, path in sorted(files, key=lambda entry: entry[0].st_mtime_ns):
+        files = []
+        for path in self._folder.glob("*-*.arrow"):
+            with suppress(FileNotFoundError):  # another process made room
+                status = path.stat()
+                files.append((status.st_mtime_ns, status.st_size, path))
+        total = sum(size for _, size, _ in files)
+        for _, size, path in sorted(files):
             if total <= KEEP_BYTES:
                 break
             path.unlink(missing_ok=True)
-            total -= status.st_size
+            total -= size
 
     def describe(self, index: int) -> str:
         number, row = self._place(index)
@@ -219,9 +226,7 @@ def _of_split(storage: Storage, split: str) -> list[fs.FileInfo]:
     names = ("train",) if split == "train" else VAL_NAMES
     for name in names:
         pattern = re.compile(rf"(^|/){name}([^a-zA-Z].*)?$")
-        below = len(storage.root)
-        if chosen := [
-            info for info in files if pattern.search(info.path[below:].removesuffix(f".{info.extension}"))
-        ]:
+        stems = (info.path[len(storage.root) :].removesuffix(f".{info.extension}") for info in files)
+        if chosen := [info for info, stem in zip(files, stems, strict=True) if pattern.search(stem)]:
             return chosen
     raise MissingSplit(f"--data_dir {storage.url} has no shards named {' or '.join(names)}")

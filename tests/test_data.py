@@ -195,6 +195,26 @@ def test_damaged_sizes_are_made_again(tree, cache):
     assert open_source(str(tree), "train").sizes()[0].tolist() == [40, 50]
 
 
+def test_sizes_of_a_resized_copy_are_its_own(tree, tmp_path):
+    """The same names, other pixels."""
+    copy = shutil.copytree(tree, tmp_path / "copy")
+    for path in copy.rglob("*.jpg"):
+        picture(0, 20, 10).save(path)
+    first, second = open_source(str(tree), "train"), open_source(str(copy), "train")
+    assert first.fingerprint == second.fingerprint
+    assert first.sizes()[0].tolist() == [40, 50]
+    assert second.sizes()[0].tolist() == [10, 20]
+
+
+def test_a_cache_folder_that_cannot_be_written(tree, cache, caplog):
+    cache.parent.mkdir()
+    cache.write_text("a file in the way")
+    train, _ = opened(tree)
+    assert len(train) == 18
+    assert train.sizes()[0].tolist() == [40, 50]
+    assert "not kept for the next start" in caplog.text
+
+
 def refused(data_dir) -> str:
     with pytest.raises(UserError) as caught:
         opened(data_dir)
@@ -633,12 +653,13 @@ def test_one_million_images_start_at_once(tmp_path, monkeypatch, cache):
     ]
     digest = cache_module.fingerprint_of(names, offsets, np.frombuffer(blob, np.uint8), labels)
     table = pa.table({"path": array, "label": labels}).replace_schema_metadata(
-        {"classes": json.dumps(names), "directories": json.dumps(folders), "digest": digest}
+        {"classes": json.dumps(names), "directories": json.dumps(folders), "fingerprint": digest}
     )
     key = sources._manifest_path(os.fsencode(root) + b"/")
     cache_module.write_arrow(key, table)
     sides = np.full(MANY, 500, np.int32)
-    cache_module.write_arrow(cache / "sizes" / f"{digest}.arrow", pa.table({"height": sides, "width": sides}))
+    place = cache_module.fingerprint_of(os.fsencode(root) + b"/", json.dumps(folders), digest)
+    cache_module.write_arrow(cache / "sizes" / f"{place}.arrow", pa.table({"height": sides, "width": sides}))
     result = subprocess.run(
         [sys.executable, "-c", IMAGENET, root], capture_output=True, text=True, check=True
     )
@@ -649,4 +670,4 @@ def test_one_million_images_start_at_once(tmp_path, monkeypatch, cache):
     assert opened_s < 2
     assert sized_s < 2
     assert added_mb < 200  # on top of what importing torch takes
-    assert isinstance(FolderSource(root)._paths, np.ndarray)
+    assert isinstance(FolderSource(root)._manifest.paths, np.ndarray)
