@@ -41,7 +41,8 @@ def evaluate(
     accelerator: Accelerator,
     augment: Augment,
     *,
-    between: Callable[[int], None] = lambda batch: None,
+    rounds: int = 0,
+    between: Callable[[], None] = lambda: None,
     transform: Callable[[nn.Module, Tensor], Tensor] = lambda model, images: model.forward(images),
 ) -> list[Score]:
     """Score several models on the same batches, which are decoded once.
@@ -51,7 +52,8 @@ def evaluate(
         batches: this process's batches; `num_batches` of them are taken.
         num_images: size of the whole validation set.
         augment: knows how to normalise.
-        between: called with the number of each batch before it runs.
+        rounds: most batches that any process has.
+        between: called before each of the rounds, with or without a batch, so it may be a collective.
         transform: from normalised images [B, 3, H, W] to logits. `forward` and not `__call__`, so that a compiled
             model evaluates eagerly: the last, smaller batch would cost a compilation of its own.
 
@@ -61,8 +63,10 @@ def evaluate(
     sums = torch.zeros(len(models), 4, dtype=torch.float64, device=accelerator.device)
     for model in models:
         model.eval()
-    for number in range(num_batches):
-        between(number)
+    for number in range(max(rounds, num_batches)):
+        between()
+        if number >= num_batches:
+            continue
         images_nchw, labels, *_ = next(batches)
         images_nchw = augment.normalise(images_nchw)
         for row, model in zip(sums, models, strict=True):

@@ -6,6 +6,7 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from contextlib import nullcontext
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -114,9 +115,10 @@ class Trainer:
         if progress.peak_lr == 0 and run.cfg.lr == "auto":
             epoch = next(self.plan.epochs())
             self.enter_stage(epoch)
-            items = itertools.chain.from_iterable(self.batches.train_items(e) for e in self.plan.epochs())
+            passes = (replace(epoch, index=index) for index in itertools.count())
+            items = itertools.chain.from_iterable(map(self.batches.train_items, passes))
             stream = self.loader.stream(items)
-            iterations = min(run.cfg.lr_finder_iterations, self.plan.total_steps)
+            iterations = run.cfg.lr_finder_iterations
 
             def train_step(lr: float) -> float:
                 run.stop_if_asked()
@@ -194,18 +196,17 @@ class Trainer:
         run, state = self.run, self.state
         average_buffers(state.model, run.accelerator)
         items = self.batches.eval_items(epoch.stage.img_size, self.batches.micro_batch(epoch.stage_index))
-        rounds = -run.agreed_minimum(-len(items))
-
-        def between(number: int) -> None:
-            run.stop_if_asked()
-
         models = [state.model] if state.ema is None else [state.model, state.ema.module]
-        scores = evaluate(
-            models, stream, len(items), len(self.batches.val), run.accelerator, self.augment, between=between
+        return evaluate(
+            models,
+            stream,
+            len(items),
+            len(self.batches.val),
+            run.accelerator,
+            self.augment,
+            rounds=-run.agreed_minimum(-len(items)),
+            between=run.stop_if_asked,
         )
-        for _ in range(len(items), rounds):  # others have batches left, and ask all whether to stop
-            run.stop_if_asked()
-        return scores
 
     def final_grid(self) -> None:
         """Try the finished weights at larger sizes, tighter crops and flipped (FixRes, Touvron et al., 2019)."""

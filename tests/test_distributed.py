@@ -149,6 +149,26 @@ def test_moves_to_another_number_of_processes_in_mid_epoch(data, tmp_path):
     assert len(after) == 2 * 4 - 3
 
 
+@pytest.mark.parametrize("script", ["train_rect.py", "train_hybrid.py"])
+def test_processes_with_unequal_numbers_of_evaluation_batches(script, data, tmp_path):
+    """Rectangular evaluation deals shapes out unequally, and nobody may wait for a batch that others do not have."""
+    flags = [
+        "--data_dir",
+        str(data),
+        "--output",
+        str(tmp_path),
+        "--model",
+        "test_resnet",
+        "--wandb",
+        "off",
+        "--debug",
+    ]
+    flags += ["--workers", "0", "--lr", "0.1", "--rect_val", "--run_name", "run", "--final_eval", "--ema"]
+    done = launch(2, script, *flags, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert len(json.loads((tmp_path / "run" / "final_eval.json").read_text())["rows"]) == 24
+
+
 def test_a_failing_rank_ends_the_job_with_its_own_error(data, tmp_path):
     script = tmp_path / "fail.py"
     script.write_text(

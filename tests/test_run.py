@@ -129,7 +129,9 @@ def test_s3_mirror_and_restore_on_an_empty_machine(data, tmp_path, s3, monkeypat
     fresh = run_training(StandardConfig, data, tmp_path / "c", "run", *SMALL, *mirrored, *flags)
     assert_same(weights(whole), weights(fresh))
     assert_same(weights(whole, file="optimizer"), weights(fresh, file="optimizer"))
-    again = run_training(StandardConfig, data, tmp_path / "d", "run", *SMALL, *mirrored)  # the folder is gone once more
+    again = run_training(
+        StandardConfig, data, tmp_path / "d", "run", *SMALL, *mirrored
+    )  # the folder is gone once more
     assert_same(weights(whole), weights(again))
     log = (again / "training_log.txt").read_text()
     assert "this run is complete" in log
