@@ -230,7 +230,7 @@ class TrainConfig:
             raise UserError(f"--workers must not be negative, not {self.workers}")
 
 
-# What does not change the weights that come out, and may differ when a run goes on.
+# What may differ when a run goes on: it changes no sample and no schedule, at most the rounding.
 FREE_TO_CHANGE = frozenset(
     [
         "data_dir",
