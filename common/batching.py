@@ -66,9 +66,9 @@ class Batches:
         )
 
     def train_view(self, stage: Stage) -> View:
-        if stage.shape == "rect":
-            return View(scale=self.cfg.rect_scale, ratio=(1.0, 1.0))
-        return View(scale=self.cfg.crop_scale)
+        low, high = self.cfg.rect_scale if stage.shape == "rect" else self.cfg.crop_scale
+        scale = (high * (low / high) ** stage.strength, high)  # strength 0: no smaller crop than the largest
+        return View(scale, ratio=(1.0, 1.0)) if stage.shape == "rect" else View(scale)
 
     def eval_items(self, img_size: int, batch_size: int, crop_pct: float | None = None) -> list[BatchItem]:
         """This process's share of the validation images, each exactly once over all processes."""

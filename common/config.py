@@ -56,7 +56,7 @@ class TrainConfig:
         cutout_length: side of a hole in pixels.
         flip: probability of a horizontal flip.
         crop_scale: smallest and largest share of the image that a random training crop covers.
-        couple_strength: strengthen MixUp, CutMix and Random Erasing in proportion to the stage's image size.
+        couple_strength: strengthen random crops, MixUp, CutMix and Random Erasing in proportion to the stage's image size.
         crop_pct: share of the (shorter) side that evaluation's centre crop keeps.
         rect_val: evaluate each image whole, at the aspect ratio nearest its own.
         rect_area: what rectangular shapes hold constant: short = the short side, constant = the pixels per image.

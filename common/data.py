@@ -10,11 +10,13 @@ import math
 import mmap
 import os
 import signal
+import threading
 import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from time import perf_counter
+from time import perf_counter, sleep
 from typing import NamedTuple
 
 import numpy as np
@@ -217,10 +219,22 @@ class _Items:
             yield item, self._slots.take()
 
 
-def _leave_signals_to_the_trainer(worker: int) -> None:
-    """Ctrl-C and a scheduler's SIGTERM reach workers too; they are still needed for the step under way."""
+def _start_worker(parent: int, worker: int) -> None:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        # Ctrl-C and a scheduler's SIGTERM reach workers too; they are still needed for the step under way.
         signal.signal(number, signal.SIG_IGN)
+    end_with(parent)
+
+
+def end_with(parent: int) -> None:
+    """Let this worker process end when its parent was killed; with answers that nobody takes it would wait for ever."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _as_it_is(answer: _Answer) -> _Answer:
@@ -269,7 +283,7 @@ class Loader:
             prefetch_factor=prefetch if self.workers else None,
             persistent_workers=self.workers > 0,
             multiprocessing_context="fork" if forks else None,
-            worker_init_fn=_leave_signals_to_the_trainer,
+            worker_init_fn=partial(_start_worker, os.getpid()),
         )
         self._streams = 0
 

@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 from types import FrameType
@@ -296,14 +296,15 @@ def _claim_folder(cfg: TrainConfig, accelerator: Accelerator) -> Path:
         if path.parent.name == "checkpoints":
             path = path.parent.parent
         cfg.output, cfg.run_name = str(path.parent), path.resolve().name
-    elif not cfg.run_name:
+    elif cfg.run_name:
+        if cfg.resume == "auto" and cfg.s3 and accelerator.is_main_process:
+            _fetch_if_lost(cfg)
+    else:
         name = [f"{cfg.strategy}-{datetime.now():%Y%m%d-%H%M%S}"]
         if accelerator.num_processes > 1:
             broadcast_object_list(name)
         cfg.run_name = name[0]
     folder = Path(cfg.output) / cfg.run_name
-    if cfg.resume == "auto" and cfg.s3 and accelerator.is_main_process and not folder.exists():
-        _fetch_if_stored(cfg, folder)  # the same command restarts a run on a machine that replaces a lost one
     problem = [_problem_with(folder, cfg) if accelerator.is_main_process else ""]
     if accelerator.num_processes > 1:
         broadcast_object_list(problem)
@@ -322,11 +323,21 @@ def _fetch(cfg: TrainConfig, accelerator: Accelerator) -> Path:
     return folder
 
 
-def _fetch_if_stored(cfg: TrainConfig, folder: Path) -> None:
+def _fetch_if_lost(cfg: TrainConfig) -> None:
+    """Let the same command go on with a run on a machine that replaces a lost one."""
     from common.storage import NothingStored, restore
 
-    with suppress(NothingStored):
+    folder = Path(cfg.output) / cfg.run_name
+    if folder.exists():
+        return
+    try:
         restore(f"{cfg.s3.rstrip('/')}/{cfg.run_name}", folder, cfg.s3_endpoint)
+    except NothingStored:
+        pass
+    except UserError as error:
+        raise UserError(
+            f"{error}; to start anew without asking S3 for this run, pass --resume none"
+        ) from error
 
 
 def _problem_with(folder: Path, cfg: TrainConfig) -> str:

@@ -28,7 +28,7 @@ class Stage:
         lr_scale: peak learning rate relative to the first stage's; null = by the linear rule from the stage's own batch.
         frozen: module-name prefixes that do not train; "backbone" means everything but the classifier.
         shape: "square", or "rect" for batches of one aspect ratio each.
-        strength: multiplies how strongly MixUp, CutMix and Random Erasing act.
+        strength: multiplies how strongly MixUp, CutMix, Random Erasing and random crops act; 0 = not at all.
     """
 
     epochs: int

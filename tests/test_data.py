@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -565,6 +566,36 @@ def test_workers_come_from_the_cpus_this_process_may_use(monkeypatch, tmp_path):
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(256)))
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
     assert available_workers() == data.MAX_WORKERS
+
+
+ORPHANS = """
+import json, sys, time
+from pathlib import Path
+from common.data import Loader
+from tests.test_data import children, items, opened
+
+loader = Loader(*opened(Path(sys.argv[1])), seed=0, workers=2, prefetch=8)
+stream = loader.stream(items(20, batch=4000, size=(8, 8)))  # answers that fill a pipe, when nobody reads it
+next(stream)
+print(json.dumps(sorted(children())), flush=True)
+time.sleep(60)
+"""
+
+
+def test_workers_end_when_the_trainer_is_killed(tree):
+    root = Path(__file__).parents[1]
+    trainer = subprocess.Popen([sys.executable, "-c", ORPHANS, str(tree)], cwd=root, stdout=subprocess.PIPE)
+    workers = json.loads(trainer.stdout.readline())
+    assert len(workers) == 2
+    time.sleep(3)  # for the pipe to fill
+    trainer.kill()
+    deadline = time.monotonic() + 20
+    while (left := list(filter(psutil.pid_exists, workers))) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    for pid in left:
+        os.kill(pid, signal.SIGKILL)
+    trainer.communicate()
+    assert not left
 
 
 # --- scale --------------------------------------------------------------------------------------------------

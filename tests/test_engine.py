@@ -1,11 +1,15 @@
 import csv
 import json
+import resource
+import signal
 from contextlib import suppress
 
 import pytest
 import torch
 
+from common.checkpoint import newest_whole
 from common.config import UserError
+from common.trainer import Trainer
 from tests.helpers import assert_same, make_images, run_training, stop_after, weights
 from train_finetune import FinetuneConfig
 from train_hybrid import HybridConfig
@@ -33,12 +37,18 @@ STRATEGIES = {
     "progressive": (ProgressiveConfig, ("--stages", '[{"epochs": 1, "img_size": 24, "batch_size": 24}, {"epochs": 2, "img_size": 32, "batch_size": 16}]')),
     "hybrid": (HybridConfig, ("--stages", HYBRID_STAGES, "--ema")),
     "rect": (RectConfig, ("--epochs", "2", "--batch_size", "12")),
+    "finetune": (FinetuneConfig, ("--epochs", "3", "--head_epochs", "1", "--batch_size", "16", "--weights", "BASE")),
 }  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     return make_images(tmp_path_factory.mktemp("data") / "images")
+
+
+@pytest.fixture(scope="module")
+def base(data, tmp_path_factory):
+    return run_training(StandardConfig, data, tmp_path_factory.mktemp("base"), "base", *STANDARD)
 
 
 def rows(run):
@@ -53,14 +63,15 @@ def without_times(run):
     return [{k: v for k, v in row.items() if k not in TIMES} for row in rows(run)]
 
 
-def train_strategy(name, data, output, run_name, *more):
+def train_strategy(name, data, output, run_name, *more, base=""):
     config, flags = STRATEGIES[name]
+    flags = (str(base) if flag == "BASE" else flag for flag in flags)
     return run_training(config, data, output, run_name, *flags, *more)
 
 
 @pytest.mark.parametrize("name", STRATEGIES)
-def test_interrupted_equals_uninterrupted(name, data, tmp_path, monkeypatch):
-    whole = train_strategy(name, data, tmp_path, "whole")
+def test_interrupted_equals_uninterrupted(name, data, base, tmp_path, monkeypatch):
+    whole = train_strategy(name, data, tmp_path, "whole", base=base)
     for steps in (
         1,
         3,
@@ -70,8 +81,8 @@ def test_interrupted_equals_uninterrupted(name, data, tmp_path, monkeypatch):
         with monkeypatch.context() as patch:
             stop_after(patch, steps)
             with suppress(SystemExit):
-                train_strategy(name, data, tmp_path, "parts")
-    parts = train_strategy(name, data, tmp_path, "parts")
+                train_strategy(name, data, tmp_path, "parts", base=base)
+    parts = train_strategy(name, data, tmp_path, "parts", base=base)
     for file in ("model", "optimizer") + (("ema",) if name == "hybrid" else ()):
         assert_same(weights(whole, file=file), weights(parts, file=file))
     assert without_times(whole) == without_times(parts)
@@ -179,6 +190,38 @@ def test_nan_loss_stops_with_advice_and_keeps_the_good_checkpoint(data, tmp_path
         assert all(t.isfinite().all() for t in weights(tmp_path / "run", saved.parent.name).values())
 
 
+def test_a_disk_that_fills_up_ends_the_run_with_a_sentence_and_a_whole_checkpoint(
+    data, tmp_path, monkeypatch, capsys
+):
+    """A limit on the size of files stands for a full disk: both fail in the middle of writing."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    original = Trainer.record
+
+    def record(self, epoch, *results):
+        if epoch.index == 1:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, hard))
+        original(self, epoch, *results)
+
+    monkeypatch.setattr(Trainer, "record", record)
+    try:
+        with pytest.raises(SystemExit) as exit_:
+            train_strategy("standard", data, tmp_path, "run", "--save_freq_last", "1")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, ignored)
+    monkeypatch.undo()
+    assert exit_.value.code == 2
+    sentence = capsys.readouterr().out.splitlines()[-1]
+    assert "the disk is full" in sentence
+    assert "--output" in sentence
+    newest, damaged = newest_whole(tmp_path / "run" / "checkpoints")
+    assert newest is not None
+    assert not damaged
+    resumed = train_strategy("standard", data, tmp_path, "run", "--save_freq_last", "1")
+    assert_same(weights(train_strategy("standard", data, tmp_path, "whole")), weights(resumed))
+
+
 def test_out_of_memory_names_the_flag(data, tmp_path, monkeypatch, capsys):
     def explode(*args):
         raise torch.OutOfMemoryError("CUDA out of memory")
@@ -202,21 +245,8 @@ def test_auto_batch_halves_and_accumulates(data, tmp_path, monkeypatch):
     assert json.loads((run / "summary.json").read_text())["images_seen"] == 3 * 64
 
 
-def test_finetuning_trains_the_head_alone_first(data, tmp_path, monkeypatch):
-    base = run_training(StandardConfig, data, tmp_path, "base", *STANDARD)
-    flags = (
-        "--weights",
-        str(base),
-        "--epochs",
-        "2",
-        "--head_epochs",
-        "1",
-        "--batch_size",
-        "16",
-        "--keep_every",
-        "1",
-    )
-    tuned = run_training(FinetuneConfig, data, tmp_path, "tuned", *flags)
+def test_finetuning_trains_the_head_alone_first(data, base, tmp_path):
+    tuned = train_strategy("finetune", data, tmp_path, "tuned", "--keep_every", "1", base=base)
     start, after_head, end = (
         weights(base, "best"),
         weights(tuned, "epoch_1"),

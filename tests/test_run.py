@@ -3,6 +3,7 @@ import json
 import logging
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -12,7 +13,7 @@ import torch
 import yaml
 
 from common.run import CSV_COLUMNS, Run
-from tests.helpers import ROOT, assert_same, make_images, run_training, weights
+from tests.helpers import ROOT, assert_same, launch, make_images, run_training, weights
 from train_standard import StandardConfig
 
 SMALL = ("--epochs", "2", "--batch_size", "16")
@@ -152,3 +153,54 @@ def test_compiled_and_eager_checkpoints_interchange(data, tmp_path, monkeypatch)
     assert names == weights(eager).keys()
     for (name, a), b in zip(weights(compiled).items(), weights(eager).values(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3, msg=name)
+
+
+@pytest.fixture
+def nowhere(s3):
+    with socket.socket() as nobody:  # a port that is taken, and where nobody listens
+        nobody.bind(("127.0.0.1", 0))
+        yield [
+            "--s3",
+            f"s3://{s3.bucket}/absent",
+            "--s3_endpoint",
+            f"http://127.0.0.1:{nobody.getsockname()[1]}",
+        ]
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_server_that_is_never_there_costs_nothing_but_a_sentence(processes, data, tmp_path, nowhere):
+    flags = [*in_miniature(data, tmp_path), *nowhere, "--resume", "none"]
+    done = launch(processes, "train_standard.py", *flags)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "NOT uploaded" in done.stdout.splitlines()[-1]
+    assert "checkpoints/last" in done.stdout
+    assert (tmp_path / "run" / "summary.json").exists()
+
+
+def test_a_run_that_may_be_stored_out_of_reach_is_not_begun_anew(data, tmp_path, nowhere):
+    done = launch(1, "train_standard.py", *in_miniature(data, tmp_path), *nowhere)
+    assert done.returncode == 2
+    assert "--resume none" in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_wrong_credentials_are_one_sentence_at_the_start(processes, data, tmp_path, s3, monkeypatch):
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
+    flags = ["--s3", f"s3://{s3.bucket}/refused", "--s3_endpoint", s3.endpoint]
+    began = time.monotonic()
+    done = launch(processes, "train_standard.py", *in_miniature(data, tmp_path), *flags)
+    assert done.returncode != 0
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert len(errors) == 1
+    assert "credentials" in errors[0]
+    assert "--s3" in errors[0]
+    assert "Traceback" not in done.stderr.split("torch/distributed")[0]
+    assert "epoch 1" not in done.stdout
+    assert time.monotonic() - began < 90
+
+
+def in_miniature(data, output):
+    flags = ["--data_dir", str(data), "--output", str(output), "--run_name", "run", "--model", "test_resnet"]
+    flags += ["--wandb", "off", "--workers", "0", "--lr", "0.1", "--img_size", "32"]
+    return [*flags, "--epochs", "1", "--batch_size", "16"]

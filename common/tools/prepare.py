@@ -23,8 +23,6 @@ import json
 import os
 import shutil
 import sys
-import threading
-import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
@@ -42,7 +40,7 @@ from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from common.data import available_workers
+from common.data import available_workers, end_with
 from common.decode import DecodeError, read_header
 from common.errors import UserError
 from common.sources import FolderSource, MissingSplit, Source, open_source
@@ -213,15 +211,8 @@ def as_it_is(answer):
 
 
 def start_worker(parent: int, worker: int) -> None:
-    """Set up a worker process: one thread for its work, and one that ends it when its parent is killed."""
     torch.set_num_threads(1)
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(1)
-        os._exit(1)  # a worker with answers that nobody takes would wait for ever
-
-    threading.Thread(target=watch, daemon=True).start()
+    end_with(parent)
 
 
 # --- shards ---------------------------------------------------------------------------------------
