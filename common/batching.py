@@ -11,6 +11,8 @@ from common.data import Source
 from common.sampling import BatchItem, View
 from common.scheduling import EpochPlan, Plan, Stage
 
+WHOLE = 0.0  # instead of the share that a square crop keeps
+
 
 class Batches:
     """What each process loads at each step; a pure function of the plan, the seed and the position.
@@ -70,13 +72,21 @@ class Batches:
         scale = (high * (low / high) ** stage.strength, high)  # strength 0: no smaller crop than the largest
         return View(scale, ratio=(1.0, 1.0)) if stage.shape == "rect" else View(scale)
 
-    def eval_items(self, img_size: int, batch_size: int, crop_pct: float | None = None) -> list[BatchItem]:
-        """This process's share of the validation images, each exactly once over all processes."""
-        size: int | np.ndarray = img_size
-        view = View(None, crop_pct=crop_pct or self.cfg.crop_pct)
-        if self.cfg.rect_val:
-            shapes = self._buckets(img_size)[0]
-            size, view = shapes[sampling.assign(self.val.sizes(), shapes)], View(None, crop_pct=1.0)
+    def eval_items(self, img_size: int, batch_size: int, crop: float | None = None) -> list[BatchItem]:
+        """This process's share of the validation images, each exactly once over all processes.
+
+        Args:
+            crop: share of the shorter side that a centred square keeps; `WHOLE` = everything, at its own aspect
+                ratio; None = as `--rect_val` and `--crop_pct` say.
+        """
+        if crop is None:
+            crop = WHOLE if self.cfg.rect_val else self.cfg.crop_pct
+        if crop != WHOLE:
+            view = View(None, crop_pct=crop)
+            return sampling.eval_items(len(self.val), img_size, batch_size, self.rank, self.world, view)
+        shapes = self._buckets(img_size)[0]
+        size = shapes[sampling.assign(self.val.sizes(), shapes)]
+        view = View(None, crop_pct=1.0)
         return sampling.eval_items(len(self.val), size, batch_size, self.rank, self.world, view)
 
     def bucket_tables(self) -> str:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -387,5 +388,6 @@ def main_with(main: Callable[[Config], None], config_class: type[Config], descri
         cfg.validate()
         main(cfg)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # all processes of a machine meet the same problem
+            print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None

@@ -59,7 +59,6 @@ def fit(run: Run, model: nn.Module, train: Source, val: Source) -> None:
             log.info("%s", "\n".join(filter(None, (plan.table(), batches.bucket_tables()))))
             if progress.epochs_done == plan.total_epochs:
                 log.info("this run is complete: %d of %d epochs", progress.epochs_done, plan.total_epochs)
-                return
             stream = loader.stream(batches.run_items(progress.epochs_done, progress.step))
             for epoch in plan.epochs(progress.epochs_done):
                 trainer.enter_stage(epoch)

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast_object_list
 from torch import nn
 
 from common import checkpoint
@@ -15,7 +14,7 @@ from common.checkpoint import Progress, TrainState
 from common.config import TrainConfig, UserError, as_plain, differences
 from common.data import Source
 from common.model import create_ema, create_optimizer, set_trainable_layers
-from common.run import Run
+from common.run import Run, main_process_problems
 from common.scheduling import Plan, make_plan
 
 
@@ -39,9 +38,9 @@ def resume(run: Run, state: TrainState, train: Source) -> None:
     """
     cfg, folder = run.cfg, run.folder / "checkpoints"
     found: Path | None = None
-    files, problem = None, [""]
-    if run.is_main and cfg.resume != "none":
-        try:
+    files = None
+    with main_process_problems(run.accelerator):
+        if run.is_main and cfg.resume != "none":
             if (Path(cfg.resume) / checkpoint.MANIFEST).exists():
                 found = Path(cfg.resume)
                 checkpoint.verify(found)
@@ -55,12 +54,6 @@ def resume(run: Run, state: TrainState, train: Source) -> None:
                     )
             files = checkpoint.read(found) if found else None
             _must_match(files, cfg, train)
-        except UserError as error:
-            problem = [str(error)]
-    if run.accelerator.num_processes > 1:
-        broadcast_object_list(problem)
-    if problem[0]:
-        raise UserError(problem[0])
     files = checkpoint.share(files, run.accelerator)
     if files is not None:
         checkpoint.apply(files, state, run.accelerator.process_index)

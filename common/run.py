@@ -174,6 +174,12 @@ class Run:
         if self.mirror is not None:
             self.mirror.submit()
 
+    def start_mirror(self) -> None:
+        if self.is_main:
+            from common.storage import S3Mirror
+
+            self.mirror = S3Mirror(self.folder, self.cfg.s3, self.cfg.s3_endpoint)
+
     def close_mirror(self, timeout_s: float = 300.0) -> None:
         """Wait for the uploads that are under way, within limits, and say what is and is not on S3."""
         if self.mirror is not None:
@@ -228,11 +234,10 @@ def start_run(cfg: TrainConfig) -> Iterator[Run]:
     previous = {}
     if threading.current_thread() is threading.main_thread():
         previous = {number: signal.signal(number, run.on_signal) for number in SIGNALS}
-    if cfg.s3 and run.is_main:
-        from common.storage import S3Mirror
-
-        run.mirror = S3Mirror(folder, cfg.s3, cfg.s3_endpoint)
     try:
+        if cfg.s3:
+            with main_process_problems(accelerator):
+                run.start_mirror()
         yield run
     except Interrupted:
         run.log.info(
@@ -247,6 +252,8 @@ def start_run(cfg: TrainConfig) -> Iterator[Run]:
         raise SystemExit(EXIT_INTERRUPTED) from None
     except UserError as error:
         run.log.error("error: %s", error)
+        if not run.is_main:  # whose console is silent otherwise
+            print(f"error in process {accelerator.process_index}: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     finally:
         run.close_mirror()
@@ -285,53 +292,59 @@ def _make_accelerator(cfg: TrainConfig) -> Accelerator:
     return accelerator
 
 
+@contextmanager
+def main_process_problems(accelerator: Accelerator) -> Iterator[None]:
+    """What only the main process does, and all depend on: after its UserError the others end too, without a word."""
+    problem = [""]
+    try:
+        yield
+    except UserError as error:
+        problem = [str(error)]
+    if accelerator.num_processes > 1:
+        broadcast_object_list(problem)
+    if problem[0]:
+        raise UserError(problem[0]) if accelerator.is_main_process else SystemExit(2)
+
+
 def _claim_folder(cfg: TrainConfig, accelerator: Accelerator) -> Path:
     """The run's folder, the same on all processes; refuses one that holds another run."""
+    named = bool(cfg.run_name)
     if cfg.resume not in ("auto", "none"):
-        if cfg.run_name:
+        if named:
             raise UserError("--resume PATH goes on in that run's own folder; leave out --run_name")
-        path = _fetch(cfg, accelerator) if cfg.resume.startswith("s3://") else Path(cfg.resume)
-        if accelerator.is_main_process and not path.is_dir():
-            raise UserError(f"--resume {cfg.resume} is not a run folder or a checkpoint")
-        if path.parent.name == "checkpoints":
+        path = Path(cfg.resume)
+        if cfg.resume.startswith("s3://"):
+            path = Path(cfg.output) / cfg.resume.rstrip("/").rsplit("/", 1)[-1]
+        elif path.parent.name == "checkpoints":
             path = path.parent.parent
         cfg.output, cfg.run_name = str(path.parent), path.resolve().name
-    elif cfg.run_name:
-        if cfg.resume == "auto" and cfg.s3 and accelerator.is_main_process:
-            _fetch_if_lost(cfg)
-    else:
+    elif not named:
         name = [f"{cfg.strategy}-{datetime.now():%Y%m%d-%H%M%S}"]
         if accelerator.num_processes > 1:
             broadcast_object_list(name)
         cfg.run_name = name[0]
     folder = Path(cfg.output) / cfg.run_name
-    problem = [_problem_with(folder, cfg) if accelerator.is_main_process else ""]
-    if accelerator.num_processes > 1:
-        broadcast_object_list(problem)
-    if problem[0]:
-        raise UserError(problem[0])
+    with main_process_problems(accelerator):
+        if accelerator.is_main_process:
+            if cfg.resume.startswith("s3://") or (cfg.resume == "auto" and cfg.s3 and named):
+                _fetch(cfg, folder)
+            elif cfg.resume not in ("auto", "none") and not Path(cfg.resume).is_dir():
+                raise UserError(f"--resume {cfg.resume} is not a run folder or a checkpoint")
+            _prepare(folder, cfg)
     return folder
 
 
-def _fetch(cfg: TrainConfig, accelerator: Accelerator) -> Path:
-    folder = Path(cfg.output) / cfg.resume.rstrip("/").rsplit("/", 1)[-1]
-    if accelerator.is_main_process and not (folder / "config.yaml").exists():
-        from common.storage import restore
-
-        restore(cfg.resume, folder, cfg.s3_endpoint)
-    accelerator.wait_for_everyone()
-    return folder
-
-
-def _fetch_if_lost(cfg: TrainConfig) -> None:
-    """Let the same command go on with a run on a machine that replaces a lost one."""
+def _fetch(cfg: TrainConfig, folder: Path) -> None:
+    """Restore a run that this machine does not have: the one that was asked for, or one that a lost machine left on S3."""
     from common.storage import NothingStored, restore
 
-    folder = Path(cfg.output) / cfg.run_name
-    if folder.exists():
+    if (folder / "config.yaml").exists():
+        return
+    if cfg.resume != "auto":
+        restore(cfg.resume, folder, cfg.s3_endpoint)
         return
     try:
-        restore(f"{cfg.s3.rstrip('/')}/{cfg.run_name}", folder, cfg.s3_endpoint)
+        restore(f"{cfg.s3.rstrip('/')}/{cfg.run_name}", folder, cfg.s3_endpoint, flag="--s3")
     except NothingStored:
         pass
     except UserError as error:
@@ -340,28 +353,27 @@ def _fetch_if_lost(cfg: TrainConfig) -> None:
         ) from error
 
 
-def _problem_with(folder: Path, cfg: TrainConfig) -> str:
-    """Why a run cannot live in this folder, or nothing; writes the resolved config."""
+def _prepare(folder: Path, cfg: TrainConfig) -> None:
+    """Write the resolved config. Raises UserError if a run cannot live in this folder."""
     config_file = folder / "config.yaml"
     if config_file.exists():
         if cfg.resume == "none":
-            return (
+            raise UserError(
                 f"{folder} already holds a run; choose another --run_name, or --resume auto to go on with it"
             )
         changed = differences(as_plain(cfg), yaml.safe_load(config_file.read_text()))
         if changed:
-            return (
+            raise UserError(
                 f"{folder} holds a run with other settings: {', '.join(changed)}; choose another --run_name"
             )
     elif folder.exists() and any(folder.iterdir()):
-        return f"{folder} exists and is not a run; choose another --run_name or --output"
+        raise UserError(f"{folder} exists and is not a run; choose another --run_name or --output")
     try:
         for name in ("logs", "plots", "checkpoints"):
             (folder / name).mkdir(parents=True, exist_ok=True)
         config_file.write_text(yaml.safe_dump(as_plain(cfg), sort_keys=False))
     except OSError as error:
-        return f"cannot write to {folder}: {error.strerror}; choose another --output"
-    return ""
+        raise UserError(f"cannot write to {folder}: {error.strerror}; choose another --output") from error
 
 
 def _open_logs(run: Run) -> list[logging.Handler]:

@@ -43,6 +43,9 @@ log = logging.getLogger(__name__)
 PART_BYTES = 8 << 20  # files from this size on go up in parts of it, one of which is in memory at a time
 CONNECT_TIMEOUT_S, READ_TIMEOUT_S = 10.0, 30.0
 FIRST_RETRY_S, LONGEST_RETRY_S, CLOSING_RETRY_S = 1.0, 60.0, 5.0
+CLOSING_TRIES = (
+    15  # in vain and one after the other, about a minute of them: then training's end waits no longer
+)
 RESTORE_ATTEMPTS = 6
 
 _SPOOL = ".s3-spool"
@@ -112,6 +115,7 @@ class S3Mirror:
         self._complete: set[str] = set()  # ids of which S3 has every file
         self._unlinked: dict[str, str] = {}  # checkpoint name -> why it could not be linked
         self._closing = self._stopped = self._ended = False
+        self._failures = 0  # passes that sent nothing, one after the other
 
         self._index: dict[str, str] | None = None  # the remote index; None until S3 has answered
         self._index_number = 0
@@ -156,14 +160,14 @@ class S3Mirror:
             self._lock.notify_all()
 
     def close(self, timeout_s: float = 300) -> Report:
-        """Upload what is left, for at most `timeout_s` seconds, and say what is and what is not on S3."""
+        """Upload what is left, for at most `timeout_s` seconds or `CLOSING_TRIES`; say what is and is not on S3."""
         if self._report is not None:
             return self._report
         log.info("S3: uploading what is left to %s, for at most %.0f s", self.url, timeout_s)
         with self._lock:
-            self._closing = True
+            self._closing, self._failures = True, 0
             self.submit()
-            self._lock.wait_for(lambda: self._done == self._asked or self._ended, timeout_s)
+            self._lock.wait_for(self._nothing_more_to_expect, timeout_s)
             self._stopped = True
             self._lock.notify_all()
             pending = self._pending()
@@ -173,6 +177,9 @@ class S3Mirror:
         return self._report
 
     # In the thread that trains
+
+    def _nothing_more_to_expect(self) -> bool:
+        return self._done == self._asked or self._ended or self._failures >= CLOSING_TRIES
 
     def _make_spool(self) -> None:
         shutil.rmtree(self._spool, ignore_errors=True)  # the links of a process that was killed
@@ -262,7 +269,6 @@ class S3Mirror:
     def _work(self) -> None:
         from botocore.exceptions import BotoCoreError, ClientError
 
-        failures = 0
         try:
             while True:
                 with self._lock:
@@ -271,6 +277,7 @@ class S3Mirror:
                         return
                     asked, self._sending = self._asked, self._wanted
                     self._drop_superseded()
+                sent = self._bytes
                 try:
                     trouble = self._sync(self._sending)
                 except (BotoCoreError, ClientError) as error:
@@ -280,11 +287,12 @@ class S3Mirror:
                 self._tell(trouble)
                 with self._lock:
                     if trouble is None:
-                        failures, self._done = 0, asked
-                        self._lock.notify_all()
+                        self._failures, self._done = 0, asked
                     else:
-                        failures += 1
-                        self._back_off(failures)
+                        self._failures = 1 if self._bytes > sent else self._failures + 1
+                    self._lock.notify_all()
+                    if trouble is not None:
+                        self._back_off()
         finally:
             with self._lock:
                 self._ended = self._asked != self._done
@@ -298,12 +306,12 @@ class S3Mirror:
             log.info("S3: uploads work again")
         self._trouble = trouble
 
-    def _back_off(self, failures: int) -> None:
+    def _back_off(self) -> None:
         """Wait, with the lock held; close() cuts a long wait short, once."""
         if self._closing:
-            self._lock.wait_for(lambda: self._stopped, _retry_s(failures, CLOSING_RETRY_S))
+            self._lock.wait_for(lambda: self._stopped, _retry_s(self._failures, CLOSING_RETRY_S))
         else:
-            self._lock.wait_for(lambda: self._closing, _retry_s(failures, LONGEST_RETRY_S))
+            self._lock.wait_for(lambda: self._closing, _retry_s(self._failures, LONGEST_RETRY_S))
 
     def _sync(self, wanted: dict[str, str]) -> str | None:
         """One pass over what S3 lacks, in the order the module promises; returns what S3 refused, if any.
@@ -466,7 +474,7 @@ def upload_file_to_s3(client: Any, path: Path, bucket: str, key: str) -> Stored:
     return Stored(key, size, head["ETag"].strip('"'))
 
 
-def restore(url: str, run_dir: Path, endpoint: str | None = None) -> Path:
+def restore(url: str, run_dir: Path, endpoint: str | None = None, flag: str = "--resume") -> Path:
     """Download the run at `url` (`s3://bucket/prefix/<run>`) into `run_dir`, which must be absent or empty.
 
     The folder gets its name when everything is there, so an interrupted restore leaves nothing that looks
@@ -477,34 +485,34 @@ def restore(url: str, run_dir: Path, endpoint: str | None = None) -> Path:
     """
     from botocore.exceptions import BotoCoreError, ClientError
 
-    bucket, prefix = _parse_url(url, "--resume")
+    bucket, prefix = _parse_url(url, flag)
     run_dir = Path(run_dir)
     if run_dir.exists() and any(run_dir.iterdir()):
-        raise UserError(f"--resume {url}: {run_dir} is not empty, so resume from that folder or move it away")
+        raise UserError(f"{flag} {url}: {run_dir} is not empty, so resume from that folder or move it away")
     partial = run_dir.with_name(f"{run_dir.name}.restore.tmp")
-    client = _client(endpoint, "--resume", attempts=RESTORE_ATTEMPTS)
+    client = _client(endpoint, flag, attempts=RESTORE_ATTEMPTS)
     try:
         found = _read_index(client, bucket, prefix)
         if found is None:
-            raise NothingStored(f"--resume {url}: there is no run at this address")
+            raise NothingStored(f"{flag} {url}: there is no run at this address")
         _number, index = found
         files = list(_plan_restore(_list(client, bucket, f"{prefix}/"), prefix, index))
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         free, needed = shutil.disk_usage(partial).free, sum(size for _key, _name, size in files)
         if needed > free:
-            raise UserError(f"--resume {url} needs {needed} bytes of disk and {run_dir.parent} has {free}")
+            raise UserError(f"{flag} {url} needs {needed} bytes of disk and {run_dir.parent} has {free}")
         for key, name, size in files:
             path = partial / name
             path.parent.mkdir(parents=True, exist_ok=True)
             if not _download(client, bucket, key, path, size):
                 path.unlink()
-                log.warning("--resume: s3://%s/%s does not match its checksum and is left out", bucket, key)
+                log.warning("S3: s3://%s/%s does not match its checksum and is left out", bucket, key)
         partial.rename(run_dir)
     except (BotoCoreError, ClientError) as error:
-        raise UserError(_refusal(error, f"--resume {url}", bucket)) from None
+        raise UserError(_refusal(error, f"{flag} {url}", bucket)) from None
     except OSError as error:
-        raise UserError(f"--resume {url}: cannot write {error.filename}: {error.strerror}") from error
+        raise UserError(f"{flag} {url}: cannot write {error.filename}: {error.strerror}") from error
     return run_dir
 
 

@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from common import checkpoint
 from common.augment import Augment
-from common.batching import Batches
+from common.batching import WHOLE, Batches
 from common.checkpoint import TrainState
 from common.config import UserError, as_plain
 from common.data import Batch, Loader
@@ -25,11 +25,11 @@ from common.model import set_trainable_layers, train_mode
 from common.plots import plot_lr_finder
 from common.preparation import trial_step
 from common.progress import EpochMeter, peak_memory_mb
-from common.run import Run
+from common.run import Run, main_process_problems
 from common.scheduling import EpochPlan, Plan, Stage, scaled_lr
 
 FINAL_SIZES = (1.0, 1.15, 1.3)  # times the training size
-FINAL_CROPS = (0.875, 1.0)
+FINAL_CROPS = (0.875, 1.0, WHOLE)
 
 
 class Trainer:
@@ -209,14 +209,17 @@ class Trainer:
         )
 
     def final_grid(self) -> None:
-        """Try the finished weights at larger sizes, tighter crops and flipped (FixRes, Touvron et al., 2019)."""
+        """Try the finished weights at larger sizes, other crops and flipped (FixRes, Touvron et al., 2019)."""
         run, state, stage = self.run, self.state, self.plan.stages[-1]
         models = {"raw": state.model} | ({"ema": state.ema.module} if state.ema is not None else {})
         batch_size = self.batches.micro_batch(len(self.plan.stages) - 1)
         rows = []
-        for factor, crop_pct in itertools.product(FINAL_SIZES, FINAL_CROPS):
+        crops = (
+            FINAL_CROPS if self.batches.train.group_rows is None else FINAL_CROPS[:-1]
+        )  # shards go in order
+        for factor, crop in itertools.product(FINAL_SIZES, crops):
             size = 8 * round(stage.img_size * factor / 8) if factor != 1 else stage.img_size
-            items = self.batches.eval_items(size, batch_size, crop_pct)
+            items = self.batches.eval_items(size, batch_size, crop)
             for flip, transform in (("no", one_view), ("yes", with_flip)):
                 scores = evaluate(
                     list(models.values()),
@@ -231,7 +234,7 @@ class Trainer:
                     {
                         "weights": name,
                         "img_size": size,
-                        "crop_pct": crop_pct,
+                        "crop": "whole" if crop == WHOLE else crop,
                         "flip": flip,
                         "top1": s.top1,
                         "top5": s.top5,
@@ -241,7 +244,7 @@ class Trainer:
         best = max(rows, key=lambda row: row["top1"])
         lines = [f"{'weights':>8}{'px':>6}{'crop':>7}{'flip':>6}{'top-1':>8}{'top-5':>8}"]
         lines += [
-            f"{r['weights']:>8}{r['img_size']:>6}{r['crop_pct']:>7.3f}{r['flip']:>6}{r['top1']:>8.2f}{r['top5']:>8.2f}"
+            f"{r['weights']:>8}{r['img_size']:>6}{r['crop']:>7}{r['flip']:>6}{r['top1']:>8.2f}{r['top5']:>8.2f}"
             + ("  best for deployment" if r is best else "")
             for r in rows
         ]
@@ -361,15 +364,16 @@ class Trainer:
             run.log.info("not saved: the loss is not finite")
             return
         files = checkpoint.capture(state, run.accelerator, as_plain(run.cfg))
-        if run.is_main:
-            folder = run.folder / "checkpoints"
-            checkpoint.write(folder / "last", files)
-            if best:
-                checkpoint.link(folder / "last", folder / "best")
-                weights = "ema.safetensors" if progress.best_is_ema else "model.safetensors"
-                checkpoint.link_file(folder / "best" / weights, run.folder / "best_weights.safetensors")
-            if numbered:
-                checkpoint.link(folder / "last", folder / f"epoch_{progress.epochs_done}")
+        with main_process_problems(run.accelerator):
+            if run.is_main:
+                folder = run.folder / "checkpoints"
+                checkpoint.write(folder / "last", files)
+                if best:
+                    checkpoint.link(folder / "last", folder / "best")
+                    weights = "ema.safetensors" if progress.best_is_ema else "model.safetensors"
+                    checkpoint.link_file(folder / "best" / weights, run.folder / "best_weights.safetensors")
+                if numbered:
+                    checkpoint.link(folder / "last", folder / f"epoch_{progress.epochs_done}")
             run.log.info("saved step %d in %.2f s", progress.step, time.monotonic() - started)
         run.saved()
         run.sync()

@@ -166,7 +166,7 @@ def test_processes_with_unequal_numbers_of_evaluation_batches(script, data, tmp_
     flags += ["--workers", "0", "--lr", "0.1", "--rect_val", "--run_name", "run", "--final_eval", "--ema"]
     done = launch(2, script, *flags, timeout=120)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert len(json.loads((tmp_path / "run" / "final_eval.json").read_text())["rows"]) == 24
+    assert len(json.loads((tmp_path / "run" / "final_eval.json").read_text())["rows"]) == 36
 
 
 def test_a_failing_rank_ends_the_job_with_its_own_error(data, tmp_path):

@@ -160,6 +160,19 @@ def test_a_finished_run_says_so_and_does_nothing(data, tmp_path, capsys):
     assert (run / "training_log.csv").read_bytes() == before
 
 
+def test_a_finished_run_can_be_evaluated_later(data, tmp_path):
+    run_training(RectConfig, data, tmp_path, "run", *STANDARD)
+    run = run_training(RectConfig, data, tmp_path, "run", *STANDARD, "--final_eval")
+    grid = json.loads((run / "final_eval.json").read_text())["rows"]
+    assert {(row["img_size"], row["crop"]) for row in grid} == {
+        (size, crop) for size in (32, 40) for crop in (0.875, 1.0, "whole")
+    }
+    as_trained = [
+        row for row in grid if row["img_size"] == 32 and row["crop"] == "whole" and row["flip"] == "no"
+    ]
+    assert as_trained[0]["top1"] == pytest.approx(float(rows(run)[-1]["val_top1"]), abs=1e-4)
+
+
 def test_a_name_that_holds_another_run_is_refused(data, tmp_path):
     run_training(StandardConfig, data, tmp_path, "run", *STANDARD)
     with pytest.raises(UserError, match="--weight_decay"):

@@ -33,6 +33,7 @@ def _fast_retries(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(storage, "FIRST_RETRY_S", 0.05)
     monkeypatch.setattr(storage, "LONGEST_RETRY_S", 0.2)
     monkeypatch.setattr(storage, "CLOSING_RETRY_S", 0.2)
+    monkeypatch.setattr(storage, "CLOSING_TRIES", 10_000)
 
 
 @pytest.fixture
@@ -409,6 +410,16 @@ def test_without_a_server_training_ends_well_and_hears_what_is_missing(
     assert f"{len(report.pending)} NOT uploaded" in str(report)
     assert "config.yaml (EndpointConnectionError)" in str(report)
     assert mirror.close() is report
+
+
+def test_the_end_of_training_does_not_wait_long_for_a_server_that_is_away(
+    s3: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(storage, "CLOSING_TRIES", 3)
+    mirror = S3Mirror(make_run(tmp_path / "run-1"), f"s3://{s3.bucket}/absent", "http://127.0.0.1:9")
+    start = time.monotonic()
+    assert mirror.close(timeout_s=60).pending
+    assert time.monotonic() - start < 10
 
 
 def test_a_server_that_comes_late_is_found(s3: S3Server, address: str, tmp_path: Path) -> None:

@@ -45,6 +45,7 @@ class Machine:
         command += ["-m", "accelerate.commands.launch", "--config_file", CONFIG, "--mixed_precision", "no"]
         command += ["--machine_rank", str(self.number), "--main_process_ip", ADDRESSES[0]]
         command += ["--main_process_port", "29500", "--num_processes", "2", "--max_restarts", "3"]
+        command += ["--rdzv_backend", "c10d"]
         env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
         self.launcher = subprocess.Popen(
             [*command, *args],
