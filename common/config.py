@@ -13,6 +13,7 @@ from common.scheduling import Schedule, Stage, couple_strength
 
 __all__ = ["CurriculumConfig", "TrainConfig", "UserError", "main_with", "parse_args"]
 
+Kind = TypeVar("Kind")
 DEBUG_SCALE = {"epochs": 6, "img_size": 64, "batch_size": 64}  # about a minute on two CPU cores
 
 
@@ -175,17 +176,8 @@ class TrainConfig:
         return scale_stages(stages, **DEBUG_SCALE) if self.debug else stages
 
     def schedule(self, peak_lr: float) -> Schedule:
-        return Schedule(
-            peak_lr=peak_lr,
-            max_lr=math.inf if self.max_lr is None else self.max_lr,
-            stage_wise=self.stage_wise,
-            pct_start=self.pct_start,
-            div_factor=self.div_factor,
-            final_div_factor=self.final_div_factor,
-            momentum=self.momentum,
-            momentum_swing=self.momentum_swing,
-            dampening=self.dampening,
-        )
+        max_lr = math.inf if self.max_lr is None else self.max_lr
+        return from_settings(Schedule, self, peak_lr=peak_lr, max_lr=max_lr)
 
     def validate(self) -> None:
         """Refuse values and combinations that cannot be meant."""
@@ -229,6 +221,12 @@ class TrainConfig:
             raise UserError("--momentum plus or minus --momentum_swing must stay from 0 to below 1")
         if self.workers is not None and self.workers < 0:
             raise UserError(f"--workers must not be negative, not {self.workers}")
+
+
+def from_settings(kind: type[Kind], cfg: TrainConfig, **more: Any) -> Kind:
+    """A dataclass whose fields are the settings of the same name, but for those in `more`."""
+    names = {f.name for f in dataclasses.fields(kind)} & {f.name for f in dataclasses.fields(cfg)}
+    return kind(**{name: getattr(cfg, name) for name in names} | more)
 
 
 # What may differ when a run goes on: it changes no sample and no schedule, at most the rounding.

@@ -136,10 +136,14 @@ class Plan:
                     f"the global batch of stage {number}, {batch} images, cannot be shared by {self.processes} processes; "
                     f"set --num_processes to a divisor of it"
                 )
+            if self.images(stage) < self.processes:
+                raise UserError(
+                    f"stage {number} has {self.images(stage)} images, fewer than processes; set --num_processes to that or less"
+                )
             if self.images(stage) < batch:
                 raise UserError(
                     f"stage {number} has {self.images(stage)} images, fewer than its global batch of {batch}; "
-                    f"lower --batch_size to {max(1, self.images(stage) // self.processes)} or less"
+                    f"lower --batch_size to {self.images(stage) // self.processes} or less"
                 )
 
     def images(self, stage: Stage) -> int:

@@ -17,7 +17,7 @@ from common import checkpoint
 from common.augment import Augment
 from common.batching import WHOLE, Batches
 from common.checkpoint import TrainState
-from common.config import UserError, as_plain
+from common.config import UserError, as_plain, from_settings
 from common.data import Batch, Loader
 from common.evaluate import Score, average_buffers, evaluate
 from common.lr_finder import find_lr
@@ -40,20 +40,7 @@ class Trainer:
     ) -> None:
         self.run, self.state, self.plan, self.batches, self.loader = run, state, plan, batches, loader
         cfg = run.cfg
-        self.augment = Augment(
-            num_classes=num_classes,
-            seed=cfg.seed,
-            mixup_alpha=cfg.mixup_alpha,
-            cutmix_alpha=cfg.cutmix_alpha,
-            batch_aug_prob=cfg.batch_aug_prob,
-            label_smoothing=cfg.label_smoothing,
-            flip=cfg.flip,
-            erasing_prob=cfg.erasing_prob,
-            erasing_area=cfg.erasing_area,
-            cutout_prob=cfg.cutout_prob,
-            cutout_holes=cfg.cutout_holes,
-            cutout_length=cfg.cutout_length,
-        )
+        self.augment = from_settings(Augment, cfg, num_classes=num_classes)
         self.stage_index = -1  # the stage that the model is set up for
         self.net: nn.Module = state.model  # the same model, as training calls it
         self.not_finite = torch.zeros((), dtype=torch.int64, device=run.accelerator.device)  # steps in a row

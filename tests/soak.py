@@ -51,7 +51,7 @@ STRATEGIES = {
     "train_rect": [],
 }  # fmt: skip
 TIMES = {"images_per_s", "data_wait", "memory_mb", "epoch_s", "total_s"}
-TIMEOUT_S = 900  # of one strategy's disturbed run
+TIMEOUT_S = 900  # of a run that is left alone
 
 
 def command(script: str, processes: int, work: Path, name: str) -> list[str]:
@@ -81,14 +81,21 @@ def finish(args: list[str]) -> None:
 
 
 def disturb(args: list[str], kills: int, number: int, rng: random.Random, run: Path) -> int:
-    """Start, interrupt at a random moment, start again; then let it finish. Returns the interruptions that hit."""
-    hits, longest = 0, 12.0
-    for _ in range(3 * kills):
-        if hits == kills or (run / "summary.json").exists():
-            break
+    """Start, interrupt at a random moment, start again, until the run is complete. Returns the interruptions.
+
+    One in five comes while the process starts; the others are spread over the first seconds of training, since
+    a run that is killed late is soon complete.
+    """
+    hits = 0
+    while hits < kills and not (run / "summary.json").exists():
         process = start(args)
+        if rng.random() < 0.8:
+            before = len(samples(run, 0))
+            while len(samples(run, 0)) == before and process.poll() is None:
+                time.sleep(0.05)
+        wait_s = rng.uniform(0.0, 3.0)
         try:
-            process.wait(rng.uniform(4.0, longest))
+            process.wait(wait_s)
         except subprocess.TimeoutExpired:
             hits += 1
             if number == signal.SIGKILL:
@@ -96,16 +103,14 @@ def disturb(args: list[str], kills: int, number: int, rng: random.Random, run: P
             else:
                 process.send_signal(number)
         try:
-            process.communicate(timeout=60)
+            process.communicate(timeout=120)
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
-            raise SystemExit(f"{run.name} did not end within 60 s of signal {number}") from None
+            raise SystemExit(f"{run.name} did not end within 120 s of signal {number}") from None
         if number == signal.SIGTERM and (run / "checkpoints" / "last").exists():
             saved = json.loads((run / "checkpoints" / "last" / "state.json").read_text())["progress"]["step"]
-            done = max((step + 1 for _, step, _ in samples(run, 0)), default=0)
-            assert saved >= done or (run / "summary.json").exists(), (
-                f"{run.name}: saved {saved}, trained {done}"
-            )
+            done = max((step for _, step, _ in samples(run, 0)), default=-1) + 1
+            assert saved >= done, f"{run.name}: saved {saved}, trained {done}"
     finish(args)
     return hits
 
@@ -157,21 +162,26 @@ def main() -> None:
     if "train_finetune" in options.strategies:
         finish(command("train_standard", 1, work, "base"))
     for script in options.strategies:
-        began = time.monotonic()
-        finish(command(script, 1, work, f"{script}-whole"))
-        parts = work / f"{script}-killed"
-        hits = disturb(command(script, 1, work, parts.name), options.kills, signal.SIGKILL, rng, parts)
-        check(work / f"{script}-whole", parts, 1, exact=True)
-        print(f"{script}: {hits} SIGKILLs, identical, {time.monotonic() - began:.0f} s", flush=True)
-        began = time.monotonic()
-        finish(command(script, 2, work, f"{script}-whole2"))
-        parts = work / f"{script}-termed"
-        hits = disturb(command(script, 2, work, parts.name), options.terms, signal.SIGTERM, rng, parts)
-        check(work / f"{script}-whole2", parts, 2, exact=False)
-        print(
-            f"{script}: {hits} SIGTERMs on 2 processes, no step lost, {time.monotonic() - began:.0f} s",
-            flush=True,
-        )
+        for processes, number, wanted in (
+            (1, signal.SIGKILL, options.kills),
+            (2, signal.SIGTERM, options.terms),
+        ):
+            began = time.monotonic()
+            whole = work / f"{script}-whole{processes}"
+            finish(command(script, processes, work, whole.name))
+            hits = runs = 0
+            while hits < wanted:  # a run is complete after some interruptions, then another one is disturbed
+                runs += 1
+                parts = work / f"{script}-parts{processes}-{runs}"
+                hits += disturb(
+                    command(script, processes, work, parts.name), wanted - hits, number, rng, parts
+                )
+                check(whole, parts, processes, exact=processes == 1)
+            print(
+                f"{script}, {processes} process(es): {hits} x {signal.Signals(number).name} in {runs} run(s), "
+                f"{'identical' if processes == 1 else 'no step lost'}, {time.monotonic() - began:.0f} s",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

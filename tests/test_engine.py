@@ -6,6 +6,7 @@ from contextlib import suppress
 
 import pytest
 import torch
+from PIL import Image
 
 from common.checkpoint import newest_whole
 from common.config import UserError
@@ -201,6 +202,27 @@ def test_nan_loss_stops_with_advice_and_keeps_the_good_checkpoint(data, tmp_path
     assert list((tmp_path / "run").glob("not_finite_rank0.json"))
     for saved in (tmp_path / "run" / "checkpoints").glob("*/model.safetensors"):
         assert all(t.isfinite().all() for t in weights(tmp_path / "run", saved.parent.name).values())
+
+
+@pytest.mark.parametrize("area", ["short", "constant"])
+def test_shapes_nobody_expects_train_all_the_same(area, tmp_path, monkeypatch):
+    """Aspect ratios of 1:30 and 30:1, single pixels, an image alone in its bucket, a folder that cannot be written."""
+    sizes = [(300, 10), (10, 300), (1, 1), (1, 1), (90, 40), *[(40, 41)] * 6]  # 90:40 is alone
+    for split in ("train", "val"):
+        for label in ("a", "b"):
+            (tmp_path / "odd" / split / label).mkdir(parents=True)
+            for number, size in enumerate(sizes):
+                Image.new("RGB", size, (number * 20, 99, 99)).save(
+                    tmp_path / "odd" / split / label / f"{number}.png"
+                )
+    before = sorted((tmp_path / "odd").rglob("*"))
+    for folder in [tmp_path / "odd", *(tmp_path / "odd").glob("**/")]:
+        folder.chmod(0o555)
+    flags = ("--epochs", "2", "--batch_size", "4", "--rect_area", area, "--final_eval")
+    run = run_training(RectConfig, tmp_path / "odd", tmp_path, "run", *flags)
+    assert all(torch.isfinite(value.float()).all() for value in weights(run).values())
+    assert len(rows(run)) == 2
+    assert sorted((tmp_path / "odd").rglob("*")) == before  # root may write all the same
 
 
 def test_a_disk_that_fills_up_ends_the_run_with_a_sentence_and_a_whole_checkpoint(

@@ -128,3 +128,8 @@ def test_impossible_stages_name_the_flag(field, value):
 
 def test_strength_follows_the_image_size():
     assert [s.strength for s in couple_strength([Stage(1, 56), Stage(1, 112)])] == [0.5, 1.0]
+
+
+def test_fewer_images_than_processes_is_a_sentence():
+    with pytest.raises(UserError, match="3 images, fewer than processes; set --num_processes"):
+        make_plan([Stage(1, 32, 8)], 3, 4, 1, Schedule(0.1))
