@@ -97,9 +97,9 @@ def rng_state() -> dict[str, Tensor]:
 
 
 def set_rng_state(state: dict[str, Tensor]) -> None:
-    torch.set_rng_state(state["torch"].cpu())
+    torch.set_rng_state(state["torch"].cpu().clone())  # torch 2.15 crashes on a row of a matrix
     if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"].cpu())
+        torch.cuda.set_rng_state(state["cuda"].cpu().clone())
 
 
 def capture(state: TrainState, accelerator: Accelerator, config: dict[str, Any]) -> dict[str, Any]:

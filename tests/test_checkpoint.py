@@ -137,3 +137,10 @@ def test_optimizer_state_survives_without_pickle():
                 torch.testing.assert_close(other.state[parameter][key], value)
         for key, value in one.state[layer.weight].items():
             assert other.state[layer.weight][key].stride() == value.stride()
+
+
+def test_any_processs_row_of_the_random_states_can_be_set():
+    states = torch.stack([checkpoint.rng_state()["torch"]] * 3)
+    expected = torch.rand(4)
+    checkpoint.set_rng_state({"torch": states[2]})
+    assert torch.equal(torch.rand(4), expected)

@@ -149,6 +149,32 @@ def test_moves_to_another_number_of_processes_in_mid_epoch(data, tmp_path):
     assert len(after) == 2 * 4 - 3
 
 
+def test_interrupted_equals_uninterrupted_on_two_processes(data, tmp_path):
+    flags = ["--data_dir", str(data), "--output", str(tmp_path), "--model", "test_resnet", "--wandb", "off"]
+    flags += ["--workers", "0", "--lr", "0.1", "--img_size", "32", "--epochs", "2", "--batch_size", "8"]
+    script = tmp_path / "stop.py"
+    script.write_text(
+        "import os, signal\nfrom common import engine, trainer\n"
+        "original = trainer.Trainer.step\n"
+        "def step(self, *args):\n"
+        "    if os.environ['RANK'] == '1' and self.state.progress.step == 2:\n"
+        "        os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    return original(self, *args)\n"
+        "trainer.Trainer.step = step\n"
+        "from common.config import main_with\nfrom train_standard import StandardConfig\n"
+        "main_with(engine.train, StandardConfig, '')\n"
+    )
+    for arguments in (
+        ["train_standard.py", *flags, "--run_name", "whole"],
+        [str(script), *flags, "--run_name", "parts"],
+        ["train_standard.py", *flags, "--run_name", "parts"],
+    ):
+        done = launch(2, *arguments)
+        assert (done.returncode == 0) == (arguments[0] != str(script)), done.stderr[-2000:]
+    for file in ("model", "optimizer", "rng"):
+        assert_same(weights(tmp_path / "whole", file=file), weights(tmp_path / "parts", file=file))
+
+
 @pytest.mark.parametrize("script", ["train_rect.py", "train_hybrid.py"])
 def test_processes_with_unequal_numbers_of_evaluation_batches(script, data, tmp_path):
     """Rectangular evaluation deals shapes out unequally, and nobody may wait for a batch that others do not have."""

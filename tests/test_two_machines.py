@@ -26,8 +26,9 @@ def ip(*args: str) -> str:
 class Machine:
     """A network namespace with its own host name; `kill` is the power cord."""
 
-    def __init__(self, number: int) -> None:
+    def __init__(self, number: int, folder: Path) -> None:
         self.name, self.number = f"machine{number}-{os.getpid()}", number
+        self.log = folder / f"machine{number}.log"
         self.address = ADDRESSES[number]
         ip("netns", "add", self.name)
         ip("-n", self.name, "link", "set", "lo", "up")
@@ -47,14 +48,14 @@ class Machine:
         command += ["--main_process_port", "29500", "--num_processes", "2", "--max_restarts", "3"]
         command += ["--rdzv_backend", "c10d"]
         env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
-        self.launcher = subprocess.Popen(
-            [*command, *args],
-            env=env | {"GLOO_SOCKET_IFNAME": "cable"},
-            cwd=ROOT,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            text=True,
-        )
+        env |= {
+            "GLOO_SOCKET_IFNAME": "cable",
+            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+        }  # docs/multi-node.md
+        with open(self.log, "a") as log:
+            self.launcher = subprocess.Popen(
+                [*command, *args], env=env, cwd=ROOT, stdout=log, stderr=log, text=True
+            )
 
     def kill(self) -> None:
         for pid in ip("netns", "pids", self.name).split():
@@ -70,9 +71,9 @@ class Machine:
 
 
 @pytest.fixture
-def machines() -> Iterator[list[Machine]]:
+def machines(tmp_path: Path) -> Iterator[list[Machine]]:
     try:
-        both = [Machine(0), Machine(1)]
+        both = [Machine(0, tmp_path), Machine(1, tmp_path)]
     except (subprocess.CalledProcessError, OSError):
         pytest.skip("network namespaces need root and the program `ip`")
     ends = [f"end{machine.number}-{os.getpid()}" for machine in both]
