@@ -237,7 +237,6 @@ FREE_TO_CHANGE = frozenset(
         "prefetch",
         "compile",
         "channels_last",
-        "accumulation",
         "auto_batch",
         "output",
         "run_name",

@@ -271,6 +271,7 @@ def _make_accelerator(cfg: TrainConfig) -> Accelerator:
     """Raises UserError where the launcher and Accelerate disagree, which would train N models side by side."""
     cpu = not torch.cuda.is_available()
     wanted = cfg.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    cfg.mixed_precision = wanted  # for the records, and for a resume under another launcher
     if cpu and wanted == "fp16":
         raise UserError("--mixed_precision fp16 needs a GPU; use bf16 or no on a CPU")
     hooks = {"fp16": DDPCommunicationHookType.FP16, "bf16": DDPCommunicationHookType.BF16}
