@@ -282,9 +282,17 @@ class Plan:
             )  # fmt: skip
             first += steps
         widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
-        return "\n".join(
+        lines = [
             "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows
-        )
+        ]
+        for i, stage in enumerate(self.stages):
+            images = self.images(stage)
+            if images < stage.batch_size * self.processes:
+                size = self.global_batches[i] // self.processes
+                lines.append(
+                    f"stage {i + 1} has {images:,} images: --batch_size {stage.batch_size} is cut to {size}"
+                )
+        return "\n".join(lines)
 
 
 def make_plan(

@@ -133,3 +133,8 @@ def test_strength_follows_the_image_size():
 def test_fewer_images_than_processes_is_a_sentence():
     with pytest.raises(UserError, match="3 images, fewer than processes; set --num_processes"):
         make_plan([Stage(1, 32, 8)], 3, 4, 1, Schedule(0.1))
+
+
+def test_a_batch_larger_than_the_data_is_cut_with_a_sentence():
+    table = make_plan([Stage(1, 32, 1024), Stage(1, 32, 64)], 800, 2, 1, Schedule(0.1)).table()
+    assert table.splitlines()[-1] == "stage 1 has 800 images: --batch_size 1024 is cut to 400"
