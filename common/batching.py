@@ -49,7 +49,9 @@ class Batches:
                 self.train.group_rows, stage.img_size, epoch.global_batch, self.cfg.seed, epoch.index
             )
         elif stage.shape == "rect":
-            shapes, buckets = self._buckets(stage.img_size)
+            shapes = self._shapes(stage.img_size)
+            sizes = sampling.jittered(self.train.sizes(), self.cfg.seed, epoch.index)
+            buckets = sampling.assign(sizes, shapes)
             matrix = sampling.rect_epoch(
                 pool, buckets, shapes, epoch.global_batch, self.cfg.seed, epoch.index
             )
@@ -84,7 +86,7 @@ class Batches:
         if crop != WHOLE:
             view = View(None, crop_pct=crop)
             return sampling.eval_items(len(self.val), img_size, batch_size, self.rank, self.world, view)
-        shapes = self._buckets(img_size)[0]
+        shapes = self._shapes(img_size)
         size = shapes[sampling.assign(self.val.sizes(), shapes)]
         view = View(None, crop_pct=1.0)
         return sampling.eval_items(len(self.val), size, batch_size, self.rank, self.world, view)
@@ -95,7 +97,7 @@ class Batches:
             {stage.img_size for stage in self.plan.stages if stage.shape == "rect" or self.cfg.rect_val}
         )
         return "\n".join(
-            sampling.format_buckets(sampling.bucket_table(self.train.sizes(), self._buckets(size)[0]))
+            sampling.format_buckets(sampling.bucket_table(self.train.sizes(), self._shapes(size)))
             for size in sizes
         )
 
@@ -105,7 +107,7 @@ class Batches:
     def stage_shapes(self, stage: Stage) -> list[tuple[int, int]]:
         """Heights and widths that training batches of a stage can have."""
         if stage.shape == "rect":
-            return [(int(h), int(w)) for h, w in self._buckets(stage.img_size)[0]]
+            return [(int(h), int(w)) for h, w in self._shapes(stage.img_size)]
         return [(stage.img_size, stage.img_size)]
 
     @lru_cache(maxsize=4)  # noqa: B019 -- lives as long as the run
@@ -113,8 +115,6 @@ class Batches:
         return sampling.subset(self.train.labels, fraction, self.cfg.seed)
 
     @lru_cache(maxsize=4)  # noqa: B019
-    def _buckets(self, img_size: int) -> tuple[np.ndarray, np.ndarray]:
-        """Shapes [K, 2] for an image size, and the shape of each training image [N]."""
-        sizes = self.train.sizes()
-        shapes = sampling.choose_shapes(sizes, img_size, self.cfg.rect_area, self.cfg.rect_buckets)
-        return shapes, sampling.assign(sizes, shapes)
+    def _shapes(self, img_size: int) -> np.ndarray:
+        """Shapes [K, 2] for an image size."""
+        return sampling.choose_shapes(self.train.sizes(), img_size, self.cfg.rect_area, self.cfg.rect_buckets)

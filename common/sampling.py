@@ -16,7 +16,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from common.config import UserError
-from common.hashing import ORDER, ROWS, SUBSET, uniforms
+from common.hashing import ASPECT, ORDER, ROWS, SUBSET, uniforms
 
 
 class View(NamedTuple):
@@ -196,6 +196,9 @@ def _candidate_shapes(target: int, mode: Mode, multiple: int, max_aspect: float)
     return shapes[np.argsort(_log_aspect(shapes))]
 
 
+ASPECT_JITTER = 4 / 3  # docs/rectangular.md tells what less and more of it did
+
+
 def _log_aspect(sizes: np.ndarray) -> np.ndarray:
     return np.log(sizes[:, 1] / sizes[:, 0])
 
@@ -209,6 +212,17 @@ def assign(sizes: np.ndarray, shapes: np.ndarray) -> np.ndarray:
     """Give each image (int [N, 2]) the shape (int [K, 2]) that loses least of it: int16 [N], its row."""
     aspects = _log_aspect(shapes)
     return np.searchsorted((aspects[1:] + aspects[:-1]) / 2, _log_aspect(sizes)).astype(np.int16)
+
+
+def jittered(sizes: np.ndarray, seed: int, epoch: int) -> np.ndarray:
+    """Images (int [N, 2]) as if each were at random up to `ASPECT_JITTER` times wider or narrower: float64 [N, 2].
+
+    Aspect ratio goes with content, and a batch of one aspect would be a batch of few classes, from which BatchNorm
+    learns statistics that no evaluation repeats. Random square crops vary the aspect as much (torchvision's 3/4 to 4/3).
+    """
+    draws = uniforms(seed, epoch, np.arange(len(sizes)), ASPECT, 1)[:, 0]
+    factors = ASPECT_JITTER ** (draws - 0.5)  # of each side, so its square of the aspect
+    return np.stack([sizes[:, 0] / factors, sizes[:, 1] * factors], 1)
 
 
 class Bucket(NamedTuple):

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from common.config import UserError
 from common.sampling import (
+    ASPECT_JITTER,
     Epoch,
     View,
     assign,
@@ -18,6 +19,7 @@ from common.sampling import (
     choose_shapes,
     eval_items,
     format_buckets,
+    jittered,
     local_items,
     rect_epoch,
     square_epoch,
@@ -461,3 +463,14 @@ def test_imagenet_takes_no_time_and_little_memory():
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         assert peak < 100 * 2**20, name
+
+
+def test_aspects_are_jittered_anew_each_epoch():
+    sizes = np.full((4000, 2), (100, 150))
+    first, second = (jittered(sizes, 3, epoch) for epoch in (0, 1))
+    change = np.log(first[:, 1] / first[:, 0] / 1.5) / np.log(ASPECT_JITTER)
+    assert -1 <= change.min() < -0.99 < 0.99 < change.max() <= 1
+    assert abs(change.mean()) < 0.05
+    np.testing.assert_allclose(first.prod(1), 15_000)
+    assert (first != second).all(1).mean() > 0.99
+    np.testing.assert_array_equal(first, jittered(sizes, 3, 0))
