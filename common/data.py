@@ -284,6 +284,7 @@ class Loader:
             persistent_workers=self.workers > 0,
             multiprocessing_context="fork" if forks else None,
             worker_init_fn=partial(_start_worker, os.getpid()),
+            generator=torch.Generator(),  # or each new iterator would draw from the one that dropout uses
         )
         self._streams = 0
 

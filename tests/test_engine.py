@@ -84,7 +84,7 @@ def test_interrupted_equals_uninterrupted(name, data, base, tmp_path, monkeypatc
             with suppress(SystemExit):
                 train_strategy(name, data, tmp_path, "parts", base=base)
     parts = train_strategy(name, data, tmp_path, "parts", base=base)
-    for file in ("model", "optimizer") + (("ema",) if name == "hybrid" else ()):
+    for file in ("model", "optimizer", "rng") + (("ema",) if name == "hybrid" else ()):
         assert_same(weights(whole, file=file), weights(parts, file=file))
     assert without_times(whole) == without_times(parts)
 
