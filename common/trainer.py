@@ -201,9 +201,8 @@ class Trainer:
         models = {"raw": state.model} | ({"ema": state.ema.module} if state.ema is not None else {})
         batch_size = self.batches.micro_batch(len(self.plan.stages) - 1)
         rows = []
-        crops = (
-            FINAL_CROPS if self.batches.train.group_rows is None else FINAL_CROPS[:-1]
-        )  # shards go in order
+        in_order = self.batches.train.group_rows is not None  # streamed shards cannot be sorted by shape
+        crops = [crop for crop in FINAL_CROPS if not (in_order and crop == WHOLE)]
         for factor, crop in itertools.product(FINAL_SIZES, crops):
             size = 8 * round(stage.img_size * factor / 8) if factor != 1 else stage.img_size
             items = self.batches.eval_items(size, batch_size, crop)

@@ -15,8 +15,8 @@ import yaml
 
 from common import storage
 from common.errors import UserError
-from common.run import CSV_COLUMNS, Run
-from tests.helpers import ROOT, assert_same, launch, make_images, run_training, weights
+from common.run import CSV_COLUMNS
+from tests.helpers import ROOT, assert_same, launch, make_images, run_training, stop_after, weights
 from train_standard import StandardConfig
 
 SMALL = ("--epochs", "2", "--batch_size", "16")
@@ -117,16 +117,8 @@ def test_s3_mirror_and_restore_on_an_empty_machine(data, tmp_path, s3, monkeypat
     url = f"s3://{s3.bucket}/engine-test"
     mirrored = ("--s3", url, "--s3_endpoint", s3.endpoint)
     whole = run_training(StandardConfig, data, tmp_path / "a", "run", *SMALL)
-    original, count = Run.step_done, [0]
-
-    def step_done(self):
-        count[0] += 1
-        if count[0] == 4:
-            self._signal = 15
-        return original(self)
-
     with monkeypatch.context() as patch:
-        patch.setattr(Run, "step_done", step_done)
+        stop_after(patch, 4)
         with pytest.raises(SystemExit):
             run_training(StandardConfig, data, tmp_path / "b", "run", *SMALL, *mirrored)
     flags = ["--run_name", "", "--resume", f"{url}/run"]
