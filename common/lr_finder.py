@@ -68,8 +68,8 @@ def suggest(lrs: list[float], smoothed: list[float]) -> float:
     """The peak for OneCycle: four fifths of the rate at which the smoothed loss begins to blow up.
 
     It has done so when it lies above its lowest value so far by a twentieth of the first loss. The lowest point itself
-    is no good guide: the curve is flat there, and noise decides. Four fifths, because half of that lost one to two
-    points on trainings of 20 epochs at 64 and 96 px (docs/results.md); OneCycle's warm-up carries the network there.
+    is no good guide: the curve is flat there, and noise decides. Four fifths, because half of that was worse in
+    trainings of 20 epochs at 64 and 96 px (docs/results.md); OneCycle's warm-up carries the network there.
     """
     if not math.isfinite(smoothed[0]):
         raise UserError("the LR finder's first loss is not finite; check the data, or give --lr a number")
