@@ -9,7 +9,7 @@
 from dataclasses import dataclass
 
 from common.config import TrainConfig, UserError, main_with
-from common.engine import train
+from common.engine.fit import train
 from common.scheduling import BACKBONE, Stage
 
 

@@ -8,7 +8,7 @@ One OneCycle spans the whole run, scaled stage by stage (--stage_wise: one per s
 from dataclasses import dataclass, field
 
 from common.config import CurriculumConfig, main_with
-from common.engine import train
+from common.engine.fit import train
 from common.scheduling import Stage
 
 STAGES = [

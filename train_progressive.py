@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from common.config import CurriculumConfig, main_with
-from common.engine import train
+from common.engine.fit import train
 from common.scheduling import Stage
 
 STAGES = [

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from common.config import TrainConfig, main_with
-from common.engine import train
+from common.engine.fit import train
 from common.scheduling import Stage
 
 

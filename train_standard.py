@@ -8,7 +8,7 @@ MixUp and CutMix rest for the last tenth of the epochs, so that the model settle
 from dataclasses import dataclass
 
 from common.config import TrainConfig, main_with
-from common.engine import train
+from common.engine.fit import train
 from common.scheduling import Stage
 
 

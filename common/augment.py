@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common.config import UserError
-from common.hashing import CUTOUT, ERASE, FLIP, uniforms
+from common import UserError
+from common.data.rng import CUTOUT, ERASE, FLIP, uniforms
 
 log = logging.getLogger(__name__)
 

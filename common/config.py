@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, TypeVar
 
-from common.errors import UserError
+from common import UserError
 from common.scheduling import Schedule, Stage, couple_strength
 
 __all__ = ["CurriculumConfig", "TrainConfig", "UserError", "main_with", "parse_args"]

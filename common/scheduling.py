@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from common.errors import UserError
+from common import UserError
 
 BACKBONE = "backbone"  # in `Stage.frozen`: every module but the classifier
 

@@ -11,8 +11,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from common.config import TrainConfig, parse_args
-from common.engine import train
-from common.run import Run
+from common.engine.fit import train
+from common.run.run import Run
 from train_rect import RectConfig
 
 ROOT = Path(__file__).parent.parent

@@ -25,7 +25,8 @@ from tests.helpers import ROOT, make_images, weights
 
 PROBE = """
 import json, os, sys
-from common import engine, trainer
+from common.engine import fit as engine
+from common.engine import trainer
 from common.config import main_with
 original = trainer.Trainer.step
 def step(self, stream, epoch, lr, momentum):

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torchvision.transforms import v2
 
+from common import UserError
 from common.augment import ERASING_ASPECT, IMAGENET_MEAN, IMAGENET_STD, Augment
-from common.config import UserError
 
 OFF = {"mixup_alpha": 0.0, "cutmix_alpha": 0.0, "flip": 0.0}  # nothing but normalisation
 

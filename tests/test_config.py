@@ -5,7 +5,8 @@ import shutil
 import pytest
 import yaml
 
-from common.config import UserError, main_with, parse_args, scale_stages
+from common import UserError
+from common.config import main_with, parse_args, scale_stages
 from common.scheduling import Stage
 from tests.helpers import make_images, run_training
 from train_hybrid import EXPERT_STAGES, HybridConfig
@@ -75,7 +76,7 @@ def fails(capsys, config=StandardConfig, *args):
     """Run as a script would; returns the sentence on stderr or stdout."""
     import sys
 
-    from common.engine import train
+    from common.engine.fit import train
 
     old, sys.argv = sys.argv, ["train.py", *args]
     try:

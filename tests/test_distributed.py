@@ -10,7 +10,8 @@ from tests.helpers import ROOT, assert_same, launch, make_images, weights
 
 PROBE = """
 import sys, torch
-from common import engine, trainer
+from common.engine import fit as engine
+from common.engine import trainer
 from common.config import parse_args
 from train_standard import StandardConfig
 
@@ -154,7 +155,7 @@ def test_interrupted_equals_uninterrupted_on_two_processes(data, tmp_path):
     flags += ["--workers", "0", "--lr", "0.1", "--img_size", "32", "--epochs", "2", "--batch_size", "8"]
     script = tmp_path / "stop.py"
     script.write_text(
-        "import os, signal\nfrom common import engine, trainer\n"
+        "import os, signal\nfrom common.engine import fit as engine, trainer\n"
         "original = trainer.Trainer.step\n"
         "def step(self, *args):\n"
         "    if os.environ['RANK'] == '1' and self.state.progress.step == 2:\n"
@@ -198,7 +199,7 @@ def test_processes_with_unequal_numbers_of_evaluation_batches(script, data, tmp_
 def test_a_failing_rank_ends_the_job_with_its_own_error(data, tmp_path):
     script = tmp_path / "fail.py"
     script.write_text(
-        "import os\nfrom common import engine, trainer\n"
+        "import os\nfrom common.engine import fit as engine, trainer\n"
         "original = trainer.Trainer.step\n"
         "def step(self, *args):\n"
         "    if os.environ['RANK'] == '1' and self.state.progress.step == 2:\n"
@@ -223,7 +224,9 @@ def test_a_launcher_that_starts_strangers_is_refused(data, tmp_path, monkeypatch
     from train_standard import StandardConfig
 
     monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr("common.run.Accelerator", lambda **kwargs: type("Alone", (), {"num_processes": 1})())
+    monkeypatch.setattr(
+        "common.run.run.Accelerator", lambda **kwargs: type("Alone", (), {"num_processes": 1})()
+    )
     with pytest.raises(ValueError, match="2 processes were launched"):
         run_training(StandardConfig, data, tmp_path, "run")
 

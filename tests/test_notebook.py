@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.test_plots import make_run
+from tests.run.test_plots import make_run
 
 NOTEBOOK = Path(__file__).parents[1] / "docs" / "compare_runs.ipynb"
 

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common.errors import UserError
+from common import UserError
 from common.scheduling import Schedule, Stage, couple_strength, make_plan, scaled_lr
 
 

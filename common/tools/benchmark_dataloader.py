@@ -22,10 +22,10 @@ import numpy as np
 import psutil
 from torch.utils.data import DataLoader
 
-from common.data import Loader, available_workers
-from common.errors import UserError
-from common.sampling import BatchItem, View
-from common.sources import FolderSource, Source, open_source
+from common import UserError
+from common.data.loader import Loader, available_workers
+from common.data.order import BatchItem, View
+from common.data.sources.folder import FolderSource, Source, open_source
 
 SCALE = (0.08, 1.0)  # of the random crops, the same for all
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

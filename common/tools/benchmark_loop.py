@@ -20,13 +20,13 @@ import torch
 from torch.nn import functional as F
 
 from common.config import main_with
-from common.data import Batch
-from common.model import create_model
-from common.preparation import new_state
-from common.run import start_run
-from common.sampling import BatchItem, View
+from common.data.loader import Batch
+from common.data.order import BatchItem, View
+from common.engine.memory import new_state
+from common.engine.trainer import Trainer, set_rates
+from common.model.create import create_model
+from common.run.run import start_run
 from common.scheduling import EpochPlan, make_plan
-from common.trainer import Trainer, set_rates
 from train_standard import StandardConfig
 
 

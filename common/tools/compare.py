@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from common import plots
-from common.errors import UserError
-from common.plots import Table
+from common import UserError
+from common.run import plots
+from common.run.plots import Table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

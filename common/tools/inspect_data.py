@@ -25,12 +25,12 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from common import plots
-from common.data import available_workers
-from common.decode import DecodeError, decode_batch, read_header
-from common.errors import UserError
-from common.sampling import BatchItem, View
-from common.sources import MissingSplit, Source, open_source
+from common import UserError
+from common.data.decode import DecodeError, decode_batch, read_header
+from common.data.loader import available_workers
+from common.data.order import BatchItem, View
+from common.data.sources.folder import MissingSplit, Source, open_source
+from common.run import plots
 from common.tools.prepare import as_it_is, start_worker
 
 PIECE = 64  # images a worker looks at at a time

@@ -40,10 +40,10 @@ from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from common.data import available_workers, end_with
-from common.decode import DecodeError, read_header
-from common.errors import UserError
-from common.sources import FolderSource, MissingSplit, Source, open_source
+from common import UserError
+from common.data.decode import DecodeError, read_header
+from common.data.loader import available_workers, end_with
+from common.data.sources.folder import FolderSource, MissingSplit, Source, open_source
 
 FORMAT = 1
 SPLITS = {"train": "train", "val": "validation"}  # our names, and those of `datasets`

@@ -22,8 +22,8 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from common.errors import UserError
-from common.sources import VAL_NAMES, FolderSource
+from common import UserError
+from common.data.sources.folder import VAL_NAMES, FolderSource
 
 PLAN = "plan.json"
 _TEMPORARY = "plan.tmp"

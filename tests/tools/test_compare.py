@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from common import plots
-from common.errors import UserError
+from common import UserError
+from common.run import plots
 from common.tools.compare import as_text, compare, load_run, load_runs, main, make_table
 from tests.test_plots import make_run
 

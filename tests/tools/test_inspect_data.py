@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from common.sources import open_source
+from common.data.sources.folder import open_source
 from common.tools.inspect_data import find_duplicates, inspect, main, report
 from common.tools.prepare import Settings, prepare
 from tests.tools.pictures import image_folder, picture

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 from PIL import Image, JpegImagePlugin
 
-from common.errors import UserError
-from common.sources import open_source
+from common import UserError
+from common.data.sources.folder import open_source
 from common.tools import prepare as prepare_tool
 from common.tools.prepare import NOTES, Settings, check, encode_levels, main, prepare
 from tests.tools.pictures import files, image_folder, picture, tool

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from common.errors import UserError
+from common import UserError
 from common.tools import split as split_tool
 from common.tools.split import main, plan_split, split
 from tests.tools.pictures import files, image_folder

@@ -1,0 +1,237 @@
+"""Encoded bytes + crop box + size -> uint8 pixels: the hot path of every worker.
+
+Three ideas keep the Python per image small: the headers say how large the images are before anything is
+decoded, so all crop boxes of a batch are drawn at once with numpy; the decoder's result is cropped as a view;
+and the antialiased resize writes straight into the batch's own memory, so there is nothing to collate.
+"""
+
+import io
+import struct
+import warnings
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torchvision.io
+from PIL import Image, ImageOps
+
+from common.data.order import BatchItem, View
+from common.data.rng import CROP, uniforms
+
+MAX_PIXELS = 178_956_970  # Pillow's limit for a decompression bomb, held before anything is decoded
+TRIES = 10  # random boxes drawn until one fits the image, as in torchvision's RandomResizedCrop
+
+_RGB = torchvision.io.ImageReadMode.RGB.value
+_decode_jpeg = torch.ops.image.decode_jpeg  # torchvision.io.decode_jpeg less 4 us of Python
+_resize_into = torch.ops.aten._upsample_bilinear2d_aa.out  # F.interpolate(antialias=True), into memory we own
+
+# What the decoders raise for bytes that are not the image they claim to be.
+_DECODE_ERRORS = (OSError, RuntimeError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError)
+
+# The bytes may lie in a read-only memory map, which the decoder only reads. torch warns of that once: now.
+with warnings.catch_warnings(action="ignore"):
+    torch.from_numpy(np.frombuffer(b"\0", np.uint8))
+
+
+class DecodeError(ValueError):
+    """These bytes are not an image that can be decoded; `position` is the image's place in the batch."""
+
+    def __init__(self, why: str, position: int = 0):
+        super().__init__(why)
+        self.position = position
+
+
+class Header(NamedTuple):
+    height: int  # as seen, that is after EXIF orientation
+    width: int
+    fast: bool  # a grey or three-component JPEG, which libjpeg turns into RGB itself
+
+
+def read_header(encoded: np.ndarray) -> Header:
+    """Read an image's size from its first bytes (uint8 [n]); 10 us for a JPEG.
+
+    The beginning of a file is enough if it reaches the frame header.
+
+    Raises:
+        DecodeError: not an image, or too large to be one in good faith.
+    """
+    data = encoded.data
+    try:
+        header = _jpeg_header(data) if data[:2] == b"\xff\xd8" else _other_header(data)
+    except _DECODE_ERRORS as error:
+        raise DecodeError(_reason(error, encoded)) from error
+    if header.height * header.width > MAX_PIXELS:
+        raise DecodeError(f"{header.width} x {header.height} pixels are more than {MAX_PIXELS}")
+    return header
+
+
+def _jpeg_header(data: memoryview) -> Header:
+    position, turned = 2, False
+    while True:
+        marker, length = struct.unpack_from(">HH", data, position)
+        if marker == 0xFFFF:  # padding before a marker
+            position += 1
+            continue
+        if 0xFFC0 <= marker <= 0xFFCF and marker not in (0xFFC4, 0xFFC8, 0xFFCC):  # any start of frame
+            height, width, components = struct.unpack_from(">HHB", data, position + 5)
+            if not (height and width):
+                raise ValueError("the JPEG header gives no size")
+            height, width = (width, height) if turned else (height, width)
+            return Header(height, width, fast=components in (1, 3))
+        if marker < 0xFF01 or marker == 0xFFDA:
+            raise ValueError("no JPEG frame header")
+        if marker == 0xFFE1 and data[position + 4 : position + 10] == b"Exif\0\0":
+            turned = _exif_turned(data[position + 10 : position + 2 + length])
+        position += 2 + length
+
+
+def _exif_turned(tiff: memoryview) -> bool:
+    """Whether an EXIF block says that height and width change places (orientation 5 to 8)."""
+    order = "<" if tiff[:2] == b"II" else ">"
+    try:
+        (directory,) = struct.unpack_from(order + "I", tiff, 4)
+        (entries,) = struct.unpack_from(order + "H", tiff, directory)
+        for entry in range(directory + 2, directory + 2 + 12 * entries, 12):
+            tag, _, _, value = struct.unpack_from(order + "HHIH", tiff, entry)
+            if tag == 0x0112:
+                return 5 <= value <= 8
+    except struct.error:  # cut short: decoders ignore such a block as well
+        pass
+    return False
+
+
+def _other_header(data: memoryview) -> Header:
+    with Image.open(io.BytesIO(data)) as image:
+        turned = image.getexif().get(0x0112, 1) >= 5
+        width, height = image.size
+        return Header(*((width, height) if turned else (height, width)), fast=False)
+
+
+def crop_boxes(
+    sizes: np.ndarray, height: int, width: int, view: View, draws: np.ndarray | None
+) -> np.ndarray:
+    """Choose the part of each image that a batch shows.
+
+    Random: area a uniform share of the image, aspect log-uniform about the target's, place uniform; up to
+    ten tries and then the largest centred box within the aspect's range (Szegedy et al., 2014, as in
+    torchvision's RandomResizedCrop). Evaluation: the centred box of the target's aspect, `crop_pct` of the
+    largest there is.
+
+    Args:
+        sizes: [B, 2] heights and widths.
+        height: of the target, pixels.
+        width: of the target, pixels.
+        view: random where it has a scale.
+        draws: float64 [B, 40] in [0, 1), only for random boxes.
+
+    Returns:
+        int64 [B, 4]: top, left, height, width in the images' own pixels.
+    """
+    image_h, image_w = np.asarray(sizes, np.float64).T
+    aspect = width / height
+    if view.scale is None:
+        box_h = view.crop_pct * np.minimum(image_h, image_w / aspect)
+        box_h, box_w = np.maximum(np.rint(box_h), 1), np.maximum(np.rint(box_h * aspect), 1)
+        return np.stack([(image_h - box_h) // 2, (image_w - box_w) // 2, box_h, box_w], 1).astype(np.int64)
+
+    low, high = np.multiply(view.ratio, aspect)
+    area, shape, top, left = draws.reshape(len(sizes), 4, TRIES).transpose(1, 0, 2)
+    area = (view.scale[0] + area * (view.scale[1] - view.scale[0])) * (image_h * image_w)[:, None]
+    ratio = np.exp(np.log(low) + shape * np.log(high / low))
+    box_w, box_h = np.rint(np.sqrt(area * ratio)), np.rint(np.sqrt(area / ratio))
+    fits = (box_w >= 1) & (box_w <= image_w[:, None]) & (box_h >= 1) & (box_h <= image_h[:, None])
+    chosen = np.arange(len(sizes)), fits.argmax(1)  # the first try that fits
+    box_h, box_w, top, left = (values[chosen] for values in (box_h, box_w, top, left))
+
+    fallback = ~fits[chosen]
+    box_w = np.where(fallback, np.minimum(image_w, np.maximum(np.rint(image_h * high), 1)), box_w)
+    box_h = np.where(fallback, np.minimum(image_h, np.maximum(np.rint(image_w / low), 1)), box_h)
+    top = np.where(fallback, (image_h - box_h) // 2, np.floor(top * (image_h - box_h + 1)))
+    left = np.where(fallback, (image_w - box_w) // 2, np.floor(left * (image_w - box_w + 1)))
+    return np.stack([top, left, box_h, box_w], 1).astype(np.int64)
+
+
+def decode_batch(
+    encoded: Sequence[np.ndarray],
+    item: BatchItem,
+    seed: int,
+    images: torch.Tensor,
+    original_sizes: np.ndarray | None = None,
+) -> None:
+    """Decode, crop and resize one micro-batch, with the antialiased bilinear filter that Pillow uses.
+
+    Args:
+        encoded: B arrays, uint8 [n]: JPEG, PNG, WebP, BMP, anything that Pillow reads.
+        item: whose images they are, how large and how cropped they shall be.
+        seed: of the run, for random crops.
+        images: uint8 [B, 3, height, width] in channels_last memory, which is written.
+        original_sizes: [B, 2] heights and widths of the originals, if the bytes are smaller copies written by
+            `prepare` (upright JPEGs, so no header is read). Boxes are drawn in the original's pixels, so that
+            every copy gives the same crop.
+
+    Raises:
+        DecodeError: for the first image that cannot be decoded.
+    """
+    fast: Sequence[bool] = [True] * len(encoded)
+    if original_sizes is None:
+        headers = [_at(position, read_header, data) for position, data in enumerate(encoded)]
+        original_sizes = np.array([header[:2] for header in headers])
+        fast = [header.fast for header in headers]
+    random = item.view.scale is not None
+    draws = uniforms(seed, item.epoch, item.indices, CROP, 4 * TRIES) if random else None
+    boxes = crop_boxes(original_sizes, item.height, item.width, item.view, draws)
+
+    target = [item.height, item.width]
+    for position, (data, (original_h, original_w), box, out) in enumerate(
+        zip(encoded, original_sizes.tolist(), boxes.tolist(), images.split(1), strict=True)
+    ):
+        pixels = _at(position, _decode_fast if fast[position] else _decode_pillow, data)
+        top, left, box_h, box_w = box
+        _, height, width = pixels.shape
+        if (height, width) != (original_h, original_w):  # a smaller copy: the same box, in its pixels
+            top, box_h = _scaled(top, box_h, height / original_h, height)
+            left, box_w = _scaled(left, box_w, width / original_w, width)
+        crop = pixels[None, :, top : top + box_h, left : left + box_w]
+        _resize_into(crop, target, False, None, None, out=out)
+
+
+def _at(position: int, function, data: np.ndarray):
+    """Call `function(data)`; a failure says which image of the batch it was."""
+    try:
+        return function(data)
+    except DecodeError as error:
+        error.position = position
+        raise
+    except _DECODE_ERRORS as error:
+        raise DecodeError(_reason(error, data), position) from error
+
+
+def _decode_fast(data: np.ndarray) -> torch.Tensor:
+    return _decode_jpeg(torch.from_numpy(data), _RGB, True)
+
+
+def _decode_pillow(data: np.ndarray) -> torch.Tensor:
+    with Image.open(io.BytesIO(data)) as opened:
+        image = ImageOps.exif_transpose(opened)
+        if image.mode.startswith("I"):  # 16 bits of grey, which convert("RGB") would clip to white
+            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        elif image.mode in ("P", "PA"):  # the colour that is marked transparent keeps its own value
+            image = image.convert("RGBA")
+        return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+
+
+def _scaled(start: int, length: int, factor: float, limit: int) -> tuple[int, int]:
+    first = min(round(start * factor), limit - 1)
+    last = min(max(round((start + length) * factor), first + 1), limit)
+    return first, last - first
+
+
+def _reason(error: Exception, data: np.ndarray) -> str:
+    if not len(data):
+        return "the file is empty"
+    if isinstance(error, struct.error):
+        return "the header is cut short"
+    if isinstance(error, Image.UnidentifiedImageError):
+        return "not an image in a known format"
+    return str(error).splitlines()[0] if str(error) else type(error).__name__

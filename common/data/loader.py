@@ -1,0 +1,356 @@
+"""From a dataset's name to batches on the device: `open_dataset` and the one `Loader` of a run.
+
+The unit that travels is a whole micro-batch: the sampler yields `BatchItem`s (which images, how large, which
+crop) and a worker answers with one finished uint8 tensor. So the workers know nothing of stages, and live
+through all of them.
+"""
+
+import logging
+import math
+import mmap
+import os
+import signal
+import threading
+import weakref
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from time import perf_counter, sleep
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from common import UserError
+from common.data.decode import DecodeError, decode_batch
+from common.data.order import BatchItem
+from common.data.sources.folder import Source, open_source
+from common.data.sources.stream import open_stream
+
+log = logging.getLogger(__name__)
+
+MAX_WORKERS = 16
+CGROUP_QUOTAS = (  # file of the quota, and of its period
+    ("/sys/fs/cgroup/cpu.max", None),  # v2: both in one line
+    ("/sys/fs/cgroup/cpu/cpu.cfs_quota_us", "/sys/fs/cgroup/cpu/cpu.cfs_period_us"),  # v1
+)
+
+
+def open_dataset(cfg) -> tuple[Source, Source]:
+    """Open the train and validation images that `--data_dir` names.
+
+    Raises:
+        UserError: a split is missing, or the two do not have the same classes.
+    """
+    open_split = open_stream if cfg.streaming else open_source
+    train, val = open_split(cfg.data_dir, "train"), open_split(cfg.data_dir, "val")
+    for name, some, others in (("val", train, val), ("train", val, train)):
+        if missing := sorted(set(some.classes) - set(others.classes)):
+            names = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
+            raise UserError(f"--data_dir {cfg.data_dir}: {name} lacks {len(missing)} classes: {names}")
+    if train.classes != val.classes:
+        raise UserError(f"--data_dir {cfg.data_dir}: train and val number their classes in different orders")
+    return train, val
+
+
+def available_workers() -> int:
+    """Share the CPUs this process may use (affinity, cgroup quota) among the machine's training processes."""
+    cpus = float(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    for quota_file, period_file in CGROUP_QUOTAS:
+        if Path(quota_file).exists():
+            words = Path(quota_file).read_text().split()
+            words += Path(period_file).read_text().split() if period_file else []
+            if words[0] not in ("max", "-1"):
+                cpus = min(cpus, int(words[0]) / int(words[1]))
+    return max(1, min(MAX_WORKERS, math.ceil(cpus) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+
+
+class Batch(NamedTuple):
+    """One micro-batch, on the device."""
+
+    images: torch.Tensor  # uint8 [B, 3, H, W], channels_last memory
+    labels: torch.Tensor  # int64 [B]
+    item: BatchItem
+    wait_s: float  # seconds that the caller waited for it
+
+
+class _Slot:
+    """Memory for one batch that this process and its workers share, used again and again.
+
+    A DataLoader would pass each tensor in new shared memory, by a file descriptor through a socket, which
+    costs a worker a quarter of its time. Workers inherit a slot when they are forked, and only its number is
+    passed. It does not lie in /dev/shm, which has 64 MB in a container.
+    """
+
+    def __init__(self) -> None:
+        self._file = open(os.memfd_create("batch"), "r+b")  # noqa: SIM115 -- lives as long as the slot
+        self._map: mmap.mmap | None = None
+
+    def images(self, item: BatchItem, pin: bool = False) -> np.ndarray:
+        """Map what a batch takes, uint8 [B, H, W, 3]; pinned for asynchronous copies to CUDA."""
+        shape = (len(item.indices), item.height, item.width, 3)
+        size = math.prod(shape)
+        if self._map is None or len(self._map) < size:
+            if pin and self._map is not None:
+                torch.cuda.cudart().cudaHostUnregister(self._address())
+            if self._file.seek(0, os.SEEK_END) < size:
+                self._file.truncate(size)
+            self._map = mmap.mmap(self._file.fileno(), size)
+            if pin and (error := int(torch.cuda.cudart().cudaHostRegister(self._address(), size, 0))):
+                log.warning("CUDA error %d: batches are not pinned, so copies to the device wait", error)
+        return np.frombuffer(self._map, np.uint8, size).reshape(shape)
+
+    def _address(self) -> int:
+        return np.frombuffer(self._map, np.uint8).ctypes.data
+
+
+class _Slots:
+    """Hands out slots with the items, and takes them back when nobody looks at the images any more."""
+
+    def __init__(self, count: int):
+        self.slots = [_Slot() for _ in range(count)]
+        self._free = list(range(count))
+        self._sent: set[int] = set()
+
+    def take(self) -> int | None:
+        if not self._free:  # the caller keeps more batches than expected; the next one travels on its own
+            return None
+        number = self._free.pop()
+        self._sent.add(number)
+        return number
+
+    def images(self, number: int, item: BatchItem, pin: bool) -> torch.Tensor:
+        """Show a slot's images, uint8 [B, 3, H, W]; the slot is free again when the tensor is gone."""
+        self._sent.discard(number)
+        array = self.slots[number].images(item, pin)
+        weakref.finalize(array, self._free.append, number)
+        return torch.from_numpy(array).permute(0, 3, 1, 2)
+
+    def recall(self) -> None:
+        """Take back what was sent with items whose answers nobody waits for any more."""
+        self._free += self._sent
+        self._sent.clear()
+
+
+class _Answer(NamedTuple):
+    """What a worker sends back. Errors travel as text; a DataLoader would wrap them in a traceback."""
+
+    item: BatchItem
+    slot: int | None  # where the images are
+    images: torch.Tensor | None  # or themselves, if there was no slot
+    replaced: list[tuple[str, str]]  # images another stood in for, and why
+    failure: str | None
+
+
+class _Decoder(Dataset):
+    """Runs in a worker: a `BatchItem` in, a finished batch out."""
+
+    def __init__(self, sources: tuple[Source, Source], seed: int, skip_unreadable: bool, slots: list[_Slot]):
+        self.sources, self.seed, self.skip_unreadable, self.slots = sources, seed, skip_unreadable, slots
+
+    def __getitem__(self, item_and_slot: tuple[BatchItem, int | None]) -> _Answer:
+        item, slot = item_and_slot
+        shape = (len(item.indices), item.height, item.width, 3)
+        array = self.slots[slot].images(item) if slot is not None else np.empty(shape, np.uint8)
+        images = torch.from_numpy(array).permute(0, 3, 1, 2)
+        replaced: list[tuple[str, str]] = []
+        with _one_thread():
+            failure = self._fill(images, item, replaced)
+        return _Answer(item, slot, images if slot is None else None, replaced, failure)
+
+    def _fill(self, images: torch.Tensor, item: BatchItem, replaced: list[tuple[str, str]]) -> str | None:
+        """Decode a batch into `images`; returns what the user has to be told if it cannot be done."""
+        source = self.sources[item.split]
+        indices = item.indices.copy()
+        while True:
+            try:
+                encoded = [
+                    self._read(source, position, index, item)
+                    for position, index in enumerate(indices.tolist())
+                ]
+                sizes = source.sizes()[indices] if source.prepared else None
+                decode_batch(encoded, item, self.seed, images, sizes)
+                return None
+            except UserError as error:  # the storage cannot be reached: no image can stand in
+                return str(error)
+            except DecodeError as error:
+                position, why = error.position, str(error)
+            path = source.describe(int(indices[position]))
+            if not self.skip_unreadable:
+                return f"cannot decode {path}: {why}; remove it, or pass --skip_unreadable"
+            replaced.append((path, why))
+            # The next image of the same class, cyclically, stands in.
+            same = np.flatnonzero(source.labels == source.labels[indices[position]])
+            indices[position] = same[np.searchsorted(same, indices[position], "right") % len(same)]
+            if indices[position] == item.indices[position]:
+                return f"cannot decode {path}: {why}; nor any other image of its class"
+
+    @staticmethod
+    def _read(source: Source, position: int, index: int, item: BatchItem) -> np.ndarray:
+        try:
+            return source.read(index, min(item.height, item.width))
+        except OSError as error:
+            raise DecodeError(error.strerror or str(error), position) from error
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Work on many images at once, not with many threads on one."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+class _Items:
+    """The sampler: whatever is to be loaded next. A DataLoader keeps its workers while this changes."""
+
+    def __init__(self, slots: _Slots) -> None:
+        self.items: Iterable[BatchItem] = ()
+        self._slots = slots
+
+    def __iter__(self) -> Iterator[tuple[BatchItem, int | None]]:
+        self._slots.recall()  # the workers are done with the stream before, the DataLoader saw to that
+        for item in self.items:
+            yield item, self._slots.take()
+
+
+def _start_worker(parent: int, worker: int) -> None:
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        # Ctrl-C and a scheduler's SIGTERM reach workers too; they are still needed for the step under way.
+        signal.signal(number, signal.SIG_IGN)
+    end_with(parent)
+
+
+def end_with(parent: int) -> None:
+    """Let this worker process end when its parent was killed; with answers that nobody takes it would wait for ever."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _as_it_is(answer: _Answer) -> _Answer:
+    return answer
+
+
+class Loader:
+    """Loads any batches of a train and a validation source with one set of workers, for a whole run."""
+
+    def __init__(
+        self,
+        train: Source,
+        val: Source,
+        *,
+        seed: int,
+        workers: int | None = None,
+        prefetch: int = 4,
+        device: torch.device | str = "cpu",
+        skip_unreadable: bool = False,
+    ):
+        """Prepare to load; workers start with the first batch.
+
+        Args:
+            train: split 0 of the items.
+            val: split 1.
+            seed: of the run, for random crops.
+            workers: processes; 0 decodes in this one, None takes `available_workers()`.
+            prefetch: batches that each worker keeps ready.
+            device: where batches go.
+            skip_unreadable: let another image of the class stand in for one that cannot be decoded.
+        """
+        self.device = torch.device(device)
+        self.workers = available_workers() if workers is None else workers
+        self.unreadable: dict[str, str] = {}  # path -> why, of every image replaced so far
+        self._sources = (train, val)
+        forks = self.workers > 0 and hasattr(os, "memfd_create")
+        # As many as can be waiting, and a few for the batches in the caller's hands.
+        self._slots = _Slots(self.workers * prefetch + 4 if forks else 0)
+        self._items = _Items(self._slots)
+        self._loader = DataLoader(
+            _Decoder(self._sources, seed, skip_unreadable, self._slots.slots),
+            batch_size=None,
+            collate_fn=_as_it_is,  # the default would turn an item's arrays into tensors
+            sampler=self._items,
+            num_workers=self.workers,
+            prefetch_factor=prefetch if self.workers else None,
+            persistent_workers=self.workers > 0,
+            multiprocessing_context="fork" if forks else None,
+            worker_init_fn=partial(_start_worker, os.getpid()),
+            generator=torch.Generator(),  # or each new iterator would draw from the one that dropout uses
+        )
+        self._streams = 0
+
+    def stream(self, items: Iterable[BatchItem]) -> Iterator[Batch]:
+        """Yield one batch per item, in order.
+
+        A stream may be left before its end, and ends when the next one is begun.
+
+        Raises:
+            UserError: an image cannot be decoded; the sentence names it.
+        """
+        self._streams += 1
+        this = self._streams
+        self._items.items = items
+        answers = self._answers(iter(self._loader))
+        batches = self._ahead(answers) if self.device.type == "cuda" else answers
+        while True:
+            assert this == self._streams, "this stream ended when another one was begun"
+            began = perf_counter()
+            batch = next(batches, None)
+            if batch is None:
+                return
+            yield batch._replace(wait_s=perf_counter() - began)
+
+    def _answers(self, answers: Iterator[_Answer]) -> Iterator[Batch]:
+        for answer in answers:
+            for path, why in answer.replaced:
+                if path not in self.unreadable:
+                    log.warning("%s cannot be decoded (%s); another image of its class stands in", path, why)
+                    self.unreadable[path] = why
+            if answer.failure:
+                raise UserError(answer.failure)
+            images, item = answer.images, answer.item
+            if answer.slot is not None:
+                images = self._slots.images(answer.slot, item, pin=self.device.type == "cuda")
+            labels = torch.from_numpy(self._sources[item.split].labels[item.indices])
+            yield Batch(images, labels, item, 0.0)
+
+    def _ahead(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """Copy one batch ahead on a stream of its own, while the device works on the one before."""
+        copies = self._copies(batches)
+        current = next(copies, None)
+        while current is not None:
+            following = next(copies, None)
+            batch, _, copied = current
+            compute = torch.cuda.current_stream(self.device)
+            compute.wait_event(copied)
+            for tensor in (batch.images, batch.labels):
+                tensor.record_stream(
+                    compute
+                )  # its memory may not be used anew before compute is done with it
+            yield batch
+            copied.synchronize()  # the host's memory may be used anew
+            current = following
+
+    def _copies(self, batches: Iterator[Batch]) -> Iterator[tuple[Batch, Batch, torch.cuda.Event]]:
+        side = torch.cuda.Stream(self.device)
+        for host in batches:
+            with torch.cuda.stream(side):
+                images = host.images.to(self.device, non_blocking=True)
+                labels = host.labels.to(self.device, non_blocking=True)
+                copied = side.record_event()
+            yield host._replace(images=images, labels=labels), host, copied
+
+    def close(self) -> None:
+        """End the workers."""
+        if self._loader._iterator is not None:  # which lasts from epoch to epoch, and has no public end
+            self._loader._iterator._shutdown_workers()
+            self._loader._iterator = None

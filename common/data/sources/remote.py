@@ -1,0 +1,130 @@
+"""Shards of datasets in object storage and on the hub: listed, read with patience, or downloaded once."""
+
+import fcntl
+import logging
+import os
+import shutil
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from time import sleep
+from typing import TypeVar
+
+from pyarrow import fs
+from tqdm import tqdm
+
+from common import UserError
+from common.data.sources.cache import cache_folder, fingerprint_of
+
+log = logging.getLogger(__name__)
+
+TRIES = 5  # of a fetch, with pauses of 1, 2, 4 and 8 s
+Fetched = TypeVar("Fetched")
+
+
+class Storage:
+    """Files below a URL: s3://, hf:// or a folder. Each process has its own connections, after a fork too."""
+
+    def __init__(self, url: str):
+        self.url = url
+        scheme, _, path = url.rpartition("://")
+        self.root = path.rstrip("/") if scheme else str(Path(url).expanduser().resolve())
+        self._scheme = scheme
+        self._process, self._system = 0, None
+
+    def system(self) -> fs.FileSystem:
+        if self._process != os.getpid():
+            self._process, self._system = os.getpid(), self._connect()
+        return self._system
+
+    def _connect(self) -> fs.FileSystem:
+        if self._scheme == "s3":
+            endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+            region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
+            if not region and not endpoint:
+                region = fs.resolve_s3_region(self.root.partition("/")[0])
+            scheme, _, host = (endpoint or "https://").rpartition("://")
+            return fs.S3FileSystem(endpoint_override=host or None, scheme=scheme or "https", region=region)
+        if self._scheme == "hf":
+            from huggingface_hub import HfFileSystem
+
+            return fs.PyFileSystem(fs.FSSpecHandler(HfFileSystem()))
+        return fs.LocalFileSystem()
+
+    def files(self) -> list[fs.FileInfo]:
+        """List Parquet and Arrow files, sorted by name.
+
+        Raises:
+            UserError: the storage cannot be reached, or there are none.
+        """
+        try:
+            found = self.system().get_file_info(fs.FileSelector(self.root, recursive=True))
+        except OSError as error:
+            raise UserError(f"--data_dir {self.url} cannot be read: {_first_line(error)}") from error
+        shards = [info for info in found if info.is_file and info.extension in ("parquet", "arrow")]
+        if not shards:
+            raise UserError(f"--data_dir {self.url} holds no Parquet or Arrow files")
+        return sorted(shards, key=lambda info: info.path)
+
+    def fingerprint(self, files: list[fs.FileInfo]) -> str:
+        """Hash the names, sizes and times of files: it changes when one of them does."""
+        return fingerprint_of([(info.path[len(self.root) :], info.size, info.mtime_ns) for info in files])
+
+    def retry(self, what: str, fetch: Callable[[], Fetched]) -> Fetched:
+        """Call `fetch()`, again after a pause if the network fails.
+
+        Raises:
+            UserError: it failed `TRIES` times.
+        """
+        for attempt in range(TRIES):
+            try:
+                return fetch()
+            except OSError as error:
+                if attempt == TRIES - 1 or isinstance(error, FileNotFoundError):
+                    raise UserError(f"cannot read {what}: {_first_line(error)}") from error
+                log.warning("cannot read %s, trying again: %s", what, _first_line(error))
+                self._process = 0  # with a new connection
+                sleep(2**attempt)
+
+
+def download(data_dir: str) -> Path:
+    """Copy all shards below a URL to the user's cache folder; those that are there already stay.
+
+    Raises:
+        UserError: cannot be read, or there is not enough space.
+    """
+    storage = Storage(data_dir)
+    files = storage.files()
+    folder = cache_folder() / "downloads" / storage.fingerprint(files)
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # one process of the machine downloads, the others wait
+        targets = [folder / info.path[len(storage.root) :].lstrip("/") for info in files]
+        missing = [pair for pair in zip(files, targets, strict=True) if not pair[1].exists()]
+        needed, free = sum(info.size for info, _ in missing), shutil.disk_usage(folder).free
+        if needed > free:
+            raise UserError(
+                f"--data_dir {data_dir} takes {needed / 1e9:.1f} GB and the disk of {folder} has "
+                f"{free / 1e9:.1f} GB free; pass --streaming"
+            )
+        with ThreadPoolExecutor(8) as pool:
+            copies = [pool.submit(_copy, storage, info.path, target) for info, target in missing]
+            for copy in tqdm(copies, desc="download", unit="file", disable=not missing):
+                copy.result()
+    return folder
+
+
+def _copy(storage: Storage, path: str, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_suffix(".tmp")
+
+    def fetch() -> None:
+        with storage.system().open_input_stream(path) as source, open(temporary, "wb") as sink:
+            shutil.copyfileobj(source, sink, 1 << 22)
+
+    storage.retry(path, fetch)
+    temporary.rename(target)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__

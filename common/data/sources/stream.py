@@ -1,0 +1,232 @@
+"""Shards in object storage or on the hub, as a source: fetched by row group when an image of it is wanted.
+
+A row group of a Parquet file, or a record batch of an Arrow file, is what can be fetched at once: some
+hundred images. The files' footers say how many rows each has, so every image has its index from the start,
+and an order of training is a matrix of indices as for any other source (`sampling.streaming_epoch`), only one
+that stays within a few row groups for a while. Position, resume and number of processes need nothing of their
+own.
+
+What was fetched is kept in the user's cache folder, up to `KEEP_BYTES`, where all workers of all processes of
+the machine map it: a row group travels once, whoever asks first.
+"""
+
+import fcntl
+import logging
+import os
+import re
+from collections import OrderedDict
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pyarrow import fs
+
+from common import UserError
+from common.data.sources.cache import cache_folder, keep_arrow, map_arrow, write_arrow
+from common.data.sources.folder import (
+    VAL_NAMES,
+    MissingSplit,
+    Places,
+    choose_level,
+    find_columns,
+    find_places,
+    read_labels,
+)
+from common.data.sources.remote import Storage
+
+log = logging.getLogger(__name__)
+
+KEEP_BYTES = 16 << 30  # an epoch is at 20,000 images at a time, 2 GB of photographs
+MAPPED = 256  # row groups that a worker keeps mapped
+
+
+class Shard:
+    """One Parquet or Arrow file."""
+
+    def __init__(self, storage: Storage, path: str):
+        self.storage, self.path = storage, path
+
+    @contextmanager
+    def _opened(self, columns: list[str] | None) -> Iterator[pq.ParquetFile | pa.ipc.RecordBatchFileReader]:
+        with self.storage.system().open_input_file(self.path) as file:
+            if self.path.endswith(".parquet"):
+                yield pq.ParquetFile(file)
+            else:
+                schema = pa.ipc.open_file(file).schema
+                fields = [schema.get_field_index(column) for column in columns or []]
+                options = pa.ipc.IpcReadOptions(included_fields=fields)
+                yield pa.ipc.open_file(file, options=options)
+
+    def schema(self) -> pa.Schema:
+        with self._opened(None) as file:
+            return file.schema_arrow if isinstance(file, pq.ParquetFile) else file.schema
+
+    def read_small(self, columns: list[str]) -> tuple[list[int], pa.Table]:
+        """Return the rows of each group, and some columns of all."""
+        with self._opened(columns) as file:
+            if isinstance(file, pq.ParquetFile):
+                groups = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
+                return groups, file.read(columns)
+            batches = [file.get_batch(group) for group in range(file.num_record_batches)]
+            return [len(batch) for batch in batches], pa.Table.from_batches(batches)
+
+    def read_images(self, group: int, column: str) -> pa.Table:
+        """Fetch one image column of one group."""
+        with self._opened([column]) as file:
+            if isinstance(file, pq.ParquetFile):
+                return file.read_row_group(group, [column])
+            return pa.Table.from_batches([file.get_batch(group)])
+
+
+class StreamSource:
+    """One split of shards that stay where they are."""
+
+    def __init__(self, storage: Storage, files: list[fs.FileInfo]):
+        self._shards = [Shard(storage, info.path) for info in files]
+        self._storage = storage
+        name = files[0].path
+        self.fingerprint = storage.fingerprint(files)
+        self._folder = cache_folder() / "streams" / self.fingerprint
+        schema = storage.retry(name, self._shards[0].schema)
+        columns = find_columns(schema, name)
+        self._columns, self._levels, self.prepared = columns.levels, list(columns.levels), columns.prepared
+        rows = self._read_rows(columns.small)
+        self.labels = read_labels(rows, columns, name)
+        self.classes = columns.classes or [str(number) for number in range(self.labels.max(initial=-1) + 1)]
+        self._sizes: np.ndarray | None = None
+        if self.prepared:
+            self._sizes = np.stack([rows.column(side).to_numpy() for side in ("height", "width")], 1)
+        # A row's group is known by the number of the shard and of the group in it.
+        shard, group = (rows.column(which).to_numpy() for which in ("shard", "group"))
+        first = np.flatnonzero(np.diff(shard, prepend=-1) | np.diff(group, prepend=-1))
+        self._first_rows, self._groups = first, np.stack([shard[first], group[first]], 1)
+        self.group_rows = np.diff(first, append=len(rows))
+        self._mapped: OrderedDict[tuple[int, int], Places] = OrderedDict()
+
+    def _read_rows(self, columns: list[str]) -> pa.Table:
+        """Read all that is not images, and where each row lies: once, and then from the cache folder."""
+        cached = self._folder / "rows.arrow"
+        table = map_arrow(cached)
+        if table is None:
+            log.info("reading the footers of %d files below %s", len(self._shards), self._storage.url)
+
+            def read(shard: Shard) -> tuple[list[int], pa.Table]:
+                return self._storage.retry(shard.path, lambda: shard.read_small(columns))
+
+            with ThreadPoolExecutor(16) as pool:
+                parts = list(pool.map(read, self._shards))
+            counts = [rows for rows, _ in parts]
+            shards = np.repeat(np.arange(len(parts)), [sum(rows) for rows in counts])
+            groups = np.concatenate([np.repeat(np.arange(len(rows)), rows) for rows in counts])
+            table = pa.concat_tables([part for _, part in parts])
+            table = table.append_column("shard", pa.array(shards)).append_column("group", pa.array(groups))
+            keep_arrow(cached, table)
+        return table
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def _place(self, index: int) -> tuple[int, int]:
+        """The number of a row's group, and of the row in it."""
+        number = int(np.searchsorted(self._first_rows, index, "right")) - 1
+        return number, index - int(self._first_rows[number])
+
+    def read(self, index: int, short_side: int) -> np.ndarray:
+        number, row = self._place(index)
+        wanted = choose_level(self._levels, short_side)
+        for level in reversed(self._levels[: self._levels.index(wanted) + 1]):
+            encoded = self._group(number, level).read(row)
+            if len(encoded):  # a small image is stored in a smaller level only
+                break
+        return encoded
+
+    def _group(self, number: int, level: int) -> Places:
+        """Map a group's images, fetching them if no process has before."""
+        key = number, level
+        if key not in self._mapped:
+            self._mapped[key] = find_places(self._fetched(number, level).column(0))
+            if len(self._mapped) > MAPPED:
+                self._mapped.popitem(last=False)
+        self._mapped.move_to_end(key)
+        return self._mapped[key]
+
+    def _fetched(self, number: int, level: int) -> pa.Table:
+        path = self._folder / f"{number}-{level}.arrow"
+        table = map_arrow(path)
+        if table is not None:
+            with suppress(FileNotFoundError):  # another process may need the room
+                os.utime(path)  # what was not used for longest makes room first
+            return table
+        self._folder.mkdir(parents=True, exist_ok=True)
+        with open(self._folder / f"lock{number % 64}", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            table = map_arrow(path)
+            if table is None:  # no other worker has fetched it meanwhile
+                shard, group = self._groups[number].tolist()
+                fetch = partial(self._shards[shard].read_images, group, self._columns[level])
+                table = self._storage.retry(f"row group {group} of {self._shards[shard].path}", fetch)
+                try:
+                    self._make_room()
+                    write_arrow(path, table)
+                except OSError as error:
+                    raise UserError(f"cannot keep row groups in {self._folder}: {error.strerror}") from error
+                mapped = map_arrow(path)
+                table = table if mapped is None else mapped  # rather the pages all share than this memory
+        return table
+
+    def _make_room(self) -> None:
+        """Remove what was not used for longest; processes that still map it are not disturbed."""
+        files = []
+        for path in self._folder.glob("*-*.arrow"):
+            with suppress(FileNotFoundError):  # another process made room
+                status = path.stat()
+                files.append((status.st_mtime_ns, status.st_size, path))
+        total = sum(size for _, size, _ in files)
+        for _, size, path in sorted(files):
+            if total <= KEEP_BYTES:
+                break
+            path.unlink(missing_ok=True)
+            total -= size
+
+    def describe(self, index: int) -> str:
+        number, row = self._place(index)
+        shard, group = self._groups[number].tolist()
+        return f"row {row} of row group {group} of {self._shards[shard].path}"
+
+    def sizes(self) -> np.ndarray:
+        if self._sizes is None:
+            raise UserError("--streaming knows no image sizes beforehand, which rectangular batches need")
+        return self._sizes
+
+
+def open_stream(data_dir: str, split: str) -> StreamSource:
+    """Open one split of the shards below a URL or folder.
+
+    Args:
+        data_dir: s3://bucket/prefix, hf://datasets/org/name, a hub dataset org/name, or a folder.
+        split: "train" or "val", as in `sources.open_source`.
+
+    Raises:
+        UserError: cannot be read, or holds no such shards.
+    """
+    if "://" not in data_dir and not Path(data_dir).expanduser().is_dir():
+        data_dir = f"hf://datasets/{data_dir}"
+    storage = Storage(data_dir)
+    return StreamSource(storage, _of_split(storage, split))
+
+
+def _of_split(storage: Storage, split: str) -> list[fs.FileInfo]:
+    """Choose shards by the split's name at the beginning of a file's or folder's name."""
+    files = storage.files()
+    names = ("train",) if split == "train" else VAL_NAMES
+    for name in names:
+        pattern = re.compile(rf"(^|/){name}([^a-zA-Z].*)?$")
+        stems = (info.path[len(storage.root) :].removesuffix(f".{info.extension}") for info in files)
+        if chosen := [info for info, stem in zip(files, stems, strict=True) if pattern.search(stem)]:
+            return chosen
+    raise MissingSplit(f"--data_dir {storage.url} has no shards named {' or '.join(names)}")

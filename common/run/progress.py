@@ -1,0 +1,146 @@
+"""What a person sees while a run goes on: a bar or lines with ETA, a line per epoch, a closing block."""
+
+import resource
+import sys
+import time
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from common.run.checkpoint import Progress
+from common.run.run import Run
+from common.scheduling import EpochPlan, Plan
+
+EVERY_STEPS = 10  # between looks at the device, which has to be waited for
+LOADER_BOUND = 0.2  # share of an epoch spent waiting at which to say so
+
+
+def peak_memory_mb(device: torch.device) -> float:
+    """Most memory this process has held, in MB: the GPU's, or the resident memory of a CPU run."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+
+
+class EpochMeter:
+    """Speed and waiting of one epoch, shown on the main process."""
+
+    def __init__(self, run: Run, plan: Plan, epoch: EpochPlan, step: int) -> None:
+        self.run, self.plan, self.epoch = run, plan, epoch
+        self.first_step = self.step = step
+        self.waited = 0.0
+        self.train_s = 0.0
+        self.started = self.last_line = time.monotonic()
+        terminal = run.is_main and sys.stderr.isatty()
+        self.bar = tqdm(
+            total=epoch.steps,
+            initial=step - epoch.first_step,
+            disable=not terminal,
+            desc=f"epoch {epoch.index + 1}/{plan.total_epochs}",
+            leave=False,
+        )
+
+    def tick(self, waited: float) -> bool:
+        """Count a step; returns whether it is time to look at the device and `show`."""
+        self.step += 1
+        self.waited += waited
+        self.train_s = self.seconds_since_start()
+        self.bar.update()
+        if self.step == self.epoch.first_step + self.epoch.steps:
+            self.bar.close()
+        return self.step % EVERY_STEPS == 0
+
+    def show(self, sums: Tensor) -> None:
+        if not self.run.is_main:
+            return
+        loss, hits, images = sums.tolist()
+        text = (
+            f"loss {loss / images:.3f}, top-1 {100 * hits / images:.1f} %, {self.images_per_s:.0f} images/s"
+        )
+        if not self.bar.disable:
+            self.bar.set_postfix_str(f"{text}, {peak_memory_mb(self.run.accelerator.device):.0f} MB")
+        elif time.monotonic() - self.last_line > self.run.cfg.print_freq:
+            self.last_line = time.monotonic()
+            done = self.step - self.epoch.first_step
+            self.run.log.info(
+                "epoch %d, step %d/%d: %s, ETA %s",
+                self.epoch.index + 1,
+                done,
+                self.epoch.steps,
+                text,
+                clock(self.eta_s()),
+            )
+
+    def seconds_since_start(self) -> float:
+        return time.monotonic() - self.started
+
+    @property
+    def images_per_s(self) -> float:
+        return (self.step - self.first_step) * self.epoch.global_batch / max(self.train_s, 1e-9)
+
+    @property
+    def data_wait(self) -> float:
+        return self.waited / max(self.train_s, 1e-9)
+
+    def eta_s(self) -> float:
+        """Seconds left in the run, taking an image's cost as proportional to its pixels."""
+        done = (self.step - self.first_step) * self.epoch.global_batch * self.epoch.stage.img_size**2
+        left = sum(
+            (e.steps - max(0, self.step - e.first_step)) * e.global_batch * e.stage.img_size**2
+            for e in self.plan.epochs(self.epoch.index)
+        )
+        return left * self.seconds_since_start() / max(done, 1)
+
+    def line(self, row: dict[str, Any], progress: Progress) -> str:
+        """The epoch in one line, and a warning when the loader was what limited it."""
+        ema = f" (EMA {row['ema_top1']:.2f})" if row["ema_top1"] != "" else ""
+        text = (
+            f"epoch {row['epoch']}/{self.plan.total_epochs}  {row['img_size']} px  loss {row['train_loss']:.3f} → val {row['val_loss']:.3f}"
+            f"  top-1 {row['val_top1']:.2f}{ema}  top-5 {row['val_top5']:.2f}  best {progress.best_top1:.2f}"
+            f"  {row['images_per_s']:.0f} images/s  waited {row['data_wait']:.0%}  {row['epoch_s']:.1f} s"
+            f"  ETA {clock(self.eta_s())}"
+        )
+        if row["data_wait"] > LOADER_BOUND:
+            text += (
+                f"\nloader-bound: {row['data_wait']:.0%} of the epoch went by waiting for data; raise --workers, or prepare a "
+                "pyramid (python -m common.tools.prepare)"
+            )
+        return text
+
+
+def clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+def closing_block(run: Run, progress: Progress) -> str:
+    """Best, last and wall time, also written to `summary.json`."""
+    last = run.rows()[-1] if run.is_main else {}
+    summary = {
+        "strategy": run.cfg.strategy,
+        "model": run.cfg.model,
+        "best_top1": progress.best_top1,
+        "best_epoch": progress.best_epoch,
+        "best_weights": "ema" if progress.best_is_ema else "raw",
+        "last_top1": float(last.get("val_top1", "nan")),
+        "epochs": progress.epochs_done,
+        "wall_s": progress.wall_s,
+        "images_seen": progress.images_seen,
+        "peak_lr": progress.peak_lr,
+        "seed": run.cfg.seed,
+    }
+    run.write_json("summary.json", summary)
+    rows = {
+        "best top-1": f"{summary['best_top1']:.2f} % (epoch {summary['best_epoch']}, {summary['best_weights']} weights)",
+        "last top-1": f"{summary['last_top1']:.2f} %",
+        "epochs": f"{summary['epochs']}",
+        "images seen": f"{summary['images_seen']:,}",
+        "wall time": clock(summary["wall_s"]),
+        "peak LR": f"{summary['peak_lr']:.4g}",
+        "weights": f"{run.folder / 'best_weights.safetensors'}",
+        "plots": f"{run.folder / 'plots'}",
+    }
+    return "\n" + "\n".join(f"  {name:<12} {value}" for name, value in rows.items())

@@ -1,0 +1,301 @@
+import csv
+import json
+import resource
+import signal
+from contextlib import suppress
+
+import pytest
+import torch
+from PIL import Image
+
+from common import UserError
+from common.engine.trainer import Trainer
+from common.run.checkpoint import newest_whole
+from tests.helpers import assert_same, make_images, run_training, stop_after, weights
+from train_finetune import FinetuneConfig
+from train_hybrid import HybridConfig
+from train_progressive import ProgressiveConfig
+from train_rect import RectConfig
+from train_standard import StandardConfig
+
+STANDARD = ("--epochs", "3", "--batch_size", "16")  # 72 images: 4 steps an epoch
+HYBRID_STAGES = json.dumps(
+    [
+        {"epochs": 1, "img_size": 24, "batch_size": 12, "data_fraction": 0.5, "lr_scale": 1.0},
+        {"epochs": 1, "img_size": 32, "batch_size": 16, "lr_scale": 0.6, "frozen": ["conv1", "bn1"]},
+        {
+            "epochs": 1,
+            "img_size": 32,
+            "batch_size": 16,
+            "lr_scale": 0.3,
+            "mixup": False,
+            "frozen": ["conv1", "bn1", "layer1"],
+        },
+    ]
+)
+STRATEGIES = {
+    "standard": (StandardConfig, STANDARD),
+    "progressive": (ProgressiveConfig, ("--stages", '[{"epochs": 1, "img_size": 24, "batch_size": 24}, {"epochs": 2, "img_size": 32, "batch_size": 16}]')),
+    "hybrid": (HybridConfig, ("--stages", HYBRID_STAGES, "--ema")),
+    "rect": (RectConfig, ("--epochs", "2", "--batch_size", "12")),
+    "finetune": (FinetuneConfig, ("--epochs", "3", "--head_epochs", "1", "--batch_size", "16", "--weights", "BASE")),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return make_images(tmp_path_factory.mktemp("data") / "images")
+
+
+@pytest.fixture(scope="module")
+def base(data, tmp_path_factory):
+    return run_training(StandardConfig, data, tmp_path_factory.mktemp("base"), "base", *STANDARD)
+
+
+def rows(run):
+    with open(run / "training_log.csv") as file:
+        return list(csv.DictReader(file))
+
+
+TIMES = {"images_per_s", "data_wait", "memory_mb", "epoch_s", "total_s"}
+
+
+def without_times(run):
+    return [{k: v for k, v in row.items() if k not in TIMES} for row in rows(run)]
+
+
+def train_strategy(name, data, output, run_name, *more, base=""):
+    config, flags = STRATEGIES[name]
+    flags = (str(base) if flag == "BASE" else flag for flag in flags)
+    return run_training(config, data, output, run_name, *flags, *more)
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_interrupted_equals_uninterrupted(name, data, base, tmp_path, monkeypatch):
+    whole = train_strategy(name, data, tmp_path, "whole", base=base)
+    for steps in (
+        1,
+        3,
+        6,
+        8,
+    ):  # inside epochs, at their ends, with frozen layers; counted anew after each restart
+        with monkeypatch.context() as patch:
+            stop_after(patch, steps)
+            with suppress(SystemExit):
+                train_strategy(name, data, tmp_path, "parts", base=base)
+    parts = train_strategy(name, data, tmp_path, "parts", base=base)
+    for file in ("model", "optimizer", "rng") + (("ema",) if name == "hybrid" else ()):
+        assert_same(weights(whole, file=file), weights(parts, file=file))
+    assert without_times(whole) == without_times(parts)
+
+
+def test_stops_during_evaluation_and_goes_on_with_it(data, tmp_path, monkeypatch):
+    from common.run.run import Run
+
+    whole = run_training(StandardConfig, data, tmp_path, "whole", *STANDARD)
+    calls = []
+
+    def stop_in_second_batch(self):
+        calls.append(1)
+        if len(calls) == 2:
+            self._signal = 15
+        return original(self)
+
+    original = Run.stop_if_asked
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "stop_if_asked", stop_in_second_batch)
+        with pytest.raises(SystemExit):
+            run_training(StandardConfig, data, tmp_path, "parts", *STANDARD)
+    assert not rows(tmp_path / "parts")
+    parts = run_training(StandardConfig, data, tmp_path, "parts", *STANDARD)
+    assert_same(weights(whole), weights(parts))
+    assert without_times(whole) == without_times(parts)
+
+
+def test_lr_finder_leaves_no_trace(data, tmp_path):
+    found = run_training(
+        StandardConfig, data, tmp_path, "found", *STANDARD, "--lr", "auto", "--lr_finder_iterations", "8"
+    )
+    peak = json.loads((found / "summary.json").read_text())["peak_lr"]
+    given = run_training(
+        StandardConfig, data, tmp_path, "given", *STANDARD, "--lr", repr(peak), "--lr_scaling", "none"
+    )
+    assert_same(weights(found), weights(given))
+    assert_same(weights(found, file="optimizer"), weights(given, file="optimizer"))
+
+
+def test_accumulation_equals_a_large_batch(data, tmp_path, monkeypatch):
+    """BatchNorm in eval, since its statistics depend on the micro-batch; no mixing, since partners do too."""
+    monkeypatch.setattr("common.engine.trainer.train_mode", lambda model, frozen: model.eval())
+    flags = ("--epochs", "1", "--mixup_alpha", "0", "--cutmix_alpha", "0", "--mixed_precision", "no")
+    large = run_training(StandardConfig, data, tmp_path, "large", *flags, "--batch_size", "64")
+    small = run_training(
+        StandardConfig, data, tmp_path, "small", *flags, "--batch_size", "16", "--accumulation", "4"
+    )
+    for (name, a), b in zip(weights(large).items(), weights(small).values(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6, msg=name)
+
+
+def test_records(data, tmp_path):
+    run = run_training(StandardConfig, data, tmp_path, "run", *STANDARD, "--keep_every", "2")
+    assert [row["epoch"] for row in rows(run)] == ["1", "2", "3"]
+    assert {p.name for p in (run / "checkpoints").iterdir()} == {"last", "previous", "best", "epoch_2"}
+    assert {p.stem for p in (run / "plots").iterdir()} >= {
+        "accuracy_live",
+        "loss_live",
+        "lr_live",
+        "momentum_live",
+    }
+    assert "best top-1" in (run / "training_log.txt").read_text()
+    assert (run / "logs" / "rank0.log").exists()
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["images_seen"] == 3 * 64
+    assert summary["best_top1"] > 60
+
+
+def test_a_finished_run_says_so_and_does_nothing(data, tmp_path, capsys):
+    run = run_training(StandardConfig, data, tmp_path, "run", *STANDARD)
+    before = (run / "training_log.csv").read_bytes()
+    run_training(StandardConfig, data, tmp_path, "run", *STANDARD)
+    assert "complete" in capsys.readouterr().out
+    assert (run / "training_log.csv").read_bytes() == before
+
+
+def test_a_finished_run_can_be_evaluated_later(data, tmp_path):
+    run_training(RectConfig, data, tmp_path, "run", *STANDARD)
+    run = run_training(RectConfig, data, tmp_path, "run", *STANDARD, "--final_eval")
+    grid = json.loads((run / "final_eval.json").read_text())["rows"]
+    assert {(row["img_size"], row["crop"]) for row in grid} == {
+        (size, crop) for size in (32, 40) for crop in (0.875, 1.0, "whole")
+    }
+    as_trained = [
+        row for row in grid if row["img_size"] == 32 and row["crop"] == "whole" and row["flip"] == "no"
+    ]
+    assert as_trained[0]["top1"] == pytest.approx(float(rows(run)[-1]["val_top1"]), abs=1e-4)
+
+
+def test_a_name_that_holds_another_run_is_refused(data, tmp_path):
+    run_training(StandardConfig, data, tmp_path, "run", *STANDARD)
+    with pytest.raises(UserError, match="--weight_decay"):
+        run_training(StandardConfig, data, tmp_path, "run", *STANDARD, "--weight_decay", "0.01")
+    with pytest.raises(UserError, match="already holds a run"):
+        run_training(StandardConfig, data, tmp_path, "run", *STANDARD, "--resume", "none")
+
+
+def test_nan_loss_stops_with_advice_and_keeps_the_good_checkpoint(data, tmp_path, capsys):
+    flags = (
+        "--epochs",
+        "8",
+        "--batch_size",
+        "16",
+        "--lr",
+        "1e18",
+        "--nan_patience",
+        "2",
+        "--pct_start",
+        "0.9",
+    )
+    with pytest.raises(SystemExit) as stop:
+        run_training(StandardConfig, data, tmp_path, "run", *flags)
+    assert stop.value.code == 2
+    assert "lower --lr" in capsys.readouterr().out
+    assert list((tmp_path / "run").glob("not_finite_rank0.json"))
+    for saved in (tmp_path / "run" / "checkpoints").glob("*/model.safetensors"):
+        assert all(t.isfinite().all() for t in weights(tmp_path / "run", saved.parent.name).values())
+
+
+@pytest.mark.parametrize("area", ["short", "constant"])
+def test_shapes_nobody_expects_train_all_the_same(area, tmp_path, monkeypatch):
+    """Aspect ratios of 1:30 and 30:1, single pixels, an image alone in its bucket, a folder that cannot be written."""
+    sizes = [(300, 10), (10, 300), (1, 1), (1, 1), (90, 40), *[(40, 41)] * 6]  # 90:40 is alone
+    for split in ("train", "val"):
+        for label in ("a", "b"):
+            (tmp_path / "odd" / split / label).mkdir(parents=True)
+            for number, size in enumerate(sizes):
+                Image.new("RGB", size, (number * 20, 99, 99)).save(
+                    tmp_path / "odd" / split / label / f"{number}.png"
+                )
+    before = sorted((tmp_path / "odd").rglob("*"))
+    for folder in [tmp_path / "odd", *(tmp_path / "odd").glob("**/")]:
+        folder.chmod(0o555)
+    flags = ("--epochs", "2", "--batch_size", "4", "--rect_area", area, "--final_eval")
+    run = run_training(RectConfig, tmp_path / "odd", tmp_path, "run", *flags)
+    assert all(torch.isfinite(value.float()).all() for value in weights(run).values())
+    assert len(rows(run)) == 2
+    assert sorted((tmp_path / "odd").rglob("*")) == before  # root may write all the same
+
+
+def test_a_disk_that_fills_up_ends_the_run_with_a_sentence_and_a_whole_checkpoint(
+    data, tmp_path, monkeypatch, capsys
+):
+    """A limit on the size of files stands for a full disk: both fail in the middle of writing."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    original = Trainer.record
+
+    def record(self, epoch, *results):
+        if epoch.index == 1:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, hard))
+        original(self, epoch, *results)
+
+    monkeypatch.setattr(Trainer, "record", record)
+    try:
+        with pytest.raises(SystemExit) as exit_:
+            train_strategy("standard", data, tmp_path, "run", "--save_freq_last", "1")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, ignored)
+    monkeypatch.undo()
+    assert exit_.value.code == 2
+    sentence = capsys.readouterr().out.splitlines()[-1]
+    assert "the disk is full" in sentence
+    assert "--output" in sentence
+    newest, damaged = newest_whole(tmp_path / "run" / "checkpoints")
+    assert newest is not None
+    assert not damaged
+    resumed = train_strategy("standard", data, tmp_path, "run", "--save_freq_last", "1")
+    assert_same(weights(train_strategy("standard", data, tmp_path, "whole")), weights(resumed))
+
+
+def test_out_of_memory_names_the_flag(data, tmp_path, monkeypatch, capsys):
+    def explode(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("common.engine.trainer.Trainer.step", explode)
+    with pytest.raises(SystemExit):
+        run_training(StandardConfig, data, tmp_path, "run", *STANDARD)
+    assert "--batch_size" in capsys.readouterr().out
+
+
+def test_auto_batch_halves_and_accumulates(data, tmp_path, monkeypatch):
+    from common.engine import memory as preparation
+
+    def needs_memory(run, model, batch_size, height, width):
+        if batch_size > 8:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(preparation, "trial_step", needs_memory)
+    run = run_training(StandardConfig, data, tmp_path, "run", *STANDARD, "--auto_batch")
+    assert {row["batch_size"] for row in rows(run)} == {"8"}
+    assert json.loads((run / "summary.json").read_text())["images_seen"] == 3 * 64
+
+
+def test_finetuning_trains_the_head_alone_first(data, base, tmp_path):
+    tuned = train_strategy("finetune", data, tmp_path, "tuned", "--keep_every", "1", base=base)
+    start, after_head, end = (
+        weights(base, "best"),
+        weights(tuned, "epoch_1"),
+        weights(tuned),
+    )
+    moved = {name for name in start if not torch.equal(start[name], after_head[name])}
+    assert moved == {name for name in start if name.startswith("fc.")}
+    assert not torch.equal(end["conv1.0.weight"], start["conv1.0.weight"])
+
+
+def test_frozen_layers_stay_bit_for_bit(data, tmp_path):
+    run = train_strategy("hybrid", data, tmp_path, "run", "--keep_every", "1")
+    first, second = weights(run, "epoch_1"), weights(run, "epoch_2")
+    frozen = [name for name in first if name.startswith(("conv1", "bn1"))]
+    assert frozen
+    assert all(torch.equal(first[name], second[name]) for name in frozen)
+    assert any(not torch.equal(first[name], second[name]) for name in first)

@@ -1,0 +1,323 @@
+"""The plots of a run: what they show, from which bytes of the CSV, and that nobody sees half of one."""
+
+import csv
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from common.run import plots
+
+LIVE = {f"{what}_live.png" for what in ("accuracy", "loss", "lr", "momentum")}
+LIVE |= {"accuracy_time.png", "loss_time.png"}
+
+
+def make_run(folder: Path, top1: list[float], epoch_s: float = 60, **columns: list) -> Path:
+    """A run's folder with a log of these accuracies, 1,000 images an epoch; `columns` replace the usual."""
+    rows = [
+        {
+            "epoch": i + 1,
+            "stage": 1,
+            "img_size": 64,
+            "batch_size": 32,
+            "lr": 0.1 / (i + 1),
+            "momentum": 0.9,
+            "train_loss": 3 - i / 10,
+            "train_top1": accuracy * 0.8,
+            "val_loss": 2.5 - i / 10,
+            "val_top1": accuracy,
+            "val_top5": min(100, accuracy + 10),
+            "ema_top1": "",
+            "images_per_s": 500,
+            "data_wait": 0.05,
+            "memory_mb": 900,
+            "epoch_s": epoch_s,
+            "total_s": epoch_s * (i + 1),
+            "images_seen": 1000 * (i + 1),
+            "skipped_steps": 0,
+        }
+        | {name: values[i] for name, values in columns.items()}
+        for i, accuracy in enumerate(top1)
+    ]
+    folder.mkdir(parents=True)
+    with open(folder / "training_log.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0] if rows else ["epoch", "val_top1"])
+        writer.writeheader()
+        writer.writerows(rows)
+    return folder
+
+
+def write_finder(folder: Path, losses: list[float], suggested: float = 0.02) -> None:
+    lrs = np.geomspace(1e-4, 1, len(losses))
+    with open(folder / "lr_finder.csv", "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(("step", "lr", "loss", "smoothed", "suggested"))
+        for step, (lr, loss) in enumerate(zip(lrs, losses, strict=True)):
+            writer.writerow((step, lr, loss, loss, suggested))
+
+
+def is_stage_line(points: np.ndarray) -> bool:
+    """Whether a line stands upright from the bottom of the axes to the top."""
+    return len(points) == 2 and points[0, 0] == points[1, 0] and list(points[:, 1]) == [0, 1]
+
+
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> dict[str, dict]:
+    """What each plot shows at the moment it would be saved, by file name."""
+    seen: dict[str, dict] = {}
+
+    def look(axes, path: Path) -> None:
+        legend = axes.get_legend()
+        curves = {line.get_label(): line.get_xydata() for line in axes.lines}
+        seen[path.name] = {
+            "title": axes.figure.texts[0].get_text(),
+            "labels": (axes.get_xlabel(), axes.get_ylabel()),
+            "texts": [text.get_text() for text in axes.texts],
+            "boxes": [text.get_window_extent() for text in axes.texts],
+            "legend": [text.get_text() for text in legend.get_texts()] if legend else [],
+            "verticals": [points[0, 0] for points in curves.values() if is_stage_line(points)],
+            "curves": curves,
+        }
+
+    monkeypatch.setattr(plots, "save", look)
+    return seen
+
+
+def test_all_six_are_pictures_and_nothing_else_is_left(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", [10, 20, 30])
+    plots.write_plots(run)
+    assert {path.name for path in (run / "plots").iterdir()} == LIVE
+    for name in LIVE:
+        with Image.open(run / "plots" / name) as image:
+            assert image.width > 700
+            assert image.height > 400
+            assert len(image.getcolors(1 << 20)) > 20  # something is drawn
+
+
+def test_titles_and_units(tmp_path: Path, drawn: dict) -> None:
+    plots.write_plots(make_run(tmp_path / "run", [10, 20, 30]))
+    assert {name: (plot["title"], *plot["labels"]) for name, plot in drawn.items()} == {
+        "accuracy_live.png": ("Accuracy by epoch", "epoch", "accuracy (%)"),
+        "accuracy_time.png": ("Accuracy over time", "minutes since the run began", "accuracy (%)"),
+        "loss_live.png": ("Loss by epoch", "epoch", "cross-entropy (nats)"),
+        "loss_time.png": ("Loss over time", "minutes since the run began", "cross-entropy (nats)"),
+        "lr_live.png": ("Learning rate by epoch", "epoch", "learning rate"),
+        "momentum_live.png": ("Momentum by epoch", "epoch", "momentum"),
+    }
+
+
+def test_curves_are_the_columns_of_the_log(tmp_path: Path, drawn: dict) -> None:
+    plots.write_plots(make_run(tmp_path / "run", [10, 30, 20], epoch_s=90))
+    accuracy, loss = drawn["accuracy_time.png"]["curves"], drawn["loss_live.png"]["curves"]
+    np.testing.assert_allclose(accuracy["val top-1"], [(1.5, 10), (3, 30), (4.5, 20)])
+    np.testing.assert_allclose(accuracy["train top-1 (augmented)"][:, 1], [8, 24, 16])
+    np.testing.assert_allclose(loss["validation"], [(1, 2.5), (2, 2.4), (3, 2.3)])
+    lr = drawn["lr_live.png"]["curves"]["at each epoch's end"]
+    np.testing.assert_allclose(lr[:2], [(1, 0.1), (2, 0.05)])
+    assert "best 30.00 % (epoch 2)" in drawn["accuracy_live.png"]["legend"]
+    assert "lowest 2.300 (epoch 3)" in drawn["loss_live.png"]["legend"]
+
+
+def test_ema_has_a_curve_only_where_it_has_values_and_may_be_the_best(tmp_path: Path, drawn: dict) -> None:
+    plots.write_plots(make_run(tmp_path / "raw", [10, 20, 30]))
+    assert not [label for label in drawn["accuracy_live.png"]["legend"] if "EMA" in label]
+    plots.write_plots(make_run(tmp_path / "ema", [10, 20, 30], ema_top1=["", 25, 35.5]))
+    legend = drawn["accuracy_live.png"]["legend"]
+    assert "val top-1, EMA, 2/3 epochs" in legend
+    assert "best 35.50 % (epoch 3)" in legend
+
+
+def test_stages_are_lines_where_the_last_epoch_of_the_one_before_ended(tmp_path: Path, drawn: dict) -> None:
+    stage, size = [1, 1, 2, 2, 2, 3], [32, 32, 48, 48, 48, 64]
+    plots.write_plots(make_run(tmp_path / "run", [1, 2, 3, 4, 5, 6], stage=stage, img_size=size))
+    assert drawn["accuracy_live.png"]["verticals"] == [2, 5]
+    assert drawn["loss_time.png"]["verticals"] == [2, 5]
+    assert drawn["lr_live.png"]["verticals"] == [2, 5]
+    assert drawn["loss_live.png"]["texts"] == ["stage 1 · 32 px", "stage 2 · 48 px", "stage 3 · 64 px"]
+
+
+def test_names_of_short_stages_are_shorter_and_overlap_nothing(tmp_path: Path, drawn: dict) -> None:
+    stage, size = [1] * 50 + [2, 3] + [4] * 4, [32] * 50 + [40, 48] + [64] * 4
+    plots.write_plots(make_run(tmp_path / "run", [1.0] * 56, stage=stage, img_size=size))
+    plot = drawn["accuracy_live.png"]
+    assert plot["verticals"] == [50, 51, 52]
+    assert plot["texts"][0] == "stage 1 · 32 px"
+    assert plot["texts"][-1] == "stage 4\n64 px"
+    assert all(left.x1 <= right.x0 for left, right in zip(plot["boxes"], plot["boxes"][1:], strict=False))
+
+
+def test_one_stage_has_no_lines(tmp_path: Path, drawn: dict) -> None:
+    plots.write_plots(make_run(tmp_path / "run", [10, 20]))
+    assert drawn["accuracy_live.png"]["verticals"] == []
+    assert drawn["accuracy_live.png"]["texts"] == []
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("losses", [[2.0], ["nan", 2.0, "inf"], ["nan", "nan"]])
+def test_one_row_and_values_that_are_not_finite_are_drawn_without_a_warning(
+    tmp_path: Path, losses: list
+) -> None:
+    top1, stage = [10.0] * len(losses), list(range(len(losses)))
+    plots.write_plots(make_run(tmp_path / "run", top1, train_loss=losses, val_loss=losses, stage=stage))
+    assert {path.name for path in (tmp_path / "run" / "plots").iterdir()} == LIVE
+
+
+def test_one_row_is_a_point(tmp_path: Path, drawn: dict) -> None:
+    plots.write_plots(make_run(tmp_path / "run", [12.5]))
+    np.testing.assert_allclose(drawn["accuracy_live.png"]["curves"]["val top-1"], [(1, 12.5)])
+
+
+def test_nan_and_infinity_are_left_out_and_counted(tmp_path: Path, drawn: dict) -> None:
+    losses = ["nan", 2.0, "inf"]
+    plots.write_plots(make_run(tmp_path / "run", [10, 20, 30], train_loss=losses, val_loss=["nan"] * 3))
+    (label,) = drawn["loss_live.png"]["legend"]
+    assert label == "train (augmented), 1/3 epochs"
+    np.testing.assert_allclose(drawn["loss_live.png"]["curves"][label], [(2, 2.0)])
+
+
+def test_nothing_finite_is_said(tmp_path: Path, drawn: dict) -> None:
+    nothing = ["nan", "nan"]
+    plots.write_plots(make_run(tmp_path / "run", [1, 2], train_loss=nothing, val_loss=nothing, stage=[1, 2]))
+    assert drawn["loss_live.png"]["legend"] == []  # and not that of the accuracy, which was drawn before
+    assert "no finite value yet" in drawn["loss_live.png"]["texts"]
+
+
+@pytest.mark.parametrize("end", ["3,1,64", "3,1,64,32,0.1,0.9,3,8,2.5,99,99,,500,0.05,900,60,180,3000,0"])
+def test_half_written_last_line_is_ignored(tmp_path: Path, end: str) -> None:
+    run = make_run(tmp_path / "run", [10, 20])
+    with open(run / "training_log.csv", "a") as file:
+        file.write(end)  # and no line end: a number may go on
+    np.testing.assert_array_equal(plots.read_log(run / "training_log.csv")["val_top1"], [10, 20])
+
+
+def test_line_cut_off_by_a_kill_spoils_no_other(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", [10, 20, 30, 40])
+    header, *rows = (run / "training_log.csv").read_text().splitlines()
+    rows[1] = rows[1][:6] + rows.pop(2)  # killed in epoch 2's line; epoch 3's was appended to it
+    (run / "training_log.csv").write_text("\n".join([header, *rows]) + "\n")
+    np.testing.assert_array_equal(plots.read_log(run / "training_log.csv")["val_top1"], [10, 40])
+
+
+def test_epochs_logged_again_after_a_resume_replace_the_old_ones(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", [10, 20, 30, 40, 21, 31], epoch=[1, 2, 3, 4, 2, 3])
+    log = plots.read_log(run / "training_log.csv")
+    np.testing.assert_array_equal(log["epoch"], [1, 2, 3])
+    np.testing.assert_array_equal(log["val_top1"], [10, 21, 31])
+
+
+def test_no_epoch_yet_draws_nothing(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", [])
+    plots.write_plots(run)
+    assert not (run / "plots").exists()
+    (run / "training_log.csv").write_text("")
+    plots.write_plots(run)
+    assert not (run / "plots").exists()
+
+
+def test_a_word_among_the_numbers_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="twelve"):
+        plots.write_plots(make_run(tmp_path / "run", [10], val_loss=["twelve"]))
+
+
+def test_schedule_gives_the_whole_curve_with_the_progress_marked(tmp_path: Path, drawn: dict) -> None:
+    run = make_run(tmp_path / "run", [10, 20], lr=[0.2, 0.4], momentum=[0.9, 0.85])
+    with open(run / "schedule.csv", "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(("step", "epoch", "lr", "momentum"))
+        writer.writerows((step, step // 4 + 1, (step + 1) / 20, 0.95 - step / 100) for step in range(16))
+    plots.write_plots(run)
+    curves = drawn["lr_live.png"]["curves"]
+    np.testing.assert_allclose(curves["plan"][:, 0], np.arange(1, 17) / 4)  # step 0 is a quarter of epoch 1
+    np.testing.assert_allclose(curves["plan"][:, 1], np.arange(1, 17) / 20)
+    np.testing.assert_allclose(curves["done"], curves["plan"][:8])
+    np.testing.assert_allclose(curves["now: 0.4 (epoch 2)"], [(2, 0.4)])
+    np.testing.assert_allclose(drawn["momentum_live.png"]["curves"]["plan"][:, 1], 0.95 - np.arange(16) / 100)
+
+
+def test_long_schedule_is_thinned_and_a_new_one_is_read(tmp_path: Path) -> None:
+    def write(steps: int, lr: float) -> None:
+        rows = (f"{step},{step // 100 + 1},{lr},0.9\n" for step in range(steps))
+        (tmp_path / "schedule.csv").write_text("step,epoch,lr,momentum\n" + "".join(rows))
+
+    write(30_000, 0.1)
+    schedule = plots.read_schedule(tmp_path)
+    assert len(schedule["lr"]) <= 2000
+    assert schedule["epoch"][[0, -1]] == pytest.approx([0.01, 300])
+    assert plots.read_schedule(tmp_path) is schedule  # not read again
+    time.sleep(0.02)  # a file system may count time in steps
+    write(10, 0.2)
+    assert plots.read_schedule(tmp_path)["lr"] == pytest.approx([0.2] * 10)
+
+
+def test_finder_plot_names_the_suggestion_and_where_it_diverged(tmp_path: Path, drawn: dict) -> None:
+    write_finder(tmp_path, [2.3, 2.3, 2.0, 1.5, 1.0, 1.2, 4.5], suggested=0.0123)
+    plots.plot_lr_finder(tmp_path)
+    plot = drawn["lr_finder_plot.png"]
+    assert [text.strip() for text in plot["texts"]] == ["suggested: 0.0123", "diverged at 1"]
+    assert plot["verticals"] == pytest.approx([0.0123, 1])
+
+
+def test_finder_plot_of_a_sweep_that_never_diverged(tmp_path: Path, drawn: dict) -> None:
+    write_finder(tmp_path, [2.3, 2.3, 2.0, 1.5, 1.0, 1.2])
+    plots.plot_lr_finder(tmp_path)
+    assert drawn["lr_finder_plot.png"]["texts"] == ["suggested: 0.02"]
+
+
+@pytest.mark.parametrize("end", [float("inf"), float("nan")])
+def test_finder_plot_of_a_loss_that_is_no_longer_finite(tmp_path: Path, drawn: dict, end: float) -> None:
+    write_finder(tmp_path, [2.3, 2.0, 1.0, end])
+    plots.plot_lr_finder(tmp_path)
+    assert drawn["lr_finder_plot.png"]["texts"][-1].strip() == "diverged at 1"
+    write_finder(tmp_path, [end])
+    plots.plot_lr_finder(tmp_path)
+    assert drawn["lr_finder_plot.png"]["texts"] == ["no finite loss"]
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("losses", [[2.3, 2.0, 1.0, 1.1], [2.3, 2.0, 1.0, float("inf")], [float("nan")]])
+def test_finder_plot_is_a_picture(tmp_path: Path, losses: list[float]) -> None:
+    write_finder(tmp_path, losses)
+    plots.plot_lr_finder(tmp_path)
+    with Image.open(tmp_path / "plots" / "lr_finder_plot.png") as image:
+        assert len(image.getcolors(1 << 20)) > 20
+
+
+def test_a_plot_is_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = make_run(tmp_path / "run", [10, 20])
+    plots.write_plots(run)
+    before = (run / "plots" / "accuracy_live.png").read_bytes()
+
+    def power_cut(source: Path, target: Path) -> None:
+        with Image.open(source) as image:
+            image.load()  # finished, and under a name that nobody takes for a plot
+        assert not Path(source).match("*.png")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("os.replace", power_cut)
+    (run / "training_log.csv").write_text((run / "training_log.csv").read_text().replace(",20,", ",50,"))
+    with pytest.raises(KeyboardInterrupt):
+        plots.write_plots(run)
+    assert (run / "plots" / "accuracy_live.png").read_bytes() == before
+
+
+def test_a_refresh_is_cheap(tmp_path: Path) -> None:
+    """Every epoch pays for it. The limit is three times what it may take, for machines that are busy."""
+    run = make_run(tmp_path / "run", [float(i) for i in range(90)], stage=[1] * 30 + [2] * 30 + [3] * 30)
+    plots.write_plots(run)
+    began = time.process_time()
+    plots.write_plots(run)
+    assert time.process_time() - began < 3 * 0.35
+
+
+def test_pyplot_stays_out_of_the_training_process(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", [10])
+    script = (
+        "import pathlib, sys; from common.run.plots import write_plots; "
+        f"write_plots(pathlib.Path({str(run)!r})); sys.exit('matplotlib.pyplot' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", script], cwd=Path(plots.__file__).parents[2]).returncode == 0
+    assert (run / "plots" / "lr_live.png").exists()
