@@ -26,8 +26,7 @@ from torch.utils.data import DataLoader, Dataset
 from common import UserError
 from common.data.decode import DecodeError, decode_batch
 from common.data.order import BatchItem
-from common.data.sources.folder import Source, open_source
-from common.data.sources.stream import open_stream
+from common.data.sources.base import Source
 
 log = logging.getLogger(__name__)
 
@@ -36,23 +35,6 @@ CGROUP_QUOTAS = (  # file of the quota, and of its period
     ("/sys/fs/cgroup/cpu.max", None),  # v2: both in one line
     ("/sys/fs/cgroup/cpu/cpu.cfs_quota_us", "/sys/fs/cgroup/cpu/cpu.cfs_period_us"),  # v1
 )
-
-
-def open_dataset(cfg) -> tuple[Source, Source]:
-    """Open the train and validation images that `--data_dir` names.
-
-    Raises:
-        UserError: a split is missing, or the two do not have the same classes.
-    """
-    open_split = open_stream if cfg.streaming else open_source
-    train, val = open_split(cfg.data_dir, "train"), open_split(cfg.data_dir, "val")
-    for name, some, others in (("val", train, val), ("train", val, train)):
-        if missing := sorted(set(some.classes) - set(others.classes)):
-            names = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
-            raise UserError(f"--data_dir {cfg.data_dir}: {name} lacks {len(missing)} classes: {names}")
-    if train.classes != val.classes:
-        raise UserError(f"--data_dir {cfg.data_dir}: train and val number their classes in different orders")
-    return train, val
 
 
 def available_workers() -> int:
