@@ -1,87 +1,86 @@
-"""Parameter groups, the optimizer by name, and the moving average of the weights."""
+"""The optimizer by name, with its parameter groups, and the moving average of the weights."""
 
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from common import UserError
 from common.model.create import did_you_mean
 
 if TYPE_CHECKING:
-    from timm.utils import ModelEmaV3
+    from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat
 
 
-def param_groups(
-    model: nn.Module, weight_decay: float, decay_norm_and_bias: bool, layer_decay: float | None
-) -> list[dict[str, Any]]:
-    """Split the parameters by weight decay and learning rate; frozen ones too, which a later stage may thaw.
+@dataclass
+class OptimizerSettings:
+    """Optimizer and weight averaging"""
 
-    Args:
-        model: the bare model.
-        weight_decay: of convolutions and linear layers.
-        decay_norm_and_bias: also of norms, biases and what timm's model names in no_weight_decay().
-        layer_decay: None, or the factor between the rates of a layer and of the one above it (Clark et al.,
-            2020): the head has "lr_scale" 1, the last block layer_decay, the one below its square, and so on.
-
-    Returns:
-        Groups for an optimizer: "params", "weight_decay" and "lr_scale", the factor on the plan's rate.
-
-    Raises:
-        UserError: layer_decay for a model that does not tell the order of its layers.
-    """
-    scales = dict.fromkeys((name for name, _ in model.named_parameters()), 1.0)
-    if layer_decay is not None:
-        if not 0 < layer_decay <= 1:
-            raise UserError(f"--layer_decay must be above 0 and at most 1, not {layer_decay}")
-        if not hasattr(model, "group_matcher"):
-            raise UserError(f"--layer_decay: {type(model).__name__} does not tell the order of its layers")
-        from timm.models import group_parameters
-
-        depths = group_parameters(model, model.group_matcher(coarse=False), reverse=True)
-        top = max(depths.values())
-        scales = {name: layer_decay ** (top - depths[name]) for name in scales}
-    exempt = model.no_weight_decay() if hasattr(model, "no_weight_decay") else ()
-    groups: dict[tuple[float, float], dict[str, Any]] = {}
-    for name, parameter in model.named_parameters():
-        decays = decay_norm_and_bias or (parameter.ndim > 1 and name not in exempt)
-        key = (scales[name], weight_decay if decays else 0.0)
-        group = groups.setdefault(key, {"params": [], "weight_decay": key[1], "lr_scale": key[0]})
-        group["params"].append(parameter)
-    return list(groups.values())
+    optimizer: str = "sgd"
+    """sgd (with Nesterov momentum), or any timm optimizer name."""
+    weight_decay: NonNegativeFloat = 1e-4
+    """L2 penalty of convolutions and linear layers."""
+    decay_norm_and_bias: bool = True
+    """Also decay normalisation weights and biases."""
+    layer_decay: ClosedUnitInterval | None = None
+    """LR factor from each layer to the one below it, towards the stem; null = one LR for all."""
+    ema: bool = False
+    """Also keep and evaluate an exponential moving average of the weights."""
+    ema_decay: ClosedUnitInterval = 0.9999
+    """Its decay per optimizer step, after warm-up."""
 
 
-def create_optimizer(cfg: Any, model: nn.Module) -> torch.optim.Optimizer:
+def create_optimizer(
+    settings: OptimizerSettings, model: nn.Module, *, momentum: float
+) -> torch.optim.Optimizer:
     """Build the optimizer; the loop sets group["lr"] = plan's rate x group["lr_scale"] before every step.
 
+    timm groups the parameters: by weight decay, which 1-d tensors and those in the model's no_weight_decay() can
+    do without, and with `layer_decay` by depth (Clark et al., 2020): the head has "lr_scale" 1, the last block
+    layer_decay, the one below its square, and so on.
+
     Args:
-        cfg: has optimizer ("sgd" or a timm name), momentum, nesterov, weight_decay, decay_norm_and_bias and
-            layer_decay.
-        model: the bare model.
+        settings: what and how.
+        model: the bare model with nothing frozen yet; later stages freeze and thaw what the optimizer knows.
+        momentum: SGD's momentum; the loop sets it, or the first beta, in every step.
 
     Raises:
         UserError: timm has no optimizer of that name, or lacks what it needs.
     """
-    groups = param_groups(model, cfg.weight_decay, cfg.decay_norm_and_bias, cfg.layer_decay)
-    if cfg.optimizer == "sgd":
-        if cfg.nesterov and cfg.momentum == 0:
-            raise UserError("--nesterov needs a --momentum above 0")
-        # On a CPU the fused step is several times faster. On CUDA the default one costs next to nothing, and
-        # lets the gradient scaler skip a step, where the fused one skips without telling.
-        fused = not torch.cuda.is_available()
-        optimizer = torch.optim.SGD(groups, lr=0.1, momentum=cfg.momentum, nesterov=cfg.nesterov, fused=fused)
-        if fused and cfg.momentum > 0:
-            optimizer.register_step_pre_hook(_match_buffers)
-        return optimizer
     from timm.optim import create_optimizer_v2, list_optimizers
 
     known = list_optimizers()
-    if cfg.optimizer not in known:
-        raise UserError(f"--optimizer {cfg.optimizer} is unknown{did_you_mean(cfg.optimizer, known)}")
+    if settings.optimizer not in known:
+        raise UserError(
+            f"--optimizer {settings.optimizer} is unknown{did_you_mean(settings.optimizer, known)}"
+        )
+    assert all(parameter.requires_grad for parameter in model.parameters()), (
+        "timm would leave frozen ones out"
+    )
+    # Fused: several times faster on a CPU. With gradient scaling it skips a step inside the kernel, in silence.
+    own = {"fused": True, "nesterov": momentum > 0} if settings.optimizer == "sgd" else {}
     try:
-        return create_optimizer_v2(groups, cfg.optimizer, lr=0.1, weight_decay=0.0, momentum=cfg.momentum)
+        optimizer = create_optimizer_v2(
+            model,
+            settings.optimizer,
+            lr=0.1,
+            weight_decay=settings.weight_decay,
+            momentum=momentum,
+            filter_bias_and_bn=not settings.decay_norm_and_bias,
+            layer_decay=settings.layer_decay,
+            **own,
+        )
     except (AssertionError, ImportError) as error:  # needs a GPU, or a package that is not installed
-        raise UserError(f"--optimizer {cfg.optimizer} cannot be used here: {error}") from error
+        raise UserError(f"--optimizer {settings.optimizer} cannot be used here: {error}") from error
+    for group in optimizer.param_groups:
+        group.setdefault("lr_scale", 1.0)
+    if settings.optimizer == "sgd" and momentum > 0:
+        optimizer.register_step_pre_hook(_match_buffers)
+    return optimizer
 
 
 def _match_buffers(optimizer: torch.optim.Optimizer, _args: Any, _kwargs: Any) -> None:
@@ -102,12 +101,36 @@ def _match_buffers(optimizer: torch.optim.Optimizer, _args: Any, _kwargs: Any) -
                 state["momentum_buffer"] = torch.empty_like(parameter).copy_(buffer)
 
 
-def create_ema(model: nn.Module, decay: float) -> "ModelEmaV3":
-    """Keep an average of the weights in ema.module; call ema.update(model, step=optimizer steps done).
+class Ema:
+    """An exponential moving average of a model's weights and BatchNorm statistics, in `.module`.
 
-    The decay rises as 1 - step^-0.75 up to `decay`, lest a short run's average be mostly its random start.
-    BatchNorm's running statistics are averaged like weights, its counters copied.
+    The decay rises as 1 - step^-0.75 up to `decay` (timm's ModelEmaV3 with a warm-up of that power, whose results
+    these are to the bit), lest a short run's average be mostly its random start. Integer buffers are copied.
     """
-    from timm.utils import ModelEmaV3
 
-    return ModelEmaV3(model, decay=decay, use_warmup=True, warmup_power=0.75)
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.module = copy.deepcopy(model).eval().requires_grad_(False)
+        self.decay = decay
+        self._averages = _floating_and_integer(self.module)
+        self._model: nn.Module | None = None
+
+    def decay_at(self, step: int) -> float:
+        return min(self.decay, 1 - step**-0.75)
+
+    @torch.no_grad()
+    def update(self, model: nn.Module, step: int) -> None:
+        """Take in the weights after optimizer step number `step`, counted from 1, without waiting for the device.
+
+        The model's tensors are looked up once, so they must be changed in place from the first call on.
+        """
+        if model is not self._model:
+            self._model, self._weights = model, _floating_and_integer(model)
+        (averages, copies), (weights, counters) = self._averages, self._weights
+        torch._foreach_lerp_(averages, weights, weight=1 - self.decay_at(step))
+        if copies:
+            torch._foreach_copy_(copies, counters)
+
+
+def _floating_and_integer(model: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
+    tensors = list(model.state_dict(keep_vars=True).values())
+    return [t for t in tensors if t.is_floating_point()], [t for t in tensors if not t.is_floating_point()]

@@ -1,32 +1,22 @@
 """Small models and steps that the tests of this folder share."""
 
-from types import SimpleNamespace
-
 import torch
 from torch.nn import functional as F
 
+from common.model.optimizer import OptimizerSettings, create_optimizer
 from common.model.resnet import BasicBlock, ResNet
 
 IMAGES = torch.randn(4, 3, 32, 48, generator=torch.Generator().manual_seed(0))
 LABELS = torch.tensor([0, 1, 2, 3])
 
 
-def config(**changes):
-    return SimpleNamespace(
-        **{
-            "optimizer": "sgd",
-            "momentum": 0.9,
-            "nesterov": True,
-            "weight_decay": 0.05,
-            "decay_norm_and_bias": False,
-            "layer_decay": None,
-        }
-        | changes
-    )
-
-
 def small():
     return ResNet(BasicBlock, (1, 1, 1, 1), 5)
+
+
+def optimizer_for(model, momentum=0.9, **settings):
+    defaults = {"weight_decay": 0.05, "decay_norm_and_bias": False}
+    return create_optimizer(OptimizerSettings(**defaults | settings), model, momentum=momentum)
 
 
 def randomise(model):

@@ -5,8 +5,7 @@ from torch.nn import functional as F
 from common import UserError
 from common.model import create_model
 from common.model.freezing import classifier_prefix, set_trainable_layers, train_mode
-from common.model.optimizer import create_optimizer
-from tests.model.models import IMAGES, LABELS, changed, config, small, snapshot, step
+from tests.model.models import IMAGES, LABELS, changed, optimizer_for, small, snapshot, step
 
 EARLY = ("conv1", "bn1", "layer1", "layer2")
 
@@ -59,7 +58,7 @@ def test_useless_freezing_is_refused(frozen):
 
 def test_frozen_layers_keep_weights_and_statistics():
     model = small()
-    optimizer = create_optimizer(config(), model)
+    optimizer = optimizer_for(model)
     step(model.train(), optimizer)  # leaves momentum and gradients behind
     set_trainable_layers(model, EARLY)
     train_mode(model, EARLY)
