@@ -120,15 +120,6 @@ class TrainConfig(
         stages = self.stages or self.curriculum()
         return scale_stages(stages, **DEBUG_SCALE) if self.debug else stages
 
-    def validate(self) -> None:
-        """Refuse combinations that cannot be meant; single values are held by their types."""
-        for name in ("crop_scale",):
-            low, high = getattr(self, name)
-            if not 0 < low <= high <= 1:
-                raise UserError(f"--{name} needs 0 < smallest <= largest <= 1, not {low}, {high}")
-        if self.momentum + self.momentum_swing >= 1 or self.momentum < self.momentum_swing:
-            raise UserError("--momentum plus or minus --momentum_swing must stay from 0 to below 1")
-
 
 @dataclass
 class CurriculumConfig(TrainConfig):
@@ -257,7 +248,6 @@ def parse_args(config_class: type[Config], description: str, args: list[str] | N
     namespace = parser.parse_args(args)
     cfg = config_class(**_without_config(parser.instantiate_classes(namespace)))
     cfg.given = frozenset(_without_config(parser.parse_args(args, defaults=False)))
-    cfg.validate()
     return cfg
 
 

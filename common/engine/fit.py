@@ -80,8 +80,9 @@ def train_epoch(t: Trainer, epoch: EpochPlan, rates: Rates, stream: Iterator[Bat
     """Train from where the progress stands to the end of the epoch."""
     run, state, progress = t.run, t.state, t.state.progress
     t.begin_epoch(epoch)
+    last_step = epoch.first_step + epoch.steps - 1
     with out_of_memory_advice(epoch, t.plan.micro_batch(epoch.stage_index)):
-        for step in traced(run, range(progress.step, epoch.first_step + epoch.steps)):
+        for step in traced(run, range(progress.step, last_step + 1)):
             train_step(t, epoch, rates.lr(step), rates.momentum(step), stream)
             progress.step += 1
             progress.images_seen += epoch.global_batch
@@ -89,7 +90,7 @@ def train_epoch(t: Trainer, epoch: EpochPlan, rates: Rates, stream: Iterator[Bat
                 state.ema.update(state.model, step=progress.step)
             t.meter.tick()
             # Between two looks nothing waits for the device.
-            if run.look_due(progress.step) and t.look():
+            if step < last_step and run.look_due(progress.step) and t.look():
                 save(t)
     t.look()
 

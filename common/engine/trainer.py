@@ -13,6 +13,7 @@ from common import UserError
 from common.augment import Augment
 from common.data.batches import Batches
 from common.data.loader import Batch, Loader
+from common.data.shapes import stage_shapes
 from common.data.sources.base import Source
 from common.engine.evaluate import Score, average_buffers, evaluate
 from common.engine.memory import out_of_memory_advice, warm_up
@@ -84,7 +85,14 @@ class Trainer:
             frozen,
         )
         with out_of_memory_advice(epoch, self.plan.micro_batch(epoch.stage_index)):
-            warm_up(self.run, self.net, model, epoch, self.plan, self.batches.stage_shapes(stage))
+            warm_up(
+                self.run,
+                self.net,
+                model,
+                epoch,
+                self.plan,
+                stage_shapes(stage, self.batches.train, self.run.cfg),
+            )
 
     def _prepare_net(self) -> None:
         """Let Accelerate wrap the model; for several processes anew, so that only what trains now is reduced."""

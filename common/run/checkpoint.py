@@ -280,6 +280,11 @@ def _remove(folder: Path) -> None:
         shutil.rmtree(folder)
 
 
+def name_of(step: int) -> str:
+    """The name of a step's checkpoint."""
+    return f"step_{step:08d}"
+
+
 def _step(folder: Path) -> int:
     """The step in a checkpoint's name; -1 for other names, which an older version gave."""
     match = NAME.fullmatch(folder.name)
@@ -301,7 +306,7 @@ def write(checkpoints: Path, files: Files) -> Path:
     Raises:
         UserError: the disk is full or not writable; the earlier checkpoints are untouched.
     """
-    folder = checkpoints / f"step_{files[STATE]['progress']['step']:08d}"
+    folder = checkpoints / name_of(files[STATE]["progress"]["step"])
     temporary = folder.with_name(folder.name + TEMPORARY)
     manifest: dict[str, Any] = {"format_version": FORMAT_VERSION, "files": {}}
     try:

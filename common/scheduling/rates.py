@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from common import UserError
 from common.scheduling.plan import Plan
 
 if TYPE_CHECKING:
@@ -75,6 +76,11 @@ class Rates:
     plan: Plan
     settings: ScheduleSettings
     peak_lr: float
+
+    def __post_init__(self) -> None:
+        s = self.settings
+        if s.momentum + s.momentum_swing >= 1 or s.momentum < s.momentum_swing:
+            raise UserError("--momentum plus or minus --momentum_swing must stay from 0 to below 1")
 
     def peak(self, stage_index: int) -> float:
         """A stage's highest learning rate: the first stage's times `lr_scale`, or in proportion to the stage's batch."""
