@@ -1,5 +1,6 @@
 """From batch items to batches: what a worker hands over, and what becomes of an image it cannot read."""
 
+import contextlib
 import json
 import os
 import signal
@@ -7,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import psutil
@@ -103,6 +105,76 @@ def test_a_larger_batch_than_before_fits(tree):
         [*_, last] = loader.stream(items(8, size=(size, size)))
         [want] = make_loader(train, val, seed=0, workers=0).stream([last.item])
         assert torch.equal(last.images, want.images)
+    loader.close()
+
+
+@pytest.mark.parametrize("channels_last", [True, False])
+@pytest.mark.parametrize("workers", [0, 1])
+def test_memory_layout(tree, workers, channels_last):
+    loader = make_loader(*opened(tree), workers=workers, channels_last=channels_last)
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    for batch in loader.stream(items(3)):
+        assert batch.images.is_contiguous(memory_format=layout)
+    loader.close()
+
+
+class Device:
+    """Stands for CUDA: streams whose work is done when somebody waits for it, and a log of what happens."""
+
+    def __init__(self, monkeypatch) -> None:
+        self.log: list[str] = []
+        self.waiting: list[tuple[torch.Tensor, torch.Tensor]] = []  # copies under way: (host, device)
+        self.pinned: list[torch.Tensor] = []
+        cuda, tensor = torch.cuda, torch.Tensor
+        monkeypatch.setattr(cuda, "Stream", lambda device: SimpleNamespace(record_event=lambda: "event"))
+        monkeypatch.setattr(cuda, "stream", lambda stream: contextlib.nullcontext())
+        monkeypatch.setattr(cuda, "current_stream", lambda device: SimpleNamespace(wait_event=self.wait))
+        monkeypatch.setattr(cuda, "cudart", None)
+        monkeypatch.setattr(tensor, "pin_memory", lambda tensor: self.pin(tensor))
+        monkeypatch.setattr(tensor, "to", lambda *args, **options: self.copy(*args, **options))
+        monkeypatch.setattr(tensor, "record_stream", lambda tensor, stream: self.log.append("record"))
+
+    def pin(self, tensor: torch.Tensor) -> torch.Tensor:
+        self.pinned.append(tensor.clone())
+        return self.pinned[-1]
+
+    def copy(self, tensor: torch.Tensor, device: torch.device, non_blocking: bool) -> torch.Tensor:
+        assert device.type == "cuda"
+        assert non_blocking
+        assert any(tensor is each for each in self.pinned), "a copy from memory that is not pinned waits"
+        self.log.append("copy")
+        self.waiting.append((tensor, torch.empty_like(tensor)))
+        return self.waiting[-1][1]
+
+    def wait(self, event: str) -> None:
+        self.log.append("wait")
+        for host, copy in self.waiting:
+            copy.copy_(host)
+        self.waiting.clear()
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_batches_are_copied_to_the_device_one_ahead(tree, workers, monkeypatch):
+    wanted = items(6)
+    expected = [batch.images.clone() for batch in make_loader(*opened(tree)).stream(wanted)]
+    device = Device(monkeypatch)
+    loader = make_loader(*opened(tree), workers=workers, device="cuda")
+    for number, (batch, images) in enumerate(zip(loader.stream(wanted), expected, strict=True)):
+        copies = min(number + 2, len(wanted))  # this batch and the next, images and labels
+        assert device.log.count("copy") == 2 * copies
+        assert device.log[-3:] == ["wait", "record", "record"]
+        assert torch.equal(batch.images, images)
+        assert batch.labels.tolist() == loader._sources[0].labels[batch.item.indices].tolist()
+    loader.close()
+
+
+def test_a_slot_is_free_when_its_bytes_are_pinned(tree, monkeypatch):
+    Device(monkeypatch)
+    loader = make_loader(*opened(tree), workers=1, device="cuda")
+    kept = list(loader.stream(items(40)))  # nobody runs out of slots by keeping batches on the device
+    assert len(kept) == 40
+    assert not loader._slots._sent
+    assert len(loader._slots._free) == len(loader._slots.slots)
     loader.close()
 
 
