@@ -207,26 +207,29 @@ class S3Mirror:
     # In the thread that uploads
 
     def _work(self) -> None:
-        failures = failures_closing = 0
-        while not self._stopped.is_set() and failures_closing < CLOSING_TRIES:
+        failures, was_closing = 0, False
+        while not self._stopped.is_set():
             self._changed.wait()
             self._changed.clear()
             closing, sent_before = self._closing.is_set(), self._bytes
             trouble = self._try()
             self._tell(trouble)
             if trouble is None:
-                failures = failures_closing = 0
+                failures = 0
                 if closing and not self._changed.is_set():
-                    self._all_sent = True
+                    self._all_sent = not self._stopped.is_set()
                     return
                 continue
+            failures = 1 if self._bytes > sent_before or closing != was_closing else failures + 1
+            was_closing = closing
+            if closing and failures >= CLOSING_TRIES:
+                return
+            # close() cuts a long wait short.
+            until, longest_s = (
+                (self._stopped, CLOSING_RETRY_S) if closing else (self._closing, LONGEST_RETRY_S)
+            )
+            until.wait(_retry_s(failures, longest_s))
             self._changed.set()
-            failures = 1 if self._bytes > sent_before else failures + 1
-            failures_closing = min(failures_closing + 1, failures) if closing else 0
-            if closing:
-                self._stopped.wait(_retry_s(failures, CLOSING_RETRY_S))
-            else:  # close() cuts a long wait short
-                self._closing.wait(_retry_s(failures, LONGEST_RETRY_S))
 
     def _try(self) -> str | None:
         """One pass; returns why it was not complete."""
@@ -289,9 +292,8 @@ class S3Mirror:
 
     def _send_checkpoint(self, manifest: str) -> None:
         """Upload a checkpoint's files, the manifest last and only if all others have arrived."""
-        if (
-            manifest in self._stored
-        ):  # that of another course, which `--resume` of an older checkpoint has left
+        # That of another course, which `--resume` of an older checkpoint has left.
+        if manifest in self._stored:
             self._client.delete_object(Bucket=self._bucket, Key=self._prefix + manifest)
             del self._stored[manifest]
         files = self._versions((self.run_dir / manifest).parent.glob("*"))
