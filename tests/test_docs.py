@@ -28,6 +28,7 @@ ELSEWHERE = {
     "--warmup-epochs --cooldown-epochs --smoothing --amp --amp-dtype --channels-last --color-jitter --device --no-prefetcher "
     "--crop-pct",
     "aws, docker, sbatch, ruff": "--only-show-errors --ipc --signal --check",
+    "the original rect script": "--dist_port",
 }
 # Described before the code has them: delete each when its program does (the test below asks for it).
 COMING_FLAGS = {"--recipe", "--profile", "--minutes", "--rehearse"}
