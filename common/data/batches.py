@@ -1,34 +1,88 @@
 """From a plan to the batch items of one process: the whole run, training and evaluation, as one sequence."""
 
+from __future__ import annotations
+
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import lru_cache
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from common.config import TrainConfig, UserError
-from common.data import order as sampling
-from common.data.loader import Source
-from common.data.order import BatchItem, View
+from common import UserError
+from common.data.order import (
+    BatchItem,
+    View,
+    eval_items,
+    local_items,
+    rect_epoch,
+    square_epoch,
+    streaming_epoch,
+    subset,
+)
+from common.data.shapes import assign, bucket_table, choose_shapes, format_buckets, jittered
+from common.data.sources.base import Source
 from common.scheduling import EpochPlan, Plan, Stage
 
+if TYPE_CHECKING:
+    from jsonargparse.typing import ClosedUnitInterval, PositiveInt
+
 WHOLE = 0.0  # instead of the share that a square crop keeps
+
+
+@dataclass
+class ViewSettings:
+    """What the model sees of an image"""
+
+    crop_scale: tuple[ClosedUnitInterval, ClosedUnitInterval] = (0.08, 1.0)
+    """Smallest and largest share of the image that a random training crop covers."""
+
+    crop_pct: ClosedUnitInterval = 0.875
+    """Share of the (shorter) side that evaluation's centre crop keeps."""
+
+    rect_val: bool = False
+    """Evaluate each image whole, at the aspect ratio nearest its own."""
+
+    rect_area: Literal["short", "constant"] = "short"
+    """What rectangular shapes hold constant: short = the short side, constant = the pixels per image."""
+
+    rect_buckets: PositiveInt = 9
+    """Number of different shapes at most."""
+
+    rect_scale: tuple[ClosedUnitInterval, ClosedUnitInterval] = (0.35, 1.0)
+    """As --crop_scale, in stages with shape rect."""
 
 
 class Batches:
     """What each process loads at each step; a pure function of the plan, the seed and the position.
 
     Args:
-        cfg: crop and shape settings, seed.
         plan: the run's epochs.
-        train, val: labels and image sizes.
-        rank, world: this process, and how many there are.
+        train: labels and image sizes of split 0.
+        val: the same of split 1.
+        settings: of crops and shapes.
+        seed: of the run.
+        rank: this process.
+        world: how many there are.
+
+    Raises:
+        UserError: settings that exclude each other.
     """
 
     def __init__(
-        self, cfg: TrainConfig, plan: Plan, train: Source, val: Source, rank: int, world: int
+        self, plan: Plan, train: Source, val: Source, settings: ViewSettings, seed: int, rank: int, world: int
     ) -> None:
-        self.cfg, self.plan, self.train, self.val, self.rank, self.world = cfg, plan, train, val, rank, world
-        random_access = cfg.rect_val or any(s.data_fraction < 1 or s.shape == "rect" for s in plan.stages)
+        self.plan, self.train, self.val, self.settings = plan, train, val, settings
+        self.seed, self.rank, self.world = seed, rank, world
+        for name in ("crop_scale", "rect_scale"):
+            low, high = getattr(settings, name)
+            if not 0 < low <= high:
+                raise UserError(f"--{name} needs 0 < smallest <= largest <= 1, not {low}, {high}")
+        if settings.crop_pct == WHOLE:
+            raise UserError("--crop_pct must be above 0; --rect_val true evaluates images whole")
+        random_access = settings.rect_val or any(
+            stage.data_fraction < 1 or stage.shape == "rect" for stage in plan.stages
+        )
         if train.group_rows is not None and random_access:
             raise UserError(
                 "--streaming reads shards in order: it goes with data_fraction 1 and square shapes only"
@@ -38,28 +92,21 @@ class Batches:
         """Everything from a position to the end of the run, so that the workers never wait at an epoch's end."""
         for epoch in self.plan.epochs(start_epoch):
             yield from self.train_items(epoch, start_step)
-            yield from self.eval_items(epoch.stage.img_size, self.micro_batch(epoch.stage_index))
+            yield from self.eval_items(epoch.stage.img_size, self.plan.micro_batch(epoch.stage_index))
 
     def train_items(self, epoch: EpochPlan, start_step: int = 0) -> Iterator[BatchItem]:
         """This process's micro-batches of an epoch, from optimizer step `start_step` of the run."""
         stage = epoch.stage
-        pool = self._pool(stage.data_fraction)
+        size, key = stage.img_size, (epoch.global_batch, self.seed, epoch.index)
         if self.train.group_rows is not None:
-            matrix = sampling.streaming_epoch(
-                self.train.group_rows, stage.img_size, epoch.global_batch, self.cfg.seed, epoch.index
-            )
+            matrix = streaming_epoch(self.train.group_rows, size, *key)
         elif stage.shape == "rect":
-            shapes = self._shapes(stage.img_size)
-            sizes = sampling.jittered(self.train.sizes(), self.cfg.seed, epoch.index)
-            buckets = sampling.assign(sizes, shapes)
-            matrix = sampling.rect_epoch(
-                pool, buckets, shapes, epoch.global_batch, self.cfg.seed, epoch.index
-            )
+            shapes = self._shapes(size)
+            buckets = assign(jittered(self.train.sizes(), self.seed, epoch.index), shapes)
+            matrix = rect_epoch(self._pool(stage.data_fraction), buckets, shapes, *key)
         else:
-            matrix = sampling.square_epoch(
-                pool, stage.img_size, epoch.global_batch, self.cfg.seed, epoch.index
-            )
-        yield from sampling.local_items(
+            matrix = square_epoch(self._pool(stage.data_fraction), size, *key)
+        yield from local_items(
             matrix,
             epoch=epoch.index,
             view=self.train_view(stage),
@@ -70,51 +117,43 @@ class Batches:
         )
 
     def train_view(self, stage: Stage) -> View:
-        low, high = self.cfg.rect_scale if stage.shape == "rect" else self.cfg.crop_scale
-        scale = (high * (low / high) ** stage.strength, high)  # strength 0: no smaller crop than the largest
+        """A stage's random crops: the weaker its strength, the larger the smallest of them."""
+        low, high = self.settings.rect_scale if stage.shape == "rect" else self.settings.crop_scale
+        scale = (high * (low / high) ** stage.strength, high)
         return View(scale, ratio=(1.0, 1.0)) if stage.shape == "rect" else View(scale)
 
     def eval_items(self, img_size: int, batch_size: int, crop: float | None = None) -> list[BatchItem]:
         """This process's share of the validation images, each exactly once over all processes.
 
         Args:
+            img_size: side of the square, or what `rect_area` makes of it, in pixels.
+            batch_size: images per batch at most.
             crop: share of the shorter side that a centred square keeps; `WHOLE` = everything, at its own aspect
                 ratio; None = as `--rect_val` and `--crop_pct` say.
         """
         if crop is None:
-            crop = WHOLE if self.cfg.rect_val else self.cfg.crop_pct
-        if crop != WHOLE:
-            view = View(None, crop_pct=crop)
-            return sampling.eval_items(len(self.val), img_size, batch_size, self.rank, self.world, view)
-        shapes = self._shapes(img_size)
-        size = shapes[sampling.assign(self.val.sizes(), shapes)]
-        view = View(None, crop_pct=1.0)
-        return sampling.eval_items(len(self.val), size, batch_size, self.rank, self.world, view)
+            crop = WHOLE if self.settings.rect_val else self.settings.crop_pct
+        view = View(None, crop_pct=crop or 1.0)
+        size: int | np.ndarray = img_size
+        if crop == WHOLE:
+            shapes = self._shapes(img_size)
+            size = shapes[assign(self.val.sizes(), shapes)]
+        return eval_items(len(self.val), size, batch_size, self.rank, self.world, view)
 
     def bucket_tables(self) -> str:
         """For each image size of the plan that has rectangular batches: shapes, shares and what cropping loses."""
-        sizes = sorted(
-            {stage.img_size for stage in self.plan.stages if stage.shape == "rect" or self.cfg.rect_val}
-        )
+        sizes = {s.img_size for s in self.plan.stages if s.shape == "rect" or self.settings.rect_val}
         return "\n".join(
-            sampling.format_buckets(sampling.bucket_table(self.train.sizes(), self._shapes(size)))
-            for size in sizes
+            format_buckets(bucket_table(self.train.sizes(), self._shapes(size))) for size in sorted(sizes)
         )
-
-    def micro_batch(self, stage_index: int) -> int:
-        return self.plan.global_batches[stage_index] // self.world // self.plan.accumulation(stage_index)
-
-    def stage_shapes(self, stage: Stage) -> list[tuple[int, int]]:
-        """Heights and widths that training batches of a stage can have."""
-        if stage.shape == "rect":
-            return [(int(h), int(w)) for h, w in self._shapes(stage.img_size)]
-        return [(stage.img_size, stage.img_size)]
 
     @lru_cache(maxsize=4)  # noqa: B019 -- lives as long as the run
     def _pool(self, fraction: float) -> np.ndarray:
-        return sampling.subset(self.train.labels, fraction, self.cfg.seed)
+        return subset(self.train.labels, fraction, self.seed)
 
     @lru_cache(maxsize=4)  # noqa: B019
     def _shapes(self, img_size: int) -> np.ndarray:
         """Shapes [K, 2] for an image size."""
-        return sampling.choose_shapes(self.train.sizes(), img_size, self.cfg.rect_area, self.cfg.rect_buckets)
+        return choose_shapes(
+            self.train.sizes(), img_size, self.settings.rect_area, self.settings.rect_buckets
+        )

@@ -7,11 +7,9 @@ through all of them.
 
 import logging
 import math
-import mmap
 import os
 import signal
 import threading
-import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -26,8 +24,8 @@ from torch.utils.data import DataLoader, Dataset
 from common import UserError
 from common.data.decode import DecodeError, decode_batch
 from common.data.order import BatchItem
-from common.data.sources.folder import Source, open_source
-from common.data.sources.stream import open_stream
+from common.data.slots import Slot, Slots
+from common.data.sources.base import Source
 
 log = logging.getLogger(__name__)
 
@@ -36,23 +34,6 @@ CGROUP_QUOTAS = (  # file of the quota, and of its period
     ("/sys/fs/cgroup/cpu.max", None),  # v2: both in one line
     ("/sys/fs/cgroup/cpu/cpu.cfs_quota_us", "/sys/fs/cgroup/cpu/cpu.cfs_period_us"),  # v1
 )
-
-
-def open_dataset(cfg) -> tuple[Source, Source]:
-    """Open the train and validation images that `--data_dir` names.
-
-    Raises:
-        UserError: a split is missing, or the two do not have the same classes.
-    """
-    open_split = open_stream if cfg.streaming else open_source
-    train, val = open_split(cfg.data_dir, "train"), open_split(cfg.data_dir, "val")
-    for name, some, others in (("val", train, val), ("train", val, train)):
-        if missing := sorted(set(some.classes) - set(others.classes)):
-            names = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
-            raise UserError(f"--data_dir {cfg.data_dir}: {name} lacks {len(missing)} classes: {names}")
-    if train.classes != val.classes:
-        raise UserError(f"--data_dir {cfg.data_dir}: train and val number their classes in different orders")
-    return train, val
 
 
 def available_workers() -> int:
@@ -76,64 +57,6 @@ class Batch(NamedTuple):
     wait_s: float  # seconds that the caller waited for it
 
 
-class _Slot:
-    """Memory for one batch that this process and its workers share, used again and again.
-
-    A DataLoader would pass each tensor in new shared memory, by a file descriptor through a socket, which
-    costs a worker a quarter of its time. Workers inherit a slot when they are forked, and only its number is
-    passed. It does not lie in /dev/shm, which has 64 MB in a container.
-    """
-
-    def __init__(self) -> None:
-        self._file = open(os.memfd_create("batch"), "r+b")  # noqa: SIM115 -- lives as long as the slot
-        self._map: mmap.mmap | None = None
-
-    def images(self, item: BatchItem, pin: bool = False) -> np.ndarray:
-        """Map what a batch takes, uint8 [B, H, W, 3]; pinned for asynchronous copies to CUDA."""
-        shape = (len(item.indices), item.height, item.width, 3)
-        size = math.prod(shape)
-        if self._map is None or len(self._map) < size:
-            if pin and self._map is not None:
-                torch.cuda.cudart().cudaHostUnregister(self._address())
-            if self._file.seek(0, os.SEEK_END) < size:
-                self._file.truncate(size)
-            self._map = mmap.mmap(self._file.fileno(), size)
-            if pin and (error := int(torch.cuda.cudart().cudaHostRegister(self._address(), size, 0))):
-                log.warning("CUDA error %d: batches are not pinned, so copies to the device wait", error)
-        return np.frombuffer(self._map, np.uint8, size).reshape(shape)
-
-    def _address(self) -> int:
-        return np.frombuffer(self._map, np.uint8).ctypes.data
-
-
-class _Slots:
-    """Hands out slots with the items, and takes them back when nobody looks at the images any more."""
-
-    def __init__(self, count: int):
-        self.slots = [_Slot() for _ in range(count)]
-        self._free = list(range(count))
-        self._sent: set[int] = set()
-
-    def take(self) -> int | None:
-        if not self._free:  # the caller keeps more batches than expected; the next one travels on its own
-            return None
-        number = self._free.pop()
-        self._sent.add(number)
-        return number
-
-    def images(self, number: int, item: BatchItem, pin: bool) -> torch.Tensor:
-        """Show a slot's images, uint8 [B, 3, H, W]; the slot is free again when the tensor is gone."""
-        self._sent.discard(number)
-        array = self.slots[number].images(item, pin)
-        weakref.finalize(array, self._free.append, number)
-        return torch.from_numpy(array).permute(0, 3, 1, 2)
-
-    def recall(self) -> None:
-        """Take back what was sent with items whose answers nobody waits for any more."""
-        self._free += self._sent
-        self._sent.clear()
-
-
 class _Answer(NamedTuple):
     """What a worker sends back. Errors travel as text; a DataLoader would wrap them in a traceback."""
 
@@ -147,7 +70,7 @@ class _Answer(NamedTuple):
 class _Decoder(Dataset):
     """Runs in a worker: a `BatchItem` in, a finished batch out."""
 
-    def __init__(self, sources: tuple[Source, Source], seed: int, skip_unreadable: bool, slots: list[_Slot]):
+    def __init__(self, sources: tuple[Source, Source], seed: int, skip_unreadable: bool, slots: list[Slot]):
         self.sources, self.seed, self.skip_unreadable, self.slots = sources, seed, skip_unreadable, slots
 
     def __getitem__(self, item_and_slot: tuple[BatchItem, int | None]) -> _Answer:
@@ -209,7 +132,7 @@ def _one_thread() -> Iterator[None]:
 class _Items:
     """The sampler: whatever is to be loaded next. A DataLoader keeps its workers while this changes."""
 
-    def __init__(self, slots: _Slots) -> None:
+    def __init__(self, slots: Slots) -> None:
         self.items: Iterable[BatchItem] = ()
         self._slots = slots
 
@@ -272,7 +195,7 @@ class Loader:
         self._sources = (train, val)
         forks = self.workers > 0 and hasattr(os, "memfd_create")
         # As many as can be waiting, and a few for the batches in the caller's hands.
-        self._slots = _Slots(self.workers * prefetch + 4 if forks else 0)
+        self._slots = Slots(self.workers * prefetch + 4 if forks else 0)
         self._items = _Items(self._slots)
         self._loader = DataLoader(
             _Decoder(self._sources, seed, skip_unreadable, self._slots.slots),

@@ -27,16 +27,9 @@ import pyarrow.parquet as pq
 from pyarrow import fs
 
 from common import UserError
+from common.data.sources.arrow import Places, choose_level, find_columns, find_places, read_labels
+from common.data.sources.base import VAL_NAMES, MissingSplit
 from common.data.sources.cache import cache_folder, keep_arrow, map_arrow, write_arrow
-from common.data.sources.folder import (
-    VAL_NAMES,
-    MissingSplit,
-    Places,
-    choose_level,
-    find_columns,
-    find_places,
-    read_labels,
-)
 from common.data.sources.remote import Storage
 
 log = logging.getLogger(__name__)

@@ -1,0 +1,191 @@
+"""Arrow tables as sources: Hugging Face datasets, and pyramids of smaller copies."""
+
+import re
+from itertools import pairwise
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+
+from common import UserError
+from common.data.sources.base import HEAD_BYTES, MissingSplit
+from common.data.sources.cache import fingerprint_of
+from common.data.sources.sizes import cached_sizes
+
+
+class Columns(NamedTuple):
+    """Which columns of a table hold what."""
+
+    levels: dict[int, str]  # image columns by short side, smallest first; {0: column} of a plain dataset
+    label: str
+    classes: list[str]  # empty if the labels are bare numbers
+    prepared: bool
+
+    @property
+    def small(self) -> list[str]:
+        """All but the images."""
+        return [self.label, "height", "width"] if self.prepared else [self.label]
+
+
+def find_columns(schema: pa.Schema, name: str) -> Columns:
+    """Find the image and label columns by the features that `datasets` keeps in a schema.
+
+    Raises:
+        UserError: there are none, or several image columns that are no pyramid.
+    """
+    from datasets import ClassLabel, Features, Image
+
+    features = Features.from_arrow_schema(schema)
+    images = [column for column, feature in features.items() if isinstance(feature, Image)]
+    levels = {int(column[6:]): column for column in images if re.fullmatch(r"image_\d+", column)}
+    if not levels and len(images) != 1:
+        raise UserError(f"--data_dir: {name} has {len(images)} image columns, not one: {list(features)}")
+    named = {column: feature.names for column, feature in features.items() if isinstance(feature, ClassLabel)}
+    # Of several (coarse and fine), the finest.
+    label = max(named, key=lambda column: len(named[column])) if named else "label"
+    if label not in features:
+        raise UserError(f"--data_dir: {name} has no class label column: {list(features)}")
+    return Columns(dict(sorted(levels.items())) or {0: images[0]}, label, named.get(label, []), bool(levels))
+
+
+def read_labels(table: pa.Table, columns: Columns, name: str) -> np.ndarray:
+    """Return a table's labels, int64 [N].
+
+    Raises:
+        UserError: some row has none.
+    """
+    labels = table.column(columns.label)
+    if labels.null_count or not pa.types.is_integer(labels.type):
+        raise UserError(f"--data_dir: column {columns.label} of {name} is not a class number in every row")
+    numbers = labels.to_numpy().astype(np.int64)
+    if numbers.min(initial=0) < 0:
+        raise UserError(f"--data_dir: {name} has rows without a label (-1)")
+    return numbers
+
+
+class Places(NamedTuple):
+    """Where the bytes of each row of an image column lie."""
+
+    chunks: list[np.ndarray]  # uint8 each
+    chunk: np.ndarray  # int32 [N]
+    start: np.ndarray  # int64 [N], in the chunk
+    length: np.ndarray  # int32 [N]; 0 where the row is null
+
+    def read(self, row: int) -> np.ndarray:
+        begin = self.start[row]
+        return self.chunks[self.chunk[row]][begin : begin + self.length[row]]
+
+
+def find_places(column: pa.ChunkedArray) -> Places:
+    """Look up where a column of bytes, or of structs with a field `bytes`, has them; nothing is copied."""
+    chunks: list[np.ndarray] = []
+    numbers, starts, lengths = [np.empty(0, np.int32)], [np.empty(0, np.int64)], [np.empty(0, np.int32)]
+    for chunk in column.chunks:
+        if pa.types.is_struct(chunk.type):
+            chunk = chunk.flatten()[chunk.type.get_field_index("bytes")]
+        offset_type = np.int64 if pa.types.is_large_binary(chunk.type) else np.int32
+        _, offsets, content = chunk.buffers()
+        offsets = np.frombuffer(offsets, offset_type)[chunk.offset : chunk.offset + len(chunk) + 1]
+        length = np.diff(offsets)
+        if chunk.null_count:
+            length[chunk.is_null().to_numpy(zero_copy_only=False)] = 0
+        numbers.append(np.full(len(chunk), len(chunks), np.int32))
+        starts.append(offsets[:-1].astype(np.int64))
+        lengths.append(length.astype(np.int32))
+        chunks.append(np.frombuffer(content or b"", np.uint8))
+    return Places(chunks, *map(np.concatenate, (numbers, starts, lengths)))
+
+
+def choose_level(levels: list[int], short_side: int) -> int:
+    """The smallest level with a margin as Resize(256) leaves for CenterCrop(224); else the largest."""
+    return next((level for level in levels if level >= short_side * 8 // 7), levels[-1])
+
+
+class ArrowSource:
+    """One split of an Arrow table, memory-mapped: a Hugging Face dataset, or a pyramid of smaller copies.
+
+    Where the bytes of a row lie is three numbers (chunk, start, length): reading makes no Arrow object.
+    """
+
+    group_rows = None
+
+    def __init__(self, tables: dict[str, pa.Table], fingerprint: str):
+        """Look up where everything is.
+
+        Args:
+            tables: by the name they have in messages; with the features of `datasets` in their metadata.
+            fingerprint: changes when the data change.
+        """
+        self.fingerprint = fingerprint
+        self._names = list(tables)
+        self._first_rows = np.cumsum([0] + [len(table) for table in tables.values()])
+        table = pa.concat_tables(tables.values())
+        columns = find_columns(table.schema, self._names[0])
+        self.labels = read_labels(table, columns, self._names[0])
+        self.classes = columns.classes or [str(number) for number in range(self.labels.max(initial=-1) + 1)]
+        self.prepared = columns.prepared
+        self._places = {level: find_places(table.column(name)) for level, name in columns.levels.items()}
+        self._levels = list(columns.levels)
+        self._fill_missing()
+        self._sizes: np.ndarray | None = None
+        if self.prepared:
+            self._sizes = np.stack([table.column(side).to_numpy() for side in ("height", "width")], 1)
+
+    def _fill_missing(self) -> None:
+        """Let a level point at the next smaller one for small images, which are stored once."""
+        for below, above in pairwise(self._levels):
+            smaller, larger = self._places[below], self._places[above]
+            missing = larger.length == 0
+            larger.chunk[missing] = smaller.chunk[missing] + len(larger.chunks)
+            larger.start[missing], larger.length[missing] = smaller.start[missing], smaller.length[missing]
+            larger.chunks.extend(smaller.chunks)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def read(self, index: int, short_side: int) -> np.ndarray:
+        return self._places[choose_level(self._levels, short_side)].read(index)
+
+    def describe(self, index: int) -> str:
+        place = int(np.searchsorted(self._first_rows, index, "right")) - 1
+        return f"row {index - self._first_rows[place]} of {self._names[place]}"
+
+    def sizes(self) -> np.ndarray:
+        if self._sizes is None:
+            self._sizes = cached_sizes(self, self.fingerprint, lambda i: self.read(i, 0)[:HEAD_BYTES])
+        return self._sizes
+
+
+def open_shards(data_dir: str, shards: list[Path], names: tuple[str, ...]) -> ArrowSource:
+    """Map the Arrow shards that `prepare` wrote."""
+    for name in names:
+        chosen = [shard for shard in shards if shard.name.startswith(f"{name}-")]
+        if chosen:
+            break
+    else:
+        raise MissingSplit(f"--data_dir {data_dir} has no data/{names[0]}-*.arrow")
+    tables = {}
+    for shard in chosen:
+        try:
+            tables[str(shard)] = pa.ipc.open_file(pa.memory_map(str(shard))).read_all()
+        except pa.ArrowInvalid as error:
+            raise UserError(f"{shard} is damaged ({error}); remove it and run prepare again") from error
+    known = [(shard.name, shard.stat().st_size, len(tables[str(shard)])) for shard in chosen]
+    return ArrowSource(tables, fingerprint_of(known))
+
+
+def open_datasets(data_dir: str, names: tuple[str, ...]) -> ArrowSource:
+    """Let `datasets` find, fetch and convert; its cache is an Arrow file, which we map."""
+    import datasets
+
+    try:
+        found = datasets.get_dataset_split_names(data_dir)
+        name = next((name for name in names if name in found), None)
+        if name is None:
+            raise MissingSplit(f"--data_dir {data_dir} has the splits {found} but no {names[0]}")
+        dataset = datasets.load_dataset(data_dir, split=name)
+    except (ConnectionError, datasets.exceptions.DatasetNotFoundError) as error:
+        why = f"is no folder here, and the hub gave no such dataset: {error}"
+        raise UserError(f"--data_dir {data_dir} {why}") from error
+    return ArrowSource({f"{name} of {data_dir}": dataset.data.table}, dataset._fingerprint)
