@@ -31,8 +31,8 @@ ELSEWHERE = {
     "the original rect script": "--dist_port",
 }
 # Described before the code has them: delete each when its program does (the test below asks for it).
-COMING_FLAGS = {"--recipe", "--profile", "--minutes", "--rehearse"}
-COMING_MODULES = {"common.tools.gpu_report", "common.model"}
+COMING_FLAGS = {"--recipe", "--minutes", "--rehearse"}
+COMING_MODULES = {"common.tools.gpu_report"}
 
 FENCE = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
 FLAG = re.compile(r"(?<![\w-])--[a-z][a-z0-9]*(?:[_-][a-z0-9]+)*")
@@ -164,6 +164,12 @@ def test_the_readme_shows_the_hybrid_list_as_it_is() -> None:
     assert names["STAGES"] == train_hybrid.STAGES
 
 
+def last_top1(*runs: str) -> float:
+    """Mean final top-1 of runs in docs/results, in percent."""
+    summaries = [json.loads((ROOT / "docs" / "results" / run / "summary.json").read_text()) for run in runs]
+    return sum(summary["last_top1"] for summary in summaries) / len(summaries)
+
+
 def test_final_and_best_accuracies_are_the_logs_own() -> None:
     """Rows of docs/results.md with one log and a cell `final / best`."""
     checked = 0
@@ -185,3 +191,17 @@ def test_results_open_with_ten_claims() -> None:
     rows = re.findall(r"^\| (\d+) \| .+ \| .+ \| (.+) \|$", claims, re.MULTILINE)
     assert [number for number, _ in rows] == [str(n) for n in range(1, 11)]
     assert all("](results/" in log or "make soak" in log for _, log in rows)
+
+
+def test_the_claims_figures_are_the_means_of_their_logs() -> None:
+    """Of those that name the logs of two sides: `a against b %`, or the difference in points."""
+    checked = 0
+    for row in (ROOT / "docs" / "results.md").read_text().split("\n## ")[0].splitlines():
+        figure, logs = row.split(" | ")[-2:] if row.count(" | ") == 3 else ("", "")
+        ours, _, theirs = (re.findall(r"results/(\w+)", side) for side in logs.partition(" against "))
+        if theirs:
+            a, b = last_top1(*ours), last_top1(*theirs)
+            difference = f"{a - b:+.1f} points".replace("-", "−")
+            assert f"{a:.1f} against {b:.1f} %" in figure or difference in figure, row
+            checked += 1
+    assert checked >= 6
