@@ -47,17 +47,22 @@ def commands(page: Path) -> list[str]:
     return lines + [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", FENCE.sub("", text))]
 
 
+def file_of(program: str) -> Path:
+    """The file that runs as `python train_x.py` or as `python -m some.module`."""
+    if program.endswith(".py"):
+        return ROOT / program
+    path = ROOT / program.replace(".", "/")
+    return path / "__main__.py" if path.is_dir() else path.with_suffix(".py")
+
+
 @functools.cache
 def flags_of(program: str) -> set[str]:
-    """The flags in `--help` of a script of the project, or of a module that is run by `python -m`."""
+    """The flags in a program's `--help`."""
     output, argv = io.StringIO(), sys.argv
-    run = functools.partial(runpy.run_module, program, alter_sys=True)
-    if program.endswith(".py"):
-        run = functools.partial(runpy.run_path, str(ROOT / program))
     sys.argv = [program, "--help"]
     try:
         with contextlib.redirect_stdout(output), pytest.raises(SystemExit) as exit_:
-            run(run_name="__main__")
+            runpy.run_path(str(file_of(program)), run_name="__main__")
     finally:
         sys.argv = argv
     assert exit_.value.code == 0, f"{program} --help ends with {exit_.value.code}"
@@ -145,12 +150,9 @@ def test_the_lists_above_hold_nothing_superfluous() -> None:
     mentioned = set(FLAG.findall("\n".join(page.read_text() for page in PAGES)))
     assert sorted((elsewhere() | COMING_FLAGS) - mentioned) == [], "mentioned nowhere"
     assert sorted(COMING_FLAGS & our_flags()) == [], "has come: delete it from COMING_FLAGS"
-    assert sorted(m for m in COMING_MODULES if is_program(m)) == [], "has come: delete it from COMING_MODULES"
-
-
-def is_program(module: str) -> bool:
-    path = ROOT / module.replace(".", "/")
-    return path.with_suffix(".py").exists() or (path / "__main__.py").exists()
+    assert [module for module in COMING_MODULES if file_of(module).exists()] == [], (
+        "has come: delete it from COMING_MODULES"
+    )
 
 
 def test_the_readme_is_short() -> None:
