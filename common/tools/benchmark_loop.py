@@ -101,7 +101,7 @@ def ready(cfg: TrainConfig, steps: int) -> Iterator[Bench]:
         state = prepare_state(run, create_model(cfg.model, len(train.classes)), train)
         plan = settle_plan(run, state, train)
         batches = Batches(plan, train, train, cfg, cfg.seed, 0, 1)
-        trainer = Trainer(run, state, plan, batches, None, train)
+        trainer = Trainer(run, state, plan, batches, None)
         epoch = next(plan.epochs())
         trainer.enter_stage(epoch)
         items = islice(batches.train_items(epoch), READY_BATCHES)

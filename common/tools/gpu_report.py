@@ -97,7 +97,10 @@ class Row:
     seconds: float = 0.0
 
     def cells(self) -> str:
-        result = ", ".join(f"{k} {v if isinstance(v, str) else f'{v:,.4g}'}" for k, v in self.figures.items())
+        numbers = {
+            k: f"{v:,.{0 if v > 99 else 3}f}" for k, v in self.figures.items() if not isinstance(v, str)
+        }
+        result = ", ".join(f"{name} {value}" for name, value in (self.figures | numbers).items())
         return f"| {self.what} | {result or f'*not measured*: {self.reason}'} | {self.seconds:.0f} s |"
 
 
@@ -265,7 +268,7 @@ def cifar(sizes: Sizes, data_dir: str) -> Figures:
     if not data_dir:
         raise UserError("pass --cifar with CIFAR-10 as --data_dir takes it")
     given = {"data_dir": data_dir, "lr": 0.2, "lr_scaling": "none", "weight_decay": 5e-4}
-    given |= {"crop_scale": (0.35, 1.0), "crop_pct": 1.0}
+    given |= {"crop_scale": (0.35, 1.0), "crop_pct": 1.0, "recipe": "listed"}
     with tempfile.TemporaryDirectory() as output:
         cfg = config(replace(sizes, model=sizes.cifar_model), output=output, **given)
         cfg.stages = [Stage(sizes.cifar_epochs, sizes.cifar_px, sizes.batch, mixup=0.0)]
