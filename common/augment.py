@@ -35,7 +35,8 @@ class AugmentSettings:
     """Augmentation"""
 
     mixup_alpha: NonNegativeFloat = 0.2
-    """Parameter of MixUp's Beta(alpha, alpha) (Zhang et al., 2018); 0 = off. With CutMix on as well, a fair coin picks one per batch."""
+    """Parameter of MixUp's Beta(alpha, alpha) (Zhang et al., 2018); 0 = off. With CutMix on as well, a fair coin
+    picks one per batch."""
 
     cutmix_alpha: NonNegativeFloat = 1.0
     """Parameter of CutMix's Beta(alpha, alpha) (Yun et al., 2019); 0 = off."""
