@@ -3,56 +3,72 @@
     accelerate launch --config_file accelerate_configs/single_gpu.yaml train_finetune.py \\
         --data_dir /data/flowers --weights runs/standard-20260101-120000
 
-`--weights` takes a run folder, a .safetensors or .pth file, or a timm pretrained tag (--model resnet50.a1_in1k --weights timm).
+`--weights` takes a run or model folder, a .safetensors or .pth file, or a timm pretrained tag (--model resnet50.a1_in1k
+--weights timm).
+
+Measured: half of Caltech-101's classes from weights of the other half, ResNet-18, 64 px, 4 epochs: 55.7 % top-1 against 39.1 %
+from scratch (docs/results.md).
 """
 
-from dataclasses import dataclass
+from __future__ import annotations
 
-from common.config import TrainConfig, UserError, main_with
-from common.engine.fit import train
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from common import UserError
+from common.config import TrainConfig, run_script
+from common.data import open_dataset
+from common.engine import fit
+from common.model import create_finetuned_model
+from common.run import start_run
 from common.scheduling import BACKBONE, Stage
+
+if TYPE_CHECKING:
+    from jsonargparse.typing import ClosedUnitInterval, PositiveFloat, PositiveInt
 
 
 @dataclass
 class FinetuneConfig(TrainConfig):
-    """Settings of fine-tuning.
-
-    Args:
-        epochs: passes over the training set, the head's included.
-        head_epochs: of these, how many train the head alone, everything else frozen.
-        img_size: side of the image in pixels.
-        batch_size: images per process and optimizer step; cut down to a small dataset.
-        body_lr_scale: peak learning rate of the second stage relative to the head's.
-        mixup_share: share of the second stage's epochs, from its first, that use MixUp/CutMix.
-    """
+    """Length and size"""
 
     strategy = "finetune"
 
-    epochs: int = 50
-    head_epochs: int = 5
-    img_size: int = 224
-    batch_size: int = 1024
-    body_lr_scale: float = 0.3
-    mixup_share: float = 0.9
+    epochs: PositiveInt = 50
+    """Passes over the training set, the head's included."""
+    head_epochs: PositiveInt | None = None
+    """Of these, how many train the head alone, everything else frozen; null = a tenth."""
+    img_size: PositiveInt = 224
+    """Side of the image in pixels."""
+    batch_size: PositiveInt = 1024
+    """Images per process and optimizer step; cut down to a small dataset."""
+    body_lr_scale: PositiveFloat = 0.3
+    """Peak learning rate of the second stage relative to the head's."""
+    mixup_share: ClosedUnitInterval = 0.9
+    """Share of the second stage's epochs, from its first, that use MixUp/CutMix."""
     stage_wise: bool = True
-    layer_decay: float | None = 0.8
+    """One OneCycle per stage instead of one over the whole run."""
+    layer_decay: ClosedUnitInterval | None = 0.8
+    """LR factor from each layer group to the one below it, towards the stem; null = one LR for all."""
 
     def curriculum(self) -> list[Stage]:
-        if not self.weights:
-            raise UserError("--weights is needed: a run folder, a weights file, or a timm pretrained tag")
-        if not 0 < self.head_epochs < self.epochs:
-            raise UserError(f"--head_epochs must be above 0 and below --epochs, not {self.head_epochs}")
-        common = {"img_size": self.img_size, "batch_size": self.batch_size}
+        head_epochs = self.head_epochs or max(1, round(self.epochs / 10))
+        if head_epochs >= self.epochs:
+            raise UserError(f"--head_epochs {head_epochs} must be below --epochs {self.epochs}")
+        size = {"img_size": self.img_size, "batch_size": self.batch_size}
         return [
-            Stage(epochs=self.head_epochs, mixup=False, frozen=(BACKBONE,), **common),
-            Stage(
-                epochs=self.epochs - self.head_epochs,
-                mixup=self.mixup_share,
-                lr_scale=self.body_lr_scale,
-                **common,
-            ),
+            Stage(head_epochs, mixup=False, frozen=(BACKBONE,), **size),
+            Stage(self.epochs - head_epochs, mixup=self.mixup_share, lr_scale=self.body_lr_scale, **size),
         ]
 
 
+def main(cfg: FinetuneConfig) -> None:
+    if not cfg.weights:
+        raise UserError("--weights is needed: a run folder, a weights file, or a timm pretrained tag")
+    with start_run(cfg) as run:
+        train, val = open_dataset(cfg)
+        model, source = create_finetuned_model(cfg.model, train.classes, cfg.weights)
+        fit(run, model, train, val, source)
+
+
 if __name__ == "__main__":
-    main_with(train, FinetuneConfig, __doc__)
+    run_script(main, FinetuneConfig, __doc__)

@@ -3,19 +3,28 @@
     accelerate launch --config_file accelerate_configs/g5_4gpu.yaml train_hybrid.py --data_dir /data/imagenet-pyramid
 
 One OneCycle spans the whole run, scaled stage by stage (--stage_wise: one per stage).
+
+Measured: Caltech-101, ResNet-18, 32 / 64 / 96 px, two CPU cores: 70.0 % top-1 in 0.70 of the time in which standard training
+ends at 68.2 % (docs/results.md, with a list of its own). ImageNet: not measured.
 """
 
-from dataclasses import dataclass, field
+from __future__ import annotations
 
-from common.config import CurriculumConfig, main_with
-from common.engine.fit import train
+from dataclasses import dataclass
+
+from common.config import CurriculumConfig, run_script
+from common.data import open_dataset
+from common.engine import fit
+from common.model import create_model
+from common.run import start_run
 from common.scheduling import Stage
 
 STAGES = [
     Stage(epochs=15, img_size=128, batch_size=1024, data_fraction=0.50, lr_scale=1.00),
     Stage(epochs=15, img_size=160, batch_size=768, data_fraction=0.75, lr_scale=0.70),
     Stage(epochs=30, img_size=224, batch_size=512, lr_scale=0.50),
-    Stage(epochs=20, img_size=224, batch_size=512, mixup=False, lr_scale=0.25),  # settle on clean images
+    # Settle on clean images.
+    Stage(epochs=20, img_size=224, batch_size=512, mixup=False, lr_scale=0.25),
 ]
 
 STEM = ("conv1", "bn1", "layer1")
@@ -23,35 +32,35 @@ EXPERT_STAGES = [
     Stage(epochs=15, img_size=128, batch_size=1024, data_fraction=0.50, lr_scale=1.00),
     Stage(epochs=15, img_size=160, batch_size=768, data_fraction=0.75, lr_scale=0.60),
     Stage(epochs=20, img_size=224, batch_size=512, lr_scale=0.35),
-    Stage(
-        epochs=15, img_size=224, batch_size=512, lr_scale=0.20, frozen=STEM
-    ),  # edges and colours have settled
-    Stage(epochs=10, img_size=224, batch_size=512, mixup=False, lr_scale=0.12, frozen=(*STEM, "layer2")),
-    Stage(
-        epochs=5, img_size=224, batch_size=512, mixup=False, lr_scale=0.08, frozen=(*STEM, "layer2", "layer3")
-    ),
-]
+    # Edges and colours have settled.
+    Stage(epochs=15, img_size=224, batch_size=512, lr_scale=0.20, frozen=STEM),
+    Stage(epochs=10, img_size=224, batch_size=512, lr_scale=0.12, mixup=False, frozen=(*STEM, "layer2")),
+    Stage(epochs=5, img_size=224, batch_size=512, lr_scale=0.08, mixup=False, frozen=(*STEM, "layer2", "layer3")),
+]  # fmt: skip
 
 
 @dataclass
 class HybridConfig(CurriculumConfig):
-    """Settings of the hybrid curriculum.
-
-    Args:
-        progressive_freezing: the expert curriculum: lower LR scales, early layers frozen late in the run, EMA on.
-    """
+    """Expert curriculum"""
 
     strategy = "hybrid"
 
-    stages: list[Stage] = field(default_factory=lambda: list(STAGES))
     progressive_freezing: bool = False
+    """Lower LR scales, early layers frozen late in the run, EMA on."""
 
     def __post_init__(self) -> None:
-        if self.progressive_freezing:
-            self.ema = True
-            if self.stages == STAGES:
-                self.stages = list(EXPERT_STAGES)
+        self.ema = self.ema or self.progressive_freezing
+
+    def listed(self) -> list[Stage]:
+        return EXPERT_STAGES if self.progressive_freezing else STAGES
+
+
+def main(cfg: HybridConfig) -> None:
+    with start_run(cfg) as run:
+        train, val = open_dataset(cfg)
+        model = create_model(cfg.model, len(train.classes))
+        fit(run, model, train, val)
 
 
 if __name__ == "__main__":
-    main_with(train, HybridConfig, __doc__)
+    run_script(main, HybridConfig, __doc__)

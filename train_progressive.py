@@ -4,31 +4,57 @@
 
 Each stage has a OneCycle of its own, whose peak follows the batch: min(0.1 x global batch / 256, 0.4). Small stages are
 only cheap if their images are cheap to load: prepare a pyramid (python -m common.tools.prepare).
+
+Measured: Caltech-101, ResNet-18, 32 / 64 / 96 px, two CPU cores: 69.5 % top-1 in 0.54 of the time in which standard training
+ends at 68.2 % (docs/results.md, with a list of its own). ImageNet: not measured.
 """
 
-from dataclasses import dataclass, field
-from typing import Literal
+from __future__ import annotations
 
-from common.config import CurriculumConfig, main_with
-from common.engine.fit import train
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from common.config import CurriculumConfig, run_script
+from common.data import open_dataset
+from common.engine import fit
+from common.model import create_model
+from common.run import start_run
 from common.scheduling import Stage
+
+if TYPE_CHECKING:
+    from jsonargparse.typing import PositiveFloat
 
 STAGES = [
     Stage(epochs=25, img_size=56, batch_size=4096),
     Stage(epochs=25, img_size=112, batch_size=1024),
-    Stage(epochs=25, img_size=224, batch_size=256, mixup=0.6),  # settle on clean images
+    # The last epochs settle on clean images.
+    Stage(epochs=25, img_size=224, batch_size=256, mixup=0.6),
 ]
 
 
 @dataclass
 class ProgressiveConfig(CurriculumConfig):
+    """Learning rate of the stages"""
+
     strategy = "progressive"
 
-    stages: list[Stage] = field(default_factory=lambda: list(STAGES))
+    lr: PositiveFloat | Literal["auto"] = 0.1
+    """Base learning rate per 256 images, or "auto" for the LR finder's suggestion as the peak."""
+    max_lr: PositiveFloat | None = 0.4
+    """Upper limit of every stage's peak learning rate; null = none."""
     stage_wise: bool = True
-    lr: float | Literal["auto"] = 0.1
-    max_lr: float | None = 0.4
+    """One OneCycle per stage instead of one over the whole run."""
+
+    def listed(self) -> list[Stage]:
+        return STAGES
+
+
+def main(cfg: ProgressiveConfig) -> None:
+    with start_run(cfg) as run:
+        train, val = open_dataset(cfg)
+        model = create_model(cfg.model, len(train.classes))
+        fit(run, model, train, val)
 
 
 if __name__ == "__main__":
-    main_with(train, ProgressiveConfig, __doc__)
+    run_script(main, ProgressiveConfig, __doc__)

@@ -5,57 +5,72 @@
 Aspect ratios come from the files' headers, shapes from the data's own aspects; validation is rectangular too. A cosine
 with warm-up is a OneCycle with a short rise and no momentum swing. (--dist_port of the original script is now
 `accelerate launch --main_process_port`.)
+
+Measured: Caltech-101, ResNet-18, 64 px, 5 epochs: 49.9 % top-1 against 54.6 % with squares (docs/results.md). ImageNet: not
+measured.
 """
 
-from dataclasses import dataclass
-from typing import Literal
+from __future__ import annotations
 
-from common.config import TrainConfig, main_with
-from common.engine.fit import train
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from common.config import TrainConfig, run_script
+from common.data import open_dataset
+from common.engine import fit
+from common.model import create_model
+from common.run import start_run
 from common.scheduling import Stage
+
+if TYPE_CHECKING:
+    from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, PositiveFloat, PositiveInt
 
 
 @dataclass
 class RectConfig(TrainConfig):
-    """Settings of rectangular training.
-
-    Args:
-        epochs: passes over the training set.
-        batch_size: images per process and optimizer step.
-        target_size: short side in pixels, or with --rect_area constant the side of the square of equal area.
-        mixup_share: share of the epochs, from the first, that use MixUp/CutMix.
-        no_amp: no mixed precision, whatever `accelerate launch` was told.
-    """
+    """Length, size and rate"""
 
     strategy = "rect"
 
-    epochs: int = 90
-    batch_size: int = 256
-    target_size: int = 224
-    mixup_share: float = 0.9
+    epochs: PositiveInt = 90
+    """Passes over the training set."""
+    batch_size: PositiveInt = 256
+    """Images per process and optimizer step."""
+    target_size: PositiveInt = 224
+    """Short side in pixels, or with --rect_area constant the side of the square of equal area."""
+    mixup_share: ClosedUnitInterval = 0.9
+    """Share of the epochs, from the first, that use MixUp/CutMix."""
     no_amp: bool = False
-    lr: float | Literal["auto"] = 0.1
-    pct_start: float = 0.05
-    momentum_swing: float = 0.0
-    batch_aug_prob: float = 0.5
-    erasing_prob: float = 0.25
+    """No mixed precision, whatever `accelerate launch` was told."""
+    lr: PositiveFloat | Literal["auto"] = 0.1
+    """Base learning rate per 256 images, or "auto" for the LR finder's suggestion as the peak."""
+    pct_start: ClosedUnitInterval = 0.05
+    """Share of the cycle spent warming up."""
+    momentum_swing: NonNegativeFloat = 0.0
+    """The momentum cycles between momentum + swing and momentum - swing; 0 = constant."""
+    batch_aug_prob: ClosedUnitInterval = 0.5
+    """Probability that a batch is mixed at all."""
+    erasing_prob: ClosedUnitInterval = 0.25
+    """Probability of Random Erasing, per image."""
+    crop_scale: tuple[float, float] = (0.35, 1.0)
+    """Smallest and largest share of the image that a random training crop covers."""
     rect_val: bool = True
+    """Evaluate each image whole, at the aspect ratio nearest its own."""
 
     def __post_init__(self) -> None:
         if self.no_amp:
             self.mixed_precision = "no"
 
     def curriculum(self) -> list[Stage]:
-        return [
-            Stage(
-                epochs=self.epochs,
-                img_size=self.target_size,
-                batch_size=self.batch_size,
-                mixup=self.mixup_share,
-                shape="rect",
-            )
-        ]
+        return [Stage(self.epochs, self.target_size, self.batch_size, mixup=self.mixup_share, shape="rect")]
+
+
+def main(cfg: RectConfig) -> None:
+    with start_run(cfg) as run:
+        train, val = open_dataset(cfg)
+        model = create_model(cfg.model, len(train.classes))
+        fit(run, model, train, val)
 
 
 if __name__ == "__main__":
-    main_with(train, RectConfig, __doc__)
+    run_script(main, RectConfig, __doc__)

@@ -3,40 +3,52 @@
     accelerate launch --config_file accelerate_configs/g5_4gpu.yaml train_standard.py --data_dir /data/imagenet
 
 MixUp and CutMix rest for the last tenth of the epochs, so that the model settles on clean images.
+
+Measured: Caltech-101, ResNet-18, 96 px, 20 epochs, two CPU cores: 68.2 % top-1 in 26 min (docs/results.md). ImageNet: not
+measured.
 """
 
-from dataclasses import dataclass
+from __future__ import annotations
 
-from common.config import TrainConfig, main_with
-from common.engine.fit import train
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from common.config import TrainConfig, run_script
+from common.data import open_dataset
+from common.engine import fit
+from common.model import create_model
+from common.run import start_run
 from common.scheduling import Stage
+
+if TYPE_CHECKING:
+    from jsonargparse.typing import ClosedUnitInterval, PositiveInt
 
 
 @dataclass
 class StandardConfig(TrainConfig):
-    """Settings of standard training.
-
-    Args:
-        epochs: passes over the training set.
-        img_size: side of the image in pixels.
-        batch_size: images per process and optimizer step.
-        mixup_share: share of the epochs, from the first, that use MixUp/CutMix.
-    """
+    """Length and size"""
 
     strategy = "standard"
 
-    epochs: int = 60
-    img_size: int = 224
-    batch_size: int = 512
-    mixup_share: float = 0.9
+    epochs: PositiveInt = 60
+    """Passes over the training set."""
+    img_size: PositiveInt = 224
+    """Side of the image in pixels."""
+    batch_size: PositiveInt = 512
+    """Images per process and optimizer step."""
+    mixup_share: ClosedUnitInterval = 0.9
+    """Share of the epochs, from the first, that use MixUp/CutMix."""
 
     def curriculum(self) -> list[Stage]:
-        return [
-            Stage(
-                epochs=self.epochs, img_size=self.img_size, batch_size=self.batch_size, mixup=self.mixup_share
-            )
-        ]
+        return [Stage(self.epochs, self.img_size, self.batch_size, mixup=self.mixup_share)]
+
+
+def main(cfg: StandardConfig) -> None:
+    with start_run(cfg) as run:
+        train, val = open_dataset(cfg)
+        model = create_model(cfg.model, len(train.classes))
+        fit(run, model, train, val)
 
 
 if __name__ == "__main__":
-    main_with(train, StandardConfig, __doc__)
+    run_script(main, StandardConfig, __doc__)

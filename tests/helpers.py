@@ -1,5 +1,6 @@
 """What several test files need: a tiny dataset, and a training run in this process or in several."""
 
+import json
 import os
 import subprocess
 import sys
@@ -11,12 +12,25 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from common.config import TrainConfig, parse_args
-from common.engine.fit import train
+from common.run.checkpoint import name_of
 from common.run.run import Run
 from train_rect import RectConfig
 
 ROOT = Path(__file__).parent.parent
-FAST = ["--model", "test_resnet", "--wandb", "off", "--workers", "0", "--lr", "0.1"]
+FAST = [
+    "--model",
+    "test_resnet",
+    "--wandb",
+    "off",
+    "--workers",
+    "0",
+    "--lr",
+    "0.1",
+    "--mixed_precision",
+    "no",
+    "--recipe",
+    "listed",
+]
 
 
 def make_images(folder: Path, classes: int = 3, train: int = 24, val: int = 7) -> Path:
@@ -38,27 +52,36 @@ def run_training(config_class: type[TrainConfig], data: Path, output: Path, name
     """Train in this process; returns the run's folder. Raises SystemExit as a script would."""
     size = "--target_size" if config_class is RectConfig else "--img_size"
     args = ["--data_dir", str(data), "--output", str(output), "--run_name", name, *FAST, size, "32", *flags]
-    cfg = parse_args(config_class, "", args)
-    cfg.validate()
-    train(cfg)
+    sys.modules[config_class.__module__].main(parse_args(config_class, "", args))
     return output / name
 
 
 def stop_after(monkeypatch, steps: int) -> None:
-    """Behave as if SIGTERM arrived during the given optimizer step, once."""
-    original, count = Run.step_done, [0]
+    """Behave as if SIGTERM arrived during the given optimizer step, once, and was seen at once."""
+    original, count = Run.look, [0]
 
-    def step_done(self: Run) -> bool:
+    def look(self: Run, step: int, problem: int) -> tuple[bool, int]:
         count[0] += 1
         if count[0] == steps:
-            self._signal = 15
-        return original(self)
+            self.signals.number = 15
+        return original(self, step, problem)
 
-    monkeypatch.setattr(Run, "step_done", step_done)
+    monkeypatch.setattr("common.run.run.LOOK_S", 0.0)
+    monkeypatch.setattr(Run, "look", look)
 
 
-def weights(run: Path, checkpoint: str = "last", file: str = "model") -> dict[str, torch.Tensor]:
-    return load_file(run / "checkpoints" / checkpoint / f"{file}.safetensors")
+def last_checkpoint(run: Path) -> Path:
+    """The newest checkpoint of a run."""
+    return max((run / "checkpoints").glob("step_*"))
+
+
+def weights(run: Path, file: str = "model", step: int | None = None) -> dict[str, torch.Tensor]:
+    folder = last_checkpoint(run) if step is None else run / "checkpoints" / name_of(step)
+    return load_file(folder / f"{file}.safetensors")
+
+
+def progress(run: Path) -> dict:
+    return json.loads((last_checkpoint(run) / "state.json").read_text())["progress"]
 
 
 def assert_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:

@@ -1,5 +1,6 @@
 """Exact evaluation: every validation image counted once, over any number of processes."""
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -9,7 +10,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from common.augment import Augment
-from common.data.loader import Batch
+from common.data.batches import WHOLE, Batches
+from common.data.loader import Batch, Loader
+from common.run.checkpoint import TrainState
+from common.run.processes import rank0_errors
+from common.run.run import Run
+
+# Evaluation batches between two looks at signals.
+ROUNDS_BETWEEN = 10
+# The final grid: times the training size, and shares of the shorter side that are kept.
+FINAL_SIZES = (1.0, 1.15, 1.3)
+FINAL_CROPS = (0.875, 1.0, WHOLE)
 
 
 @dataclass(frozen=True)
@@ -23,13 +34,24 @@ class Score:
 
 
 def average_buffers(model: nn.Module, accelerator: Accelerator) -> None:
-    """Give every process the mean of all processes' BatchNorm statistics, so that all evaluate the same model."""
-    if accelerator.num_processes == 1:
-        return
-    for buffer in model.buffers():
-        if buffer.is_floating_point():
-            torch.distributed.all_reduce(buffer)
-            buffer /= accelerator.num_processes
+    """Give every process the mean of all processes' BatchNorm statistics, so that all evaluate the same model.
+
+    In training each process keeps its own, which no other one sees.
+    """
+    if accelerator.num_processes > 1:
+        for buffer in model.buffers():
+            if buffer.is_floating_point():
+                buffer.copy_(accelerator.reduce(buffer, "mean"))
+
+
+def one_view(model: nn.Module, images_nchw: Tensor) -> Tensor:
+    """Logits, by `forward` and not `__call__`: a compiled model would compile anew for the last, smaller batch."""
+    return model.forward(images_nchw)
+
+
+def with_flip(model: nn.Module, images_nchw: Tensor) -> Tensor:
+    """Mean logits of an image and its mirror image."""
+    return (model.forward(images_nchw) + model.forward(images_nchw.flip(3))) / 2
 
 
 @torch.inference_mode()
@@ -43,7 +65,7 @@ def evaluate(
     *,
     rounds: int = 0,
     between: Callable[[], None] = lambda: None,
-    transform: Callable[[nn.Module, Tensor], Tensor] = lambda model, images: model.forward(images),
+    transform: Callable[[nn.Module, Tensor], Tensor] = one_view,
 ) -> list[Score]:
     """Score several models on the same batches, which are decoded once.
 
@@ -53,34 +75,71 @@ def evaluate(
         num_images: size of the whole validation set.
         augment: knows how to normalise.
         rounds: most batches that any process has.
-        between: called before each of the rounds, with or without a batch, so it may be a collective.
-        transform: from normalised images [B, 3, H, W] to logits. `forward` and not `__call__`, so that a compiled
-            model evaluates eagerly: the last, smaller batch would cost a compilation of its own.
+        between: called every few rounds, with or without a batch, so it may be a collective.
+        transform: from normalised images [B, 3, H, W] to logits.
 
     Raises:
         RuntimeError: the processes together did not see each image exactly once.
     """
-    sums = torch.zeros(len(models), 4, dtype=torch.float64, device=accelerator.device)
+    sums = torch.zeros(len(models), 3, dtype=torch.float64, device=accelerator.device)
+    seen = 0
     for model in models:
         model.eval()
     for number in range(max(rounds, num_batches)):
-        between()
+        if number % ROUNDS_BETWEEN == 0:
+            between()
         if number >= num_batches:
             continue
         images_nchw, labels, *_ = next(batches)
         images_nchw = augment.normalise(images_nchw)
+        seen += len(labels)
         for row, model in zip(sums, models, strict=True):
             with accelerator.autocast():
                 logits = transform(model, images_nchw).float()
             hits = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
-            row += torch.stack(
-                [F.cross_entropy(logits, labels, reduction="sum"), hits[:, 0].sum(), hits.sum(), hits.new_tensor(len(labels), dtype=torch.float32)]
-            )  # fmt: skip
-    if accelerator.num_processes > 1:
-        torch.distributed.all_reduce(sums)
-    scores = []
-    for loss, top1, top5, count in sums.tolist():
-        if count != num_images:
-            raise RuntimeError(f"evaluated {count:.0f} of {num_images} images")
-        scores.append(Score(loss / count, 100 * top1 / count, 100 * top5 / count, int(count)))
-    return scores
+            loss = F.cross_entropy(logits, labels, reduction="sum")
+            row += torch.stack([loss, hits[:, 0].sum(), hits.sum()])
+    count = torch.tensor(seen, device=accelerator.device)
+    count = int(accelerator.reduce(count, "sum"))
+    if count != num_images:
+        raise RuntimeError(f"evaluated {count} of {num_images} images")
+    return [
+        Score(loss / count, 100 * top1 / count, 100 * top5 / count, count)
+        for loss, top1, top5 in accelerator.reduce(sums, "sum").tolist()
+    ]
+
+
+def final_grid(run: Run, state: TrainState, augment: Augment, batches: Batches, loader: Loader) -> None:
+    """Try the finished weights at larger sizes, other crops and flipped (FixRes, Touvron et al., 2019)."""
+    plan = batches.plan
+    stage, batch_size = plan.stages[-1], plan.micro_batch(len(plan.stages) - 1)
+    models = {"raw": state.model} | ({"ema": state.ema.module} if state.ema is not None else {})
+    # Streamed shards cannot be sorted by shape.
+    in_order = batches.train.group_rows is not None
+    crops = [crop for crop in FINAL_CROPS if not (in_order and crop == WHOLE)]
+    rows = []
+    for factor, crop in itertools.product(FINAL_SIZES, crops):
+        size = 8 * round(stage.img_size * factor / 8) if factor != 1 else stage.img_size
+        items = batches.eval_items(size, batch_size, crop)
+        for flip, transform in (("no", one_view), ("yes", with_flip)):
+            scores = evaluate(
+                list(models.values()),
+                loader.stream(items),
+                len(items),
+                len(batches.val),
+                run.accelerator,
+                augment,
+                transform=transform,
+            )
+            for name, score in zip(models, scores, strict=True):
+                row = {"weights": name, "img_size": size, "crop": "whole" if crop == WHOLE else crop}
+                rows.append({**row, "flip": flip, "top1": score.top1, "top5": score.top5})
+    best = max(rows, key=lambda row: row["top1"])
+    lines = [f"{'weights':>8}{'px':>6}{'crop':>7}{'flip':>6}{'top-1':>8}{'top-5':>8}"]
+    for r in rows:
+        line = f"{r['weights']:>8}{r['img_size']:>6}{r['crop']:>7}{r['flip']:>6}{r['top1']:>8.2f}{r['top5']:>8.2f}"
+        lines.append(line + ("  best for deployment" if r is best else ""))
+    run.log.info("final evaluation (the headline stays one view at the training size)\n%s", "\n".join(lines))
+    with rank0_errors():
+        if run.is_main:
+            run.records.write_json("final_eval.json", {"rows": rows, "best": best})

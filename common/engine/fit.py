@@ -1,94 +1,182 @@
 """The one loop. It runs any list of stages, and nothing in it knows which strategy that is."""
 
-import os
+from collections.abc import Iterator
 from contextlib import closing
+from dataclasses import replace
+from itertools import chain, count, islice
 
+import torch
 from torch import nn
+from torch.nn import functional as F
 
-from common.config import TrainConfig
 from common.data.batches import Batches
-from common.data.loader import Loader, Source, open_dataset
-from common.data.sample import ensure_sample_data
-from common.engine.memory import fit_memory, make_run_plan, new_state, resume
+from common.data.loader import Batch, Loader
+from common.data.sources.base import Source
+from common.engine.evaluate import final_grid
+from common.engine.lr_finder import find_lr
+from common.engine.memory import out_of_memory_advice
+from common.engine.preflight import preflight
+from common.engine.profiler import traced
+from common.engine.recording import record, save
+from common.engine.setup import adapt_settings, prepare_state, settle_plan
 from common.engine.trainer import Trainer
-from common.model.create import create_finetuned_model, create_model
-from common.run.checkpoint import Progress
+from common.model.pretrained_cfg import PretrainedCfg
+from common.run.finder_plot import plot_lr_finder
+from common.run.processes import Interrupted, rank0_errors
 from common.run.progress import closing_block
-from common.run.run import Interrupted, Run, start_run
-from common.scheduling import scaled_lr
+from common.run.records import draw
+from common.run.run import Run
+from common.scheduling import EpochPlan, Rates, resolve_lr
+
+# Per 256 images, when the finder's curve cannot be trusted (Goyal et al., 2017).
+FALLBACK_LR = 0.1
 
 
-def train(cfg: TrainConfig) -> None:
-    """Train as the settings say: what every script does once its curriculum is known."""
-    cfg.data_dir = cfg.data_dir or str(ensure_sample_data())
-    train_source, val_source = open_dataset(cfg)
-    if cfg.dry_run:
-        print(dry_run(cfg, train_source, val_source))
-        return
-    with start_run(cfg) as run:
-        classes = len(train_source.classes)
-        if cfg.weights:
-            model = create_finetuned_model(cfg.model, classes, cfg.weights)
-        else:
-            model = create_model(cfg.model, classes)
-        fit(run, model, train_source, val_source)
+def fit(run: Run, model: nn.Module, train: Source, val: Source, source: PretrainedCfg | None = None) -> None:
+    """Train `model` through the run's stages; evaluate, record and save as it goes.
 
-
-def fit(run: Run, model: nn.Module, train: Source, val: Source) -> None:
-    """Train `model` through the run's stages; evaluate, record and save as it goes."""
-    cfg, log = run.cfg, run.log
-    state = new_state(run, model)
-    resume(run, state, train)
+    `source` is what weights that it starts from expect of their images.
+    """
+    cfg, accelerator = run.cfg, run.accelerator
+    adapt_settings(run, model, train)
+    state = prepare_state(run, model, train)
     progress = state.progress
-    plan = make_run_plan(cfg, run.accelerator.num_processes, train, progress)
-    batches = Batches(cfg, plan, train, val, run.accelerator.process_index, run.accelerator.num_processes)
-    plan = batches.plan = fit_memory(run, state, batches)
+    plan = settle_plan(run, state, train)
+    batches = Batches(plan, train, val, cfg, cfg.seed, accelerator.process_index, accelerator.num_processes)
+    if cfg.dry_run:
+        if run.is_main:
+            print(preflight(run, plan, batches))
+        return
+    progress.wandb_id = run.begin(progress.epochs_done, progress.wandb_id)
     loader = Loader(
         train,
         val,
         seed=cfg.seed,
-        workers=cfg.workers,
-        prefetch=cfg.prefetch,
-        device=run.accelerator.device,
-        skip_unreadable=cfg.skip_unreadable,
+        settings=cfg,
+        device=accelerator.device,
+        channels_last=cfg.channels_last,
     )
     with closing(loader):
-        trainer = Trainer(run, state, plan, batches, loader, num_classes=len(train.classes))
+        trainer = Trainer(run, state, plan, batches, loader, source)
+        rates = settle_rates(trainer)
+        run.log.info("%s", "\n".join(filter(None, (rates.table(), batches.bucket_tables()))))
+        if progress.epochs_done == plan.total_epochs:
+            run.log.info("this run is complete: %d of %d epochs", progress.epochs_done, plan.total_epochs)
+        stream = loader.stream(batches.run_items(progress.epochs_done, progress.step))
         try:
-            plan = trainer.settle_lr()
-            log.info("%s", "\n".join(filter(None, (plan.table(), batches.bucket_tables()))))
-            if progress.epochs_done == plan.total_epochs:
-                log.info("this run is complete: %d of %d epochs", progress.epochs_done, plan.total_epochs)
-            stream = loader.stream(batches.run_items(progress.epochs_done, progress.step))
             for epoch in plan.epochs(progress.epochs_done):
                 trainer.enter_stage(epoch)
-                meter = trainer.train_epoch(epoch, stream)
+                train_epoch(trainer, epoch, rates, stream)
                 scores = trainer.evaluate(epoch, stream)
-                trainer.record(epoch, meter, scores)
-            if cfg.final_eval:
-                trainer.final_grid()
+                record(trainer, epoch, rates, scores)
         except Interrupted:
-            trainer.save()
+            save(trainer)
+            run.background.drain()
             raise
         if loader.unreadable:
-            log.info("%d unreadable images were replaced by others of their class", len(loader.unreadable))
-        log.info("%s", closing_block(run, progress))
+            run.log.info(
+                "%d unreadable images were replaced by others of their class", len(loader.unreadable)
+            )
+        if cfg.final_eval:
+            final_grid(run, state, trainer.augment, batches, loader)
+    run.background.drain()
+    if run.is_main:
+        run.log.info("%s", closing_block(run, progress))
+    run.sync()
 
 
-def dry_run(cfg: TrainConfig, train: Source, val: Source) -> str:
-    """The plan in words and numbers, training nothing."""
-    processes = int(os.environ.get("WORLD_SIZE", 1))
-    progress = Progress()
-    plan = make_run_plan(cfg, processes, train, progress)
-    note = "relative to the LR finder's peak"
-    if cfg.lr != "auto":
-        plan, note = plan.with_peak(scaled_lr(cfg.lr, plan.global_batches[0], cfg.lr_scaling)), "in force"
-    return (
-        f"{len(train):,} training and {len(val):,} validation images, {len(train.classes)} classes, {processes} processes\n"
-        + "\n".join(
-            filter(None, (plan.table(), Batches(cfg, plan, train, val, 0, processes).bucket_tables()))
+def train_epoch(t: Trainer, epoch: EpochPlan, rates: Rates, stream: Iterator[Batch]) -> None:
+    """Train from where the progress stands to the end of the epoch."""
+    run, state, progress = t.run, t.state, t.state.progress
+    t.begin_epoch(epoch)
+    last_step = epoch.first_step + epoch.steps - 1
+    with out_of_memory_advice(epoch, t.plan.micro_batch(epoch.stage_index)):
+        for step in traced(run, range(progress.step, last_step + 1)):
+            train_step(t, epoch, rates.lr(step), rates.momentum(step), stream)
+            progress.step += 1
+            progress.images_seen += epoch.global_batch
+            if state.ema is not None:
+                state.ema.update(state.model, step=progress.step)
+            t.meter.tick()
+            # Between two looks nothing waits for the device.
+            if step < last_step and run.look_due(progress.step) and t.look():
+                save(t)
+    t.look()
+
+
+def train_step(t: Trainer, epoch: EpochPlan, lr: float, momentum: float, stream: Iterator[Batch]) -> None:
+    """One optimizer step on the next micro-batches of the stream."""
+    accelerator, optimizer, clip_grad = t.run.accelerator, t.optimizer, t.run.cfg.clip_grad
+    set_rates(optimizer, lr, momentum)
+    for batch in islice(stream, accelerator.gradient_accumulation_steps):
+        with accelerator.accumulate(t.net):
+            images, targets = t.augment(
+                batch.images, batch.labels, batch.item, mix=epoch.mix, strength=epoch.stage.strength
+            )
+            # Autocast in, float32 out: prepare_model saw to it.
+            logits = t.net(images)
+            loss = F.cross_entropy(logits, targets)
+            # Scales for fp16, and divides by the accumulation.
+            accelerator.backward(loss)
+            if clip_grad and accelerator.sync_gradients:
+                accelerator.clip_grad_norm_(t.net.parameters(), clip_grad)
+            with t.counting_skips():
+                optimizer.step()
+            optimizer.zero_grad()
+        t.meter.add(loss.detach(), logits.detach(), targets, batch.wait_s)
+        t.recent.append((t.state.progress.step, batch.item.indices))
+
+
+def set_rates(optimizer: torch.optim.Optimizer, lr: float, momentum: float) -> None:
+    """Set every group's learning rate, and its momentum or first beta."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["lr_scale"]
+        if "momentum" in group:
+            group["momentum"] = momentum
+        elif "betas" in group:
+            group["betas"] = (momentum, *group["betas"][1:])
+
+
+def settle_rates(t: Trainer) -> Rates:
+    """Learning rates around the peak that was given, found now, or found before."""
+    run, cfg, progress = t.run, t.run.cfg, t.state.progress
+    if progress.peak_lr == 0:
+        given = cfg.lr != "auto"
+        progress.peak_lr = (
+            resolve_lr(cfg.lr, t.plan.global_batches[0], cfg.lr_scaling) if given else find_peak(t)
         )
-        + "\n"
-        f"{plan.total_epochs} epochs, {plan.total_steps:,} optimizer steps, {plan.images_to_see:,} images to be seen; "
-        f"learning rates are {note}"
-    )
+    rates = Rates(t.plan, cfg, progress.peak_lr)
+    highest = max(rates.peak(index) for index in range(len(t.plan.stages)))
+    run.log.info("peak learning rate %.4g (--lr %s)", highest, cfg.lr)
+    with rank0_errors():
+        if run.is_main:
+            run.records.write_schedule(t.plan, rates)
+    return rates
+
+
+def find_peak(t: Trainer) -> float:
+    """Sweep the learning rate over the first stage's batches; the training state is as before afterwards."""
+    run, cfg, plan = t.run, t.run.cfg, t.plan
+    epoch = next(plan.epochs())
+    t.enter_stage(epoch)
+    t.begin_epoch(epoch)
+    passes = (replace(epoch, index=index) for index in count())
+    stream = t.loader.stream(chain.from_iterable(map(t.batches.train_items, passes)))
+
+    def step(lr: float) -> float:
+        run.stop_if_asked()
+        before = t.meter.sums.clone()
+        train_step(t, epoch, lr, cfg.momentum, stream)
+        loss = run.accelerator.reduce(t.meter.sums - before, "sum")[0]
+        return float(loss) / epoch.global_batch
+
+    fallback = resolve_lr(FALLBACK_LR, plan.global_batches[0], "linear")
+    run.log.info("finding the learning rate: %d steps", cfg.lr_finder_iterations)
+    with out_of_memory_advice(epoch, plan.micro_batch(0)):
+        sweep = find_lr(t.state, step, cfg.lr_finder_iterations, fallback=fallback, report=run.log.info)
+    t.meter = None
+    with rank0_errors():
+        if run.is_main:
+            sweep.write_csv(run.folder / "lr_finder.csv")
+            run.background.submit(draw, plot_lr_finder, run.folder)
+    return sweep.suggested

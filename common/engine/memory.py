@@ -1,143 +1,152 @@
-"""What happens before the first step: state, resume, plan, and a batch that fits into memory."""
+"""What fits into memory, and what a stage costs: steps on blank images that leave no trace."""
 
 import math
-from dataclasses import replace
-from pathlib import Path
-from typing import Any
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import nn
 
-from common.config import TrainConfig, UserError, as_plain, differences
-from common.data.batches import Batches
-from common.data.loader import Source
-from common.model.create import create_ema, create_optimizer, set_trainable_layers
-from common.run import checkpoint
-from common.run.checkpoint import Progress, TrainState
-from common.run.run import Run, main_process_problems
-from common.scheduling import Plan, make_plan
+from common import UserError
+from common.model.freezing import set_trainable_layers, train_mode
+from common.run.checkpoint import TrainState, rng_state, set_rng_state
+from common.run.progress import peak_memory_mb
+from common.run.run import Run
+from common.scheduling import EpochPlan, Plan, Stage
+
+# Batches that lie on the device beside the one that is trained on: the next one, and its uint8 original.
+BATCHES_AHEAD = 2
+Shapes = Callable[[Stage], list[tuple[int, int]]]
 
 
-def new_state(run: Run, model: nn.Module) -> TrainState:
-    cfg, device = run.cfg, run.accelerator.device
-    layout = torch.channels_last if cfg.channels_last else torch.contiguous_format
-    model = model.to(device, memory_format=layout)
-    ema = create_ema(model, cfg.ema_decay) if cfg.ema else None
-    checkpoint.seed_everything(
-        cfg.seed + run.accelerator.process_index
-    )  # dropout differs, the first weights did not
-    return TrainState(model, create_optimizer(cfg, model), ema, run.accelerator.scaler, Progress())
+@contextmanager
+def no_trace(model: nn.Module) -> Iterator[None]:
+    """Give the model's buffers, modes, gradients and the random numbers back as they were, whatever happens."""
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    modes = [(module, module.training) for module in model.modules()]
+    trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    rng = rng_state()
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for name, buffer in model.named_buffers():
+                buffer.copy_(buffers[name])
+        for module, mode in modes:
+            module.training = mode
+        for parameter, wanted in trained:
+            parameter.requires_grad_(wanted)
+            parameter.grad = None
+        set_rng_state(rng)
 
 
-def resume(run: Run, state: TrainState, train: Source) -> None:
-    """Go on from a checkpoint if there is one. What is taken, in this order:
-
-    1. `--resume none`: nothing.
-    2. `--resume PATH` of one checkpoint: that one.
-    3. the newest undamaged one of the run's folder, also after `--resume PATH` or `s3://…` of a whole run.
-    """
-    cfg, folder = run.cfg, run.folder / "checkpoints"
-    found: Path | None = None
-    files = None
-    with main_process_problems(run.accelerator):
-        if run.is_main and cfg.resume != "none":
-            if (Path(cfg.resume) / checkpoint.MANIFEST).exists():
-                found = Path(cfg.resume)
-                checkpoint.verify(found)
-            else:
-                found, damaged = checkpoint.newest_whole(folder)
-                for sentence in damaged:
-                    run.log.info("damaged checkpoint passed over: %s", sentence)
-                if damaged and found is None:
-                    raise UserError(
-                        f"no whole checkpoint is left in {folder}; start anew with another --run_name"
-                    )
-            files = checkpoint.read(found) if found else None
-            _must_match(files, cfg, train)
-    files = checkpoint.share(files, run.accelerator)
-    if files is not None:
-        checkpoint.apply(files, state, run.accelerator.process_index)
-        run.log.info(
-            "resumed %s: epoch %d, step %d", found or "", state.progress.epochs_done + 1, state.progress.step
-        )
-    run.keep_epochs(state.progress.epochs_done)
-    state.progress.wandb_id = run.start_tracker(state.progress.wandb_id)
-    state.progress.num_images = len(train)
+def blank_step(run: Run, net: nn.Module, batch_size: int, height: int, width: int) -> float:
+    """Forward and backward on blank images, float [batch_size, 3, height, width]; returns its seconds."""
+    device = run.accelerator.device
+    layout = torch.channels_last if run.cfg.channels_last else torch.contiguous_format
+    images = torch.zeros(batch_size, 3, height, width, device=device).contiguous(memory_format=layout)
+    began = time.perf_counter()
+    with run.accelerator.no_sync(net), run.accelerator.autocast():
+        loss = net(images).float().logsumexp(1).mean()
+    loss.backward()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - began
 
 
-def _must_match(files: dict[str, Any] | None, cfg: TrainConfig, train: Source) -> None:
-    if files is None:
-        return
-    meta = files["state.json"]
-    changed = differences(as_plain(cfg), meta["config"])
-    if changed:
-        raise UserError(
-            f"the checkpoint was made with other settings: {', '.join(changed)}; choose another --run_name"
-        )
-    if meta["progress"]["num_images"] != len(train):
-        raise UserError(
-            f"the checkpoint was made with {meta['progress']['num_images']} training images, --data_dir has {len(train)}"
-        )
-
-
-def make_run_plan(cfg: TrainConfig, processes: int, train: Source, progress: Progress) -> Plan:
-    """The plan of the run; a resumed one keeps its global batches, whatever the number of processes now."""
-    held = tuple(progress.global_batches) or None
-    plan = make_plan(
-        cfg.stages_in_force(),
-        len(train),
-        processes,
-        cfg.accumulation,
-        cfg.schedule(progress.peak_lr or 1.0),
-        held,
-    )
-    progress.global_batches = list(plan.global_batches)
+def fit_memory(run: Run, state: TrainState, plan: Plan, shapes: Shapes) -> Plan:
+    """The plan with each stage's micro-batch halved until a step of its largest shape fits; a collective."""
+    for index, stage in enumerate(plan.stages):
+        size = plan.micro_batch(index)
+        height, width = max(shapes(stage), key=math.prod)
+        while not _fits(run, state, stage, size, height, width):
+            if size == 1:
+                raise UserError(f"one image of {stage.img_size} px does not fit; lower --img_size")
+            size //= 2
+        size = -run.votes.largest(-size)[0]
+        if size < plan.micro_batch(index):
+            plan = plan.with_micro_batch(index, size)
+            run.log.info(
+                "stage %d: %d images per process and micro-batch fit", index + 1, plan.micro_batch(index)
+            )
     return plan
 
 
-def fit_memory(run: Run, state: TrainState, batches: Batches) -> Plan:
-    """With `--auto_batch`, halve each stage's batch until a step of its largest shape fits.
-
-    Accumulation keeps the global batch.
-    """
-    plan = batches.plan
-    if not run.cfg.auto_batch:
-        return plan
-    stages = list(plan.stages)
-    for index, stage in enumerate(stages):
+def _fits(run: Run, state: TrainState, stage: Stage, size: int, height: int, width: int) -> bool:
+    device = run.accelerator.device
+    with no_trace(state.model):
         set_trainable_layers(state.model, stage.frozen)
-        size = batches.micro_batch(index)
-        height, width = max(batches.stage_shapes(stage), key=math.prod)
-        while True:
+        train_mode(state.model, stage.frozen)
+        try:
+            # What training holds beside a step: optimizer state (two tensors per parameter at most), DDP's buckets, and
+            # batches on their way.
+            weights = sum(p.numel() * p.element_size() for p in state.model.parameters() if p.requires_grad)
+            beside = 3 * weights + BATCHES_AHEAD * 5 * size * 3 * height * width
+            ballast = torch.empty(beside if device.type == "cuda" else 0, dtype=torch.uint8, device=device)
+            blank_step(run, state.model, size, height, width)
+            del ballast
+            return True
+        except torch.OutOfMemoryError:
+            pass
+    torch.cuda.empty_cache()
+    return False
+
+
+def freezing_report(run: Run, model: nn.Module, epoch: EpochPlan, size: int, height: int, width: int) -> str:
+    """What freezing saves, measured on blank images: published savings are too small to be taken on trust."""
+    cuda = run.accelerator.device.type == "cuda"
+    seconds, memory = [], []
+    for frozen in (epoch.stage.frozen, ()):
+        with no_trace(model):
+            set_trainable_layers(model, frozen)
+            train_mode(model, frozen)
             try:
-                trial_step(run, state.model, size, height, width)
-                break
+                blank_step(run, model, size, height, width)
+                if cuda:
+                    torch.cuda.reset_peak_memory_stats()
+                seconds.append(blank_step(run, model, size, height, width))
             except torch.OutOfMemoryError:
-                if size == 1:
-                    raise UserError(
-                        f"one image of {stage.img_size} px does not fit; lower the image size"
-                    ) from None
-                size //= 2
-                torch.cuda.empty_cache()
-        size = run.agreed_minimum(size)
-        if size < stage.batch_size:
-            run.log.info("stage %d: %d images per process and micro-batch fit", index + 1, size)
-            stages[index] = replace(stage, batch_size=size)
-    set_trainable_layers(state.model, ())
-    return replace(plan, stages=tuple(stages))
+                if not frozen:
+                    return "with all layers trained a step would not fit into memory"
+                raise
+            memory.append(peak_memory_mb(run.accelerator.device))
+    text = f"a step takes {seconds[0] / seconds[1]:.2f} of the time"
+    if cuda:
+        text += f" and {memory[0] / memory[1]:.2f} of the memory"
+    return f"{text} of one that trains all layers"
 
 
-def trial_step(run: Run, model: nn.Module, batch_size: int, height: int, width: int) -> None:
-    """Forward and backward on blank images, without a trace: no gradients, statistics or random numbers are kept."""
-    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    rng = checkpoint.rng_state()
-    images_nchw = torch.zeros(batch_size, 3, height, width, device=run.accelerator.device)
-    with run.accelerator.autocast():
-        logits = model(images_nchw.contiguous(memory_format=torch.channels_last))
-    logits.float().logsumexp(1).mean().backward()
-    model.zero_grad(set_to_none=True)
-    for name, buffer in model.named_buffers():
-        buffer.copy_(buffers[name])
-    checkpoint.set_rng_state(rng)
-    if run.accelerator.device.type == "cuda":
-        torch.cuda.synchronize()
+def warm_up(
+    run: Run, net: nn.Module, model: nn.Module, epoch: EpochPlan, plan: Plan, shapes: list[tuple[int, int]]
+) -> None:
+    """Compile, or let cuDNN choose, for every shape of a stage, so that no step of training has to wait for it."""
+    size, stage = plan.micro_batch(epoch.stage_index), epoch.stage
+    if run.cfg.compile or run.accelerator.device.type == "cuda":
+        counters = torch._dynamo.utils.counters["stats"]
+        before, began = counters["unique_graphs"], time.monotonic()
+        for height, width in shapes:
+            with no_trace(model):
+                # Through the wrapper: DDP's overlap of all-reduce and backward is compiled inside it.
+                blank_step(run, net, size, height, width)
+        run.log.info(
+            "warmed up %d shapes in %.1f s, %d graphs compiled",
+            len(shapes),
+            time.monotonic() - began,
+            counters["unique_graphs"] - before,
+        )
+    if stage.frozen:
+        report = freezing_report(run, model, epoch, size, *shapes[0])
+        run.log.info("freezing %s: %s", ", ".join(stage.frozen), report)
+
+
+@contextmanager
+def out_of_memory_advice(epoch: EpochPlan, micro_batch: int) -> Iterator[None]:
+    """Turn an out-of-memory error into a sentence that names what to change."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"out of memory in stage {epoch.stage_index + 1} at {epoch.stage.img_size} px with {micro_batch} images per "
+            "process: lower --batch_size and raise --accumulation, or pass --auto_batch; the last checkpoint is whole"
+        ) from error

@@ -1,11 +1,23 @@
-"""Checkpoints: a folder of safetensors and JSON, written under a temporary name, checksummed, and never a pickle."""
+"""Checkpoints: folders of safetensors and JSON, each named once, by its step, for life; never a pickle.
 
+    checkpoints/step_00001234/model.safetensors      weights and buffers, as the main process has them
+                              ema.safetensors        their average, with --ema
+                              optimizer.safetensors  one tensor for each parameter and kind of state
+                              ranks.safetensors      what differs between processes, each [processes, ...]
+                              state.json             progress, the rest of the optimizer, settings
+                              manifest.json          size and SHA-256 of the others
+
+A checkpoint exists when its manifest does: it is written last and deleted first. The highest step is the newest.
+"""
+
+import contextlib
 import errno
 import hashlib
 import json
 import os
-import random
+import re
 import shutil
+from collections.abc import Collection
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,8 +31,15 @@ from torch import Tensor, nn
 
 from common import UserError
 
-FORMAT_VERSION = 1
-MANIFEST = "manifest.json"
+FORMAT_VERSION = 2
+MANIFEST, STATE = "manifest.json", "state.json"
+# Names sort as steps do.
+NAME = re.compile(r"step_\d{8}")
+TEMPORARY = ".tmp"
+# What file systems answer that cannot flush a directory, or open one.
+NO_DIRECTORY_FSYNC = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EACCES, errno.EPERM, errno.EISDIR)
+
+Files = dict[str, Any]
 
 
 class DamagedCheckpoint(UserError):
@@ -31,17 +50,21 @@ class DamagedCheckpoint(UserError):
 class Progress:
     """Where a run stands: all plain numbers, kept in `state.json`."""
 
-    step: int = 0  # optimizer steps taken
-    epochs_done: int = 0  # epochs trained, evaluated and recorded
-    epoch_sums: list[float] = field(
-        default_factory=lambda: [0.0, 0.0, 0.0]
-    )  # loss, hits, images of the epoch under way
+    step: int = 0
+    """optimizer steps taken"""
+    epochs_done: int = 0
+    """epochs trained, evaluated and recorded"""
+    epoch_sums: list[float] = field(default_factory=lambda: [0.0, 0.0])
+    """loss and hits, summed over the images of the epoch under way"""
     skipped_steps: int = 0
     images_seen: int = 0
     wall_s: float = 0.0
-    peak_lr: float = 0.0  # of the first stage; found, or given
+    peak_lr: float = 0.0
+    """of the first stage; found, or given"""
     best_top1: float = -1.0
     best_epoch: int = 0
+    best_step: int = 0
+    """names the checkpoint with the best weights"""
     best_is_ema: bool = False
     global_batches: list[int] = field(default_factory=list)
     num_images: int = 0
@@ -54,7 +77,7 @@ class TrainState:
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
-    ema: Any | None  # timm's ModelEmaV3
+    ema: Any | None
     scaler: Any | None
     progress: Progress
 
@@ -80,10 +103,10 @@ def _unpack_optimizer(
     for name, value in {**tensors, **rest["state"]}.items():
         index, key = name.split(".", 1)
         parameter = parameters[int(index)]
-        if isinstance(value, Tensor) and value.shape == parameter.shape:
-            value = torch.empty_like(parameter, dtype=value.dtype).copy_(
-                value
-            )  # in the parameter's memory layout
+        # `step` stays on the CPU: an optimizer that is not fused would wait for the GPU to read it, at every step.
+        if isinstance(value, Tensor) and key != "step" and value.shape == parameter.shape:
+            # In the parameter's memory layout, on its device.
+            value = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
         state.setdefault(int(index), {})[key] = value
     optimizer.load_state_dict({"state": state, "param_groups": rest["param_groups"]})
 
@@ -102,15 +125,45 @@ def set_rng_state(state: dict[str, Tensor]) -> None:
         torch.cuda.set_rng_state(state["cuda"].cpu().clone())
 
 
-def capture(state: TrainState, accelerator: Accelerator, config: dict[str, Any]) -> dict[str, Any]:
-    """Everything a checkpoint holds, by file name; all processes must call it, for each one's RNG is gathered."""
-    rng = {k: accelerator.gather(v.to(accelerator.device)[None]).cpu() for k, v in rng_state().items()}
+def _host_copies(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    contiguous = torch.contiguous_format
+    return {k: t.detach().to("cpu", copy=True, memory_format=contiguous) for k, t in tensors.items()}
+
+
+def _rows(state: TrainState, accelerator: Accelerator) -> dict[str, Tensor]:
+    """What differs between processes, by name, each [processes, ...] in the order of their ranks.
+
+    That is the random numbers, and BatchNorm's running statistics, which every process keeps of its own images.
+    """
+    own = {f"rng.{name}": value for name, value in rng_state().items()}
+    if accelerator.num_processes == 1:
+        return {name: value[None] for name, value in own.items()}
+    modules = {"model": state.model}
+    if state.ema is not None:
+        modules["ema"] = state.ema.module
+    for prefix, module in modules.items():
+        saved = module.state_dict().keys()
+        for name, buffer in module.named_buffers():
+            if buffer.is_floating_point() and name in saved:
+                own[f"{prefix}.{name}"] = buffer
+    device = accelerator.device
+    return {k: accelerator.gather(v.to(device).contiguous()[None]).cpu() for k, v in own.items()}
+
+
+def capture(state: TrainState, accelerator: Accelerator, config: dict[str, Any]) -> Files:
+    """Everything a checkpoint holds, by file name; all processes must call it, and all but the main get nothing.
+
+    The tensors are copies on the host that later steps do not change, so a thread may write them.
+    """
+    rows = _rows(state, accelerator)
+    if not accelerator.is_main_process:
+        return {}
     optimizer_tensors, optimizer_rest = _pack_optimizer(state.optimizer)
-    files: dict[str, Any] = {
-        "model.safetensors": state.model.state_dict(),
-        "optimizer.safetensors": optimizer_tensors,
-        "rng.safetensors": rng,
-        "state.json": {
+    files: Files = {
+        "model.safetensors": _host_copies(state.model.state_dict()),
+        "optimizer.safetensors": _host_copies(optimizer_tensors),
+        "ranks.safetensors": rows,
+        STATE: {
             "progress": asdict(state.progress),
             "optimizer": optimizer_rest,
             "scaler": state.scaler.state_dict() if state.scaler else None,
@@ -118,107 +171,188 @@ def capture(state: TrainState, accelerator: Accelerator, config: dict[str, Any])
         },
     }
     if state.ema is not None:
-        files["ema.safetensors"] = state.ema.module.state_dict()
+        files["ema.safetensors"] = _host_copies(state.ema.module.state_dict())
     return files
 
 
-def apply(files: dict[str, Any], state: TrainState, rank: int) -> None:
-    """Put what `capture` took back in place, on a process of any rank."""
-    meta = files["state.json"]
+def apply(files: Files, state: TrainState, accelerator: Accelerator) -> None:
+    """Put what `capture` took back in place; every process takes its own row of `ranks.safetensors`.
+
+    With another number of processes than before, all take the mean of the buffers' rows, and a process that
+    did not exist keeps the random numbers it was seeded with.
+    """
+    meta, rows = files[STATE], files["ranks.safetensors"]
+    rank, saved_processes = accelerator.process_index, len(rows["rng.torch"])
+    same = saved_processes == accelerator.num_processes
+
+    def weights(prefix: str) -> dict[str, Tensor]:
+        own = {name: r for name, r in rows.items() if name.startswith(f"{prefix}.")}
+        buffers = {name.removeprefix(f"{prefix}."): r[rank] if same else r.mean(0) for name, r in own.items()}
+        return {**files[f"{prefix}.safetensors"], **buffers}
+
     try:
-        state.model.load_state_dict(files["model.safetensors"])
+        state.model.load_state_dict(weights("model"))
         _unpack_optimizer(state.optimizer, files["optimizer.safetensors"], meta["optimizer"])
         if state.ema is not None:
-            state.ema.module.load_state_dict(files["ema.safetensors"])
+            state.ema.module.load_state_dict(weights("ema"))
     except (RuntimeError, ValueError, KeyError, IndexError) as error:
         raise UserError(
             f"the checkpoint holds another model or optimizer than --model and --optimizer say ({str(error).splitlines()[0]})"
         ) from error
     if state.scaler and meta["scaler"]:
         state.scaler.load_state_dict(meta["scaler"])
-    rng = files["rng.safetensors"]
-    if rank < len(rng["torch"]):  # a process that did not exist before keeps the RNG it was seeded with
-        set_rng_state({name: states[rank] for name, states in rng.items()})
+    if rank < saved_processes:
+        rng = {name.removeprefix("rng."): r[rank] for name, r in rows.items() if name.startswith("rng.")}
+        set_rng_state(rng)
     state.progress = Progress(**meta["progress"])
+
+
+def share(files: Files | None, accelerator: Accelerator) -> Files | None:
+    """Send a checkpoint that the main process has read to all others, which may not see its disk.
+
+    The tensors are on the CPU afterwards, as `read` gives them.
+    """
+    if accelerator.num_processes == 1:
+        return files
+    layout: list[Any] = [None]
+    if files is not None:
+        tensors = {file: content for file, content in files.items() if file != STATE}
+        shapes = {f: {k: (tuple(t.shape), t.dtype) for k, t in c.items()} for f, c in tensors.items()}
+        layout = [(files[STATE], shapes)]
+    broadcast_object_list(layout)
+    if layout[0] is None:
+        return None
+    state, shapes = layout[0]
+    shared: Files = {STATE: state}
+    for file, entries in shapes.items():
+        shared[file] = {}
+        for name, (shape, dtype) in entries.items():
+            tensor = files[file][name] if files is not None else torch.empty(shape, dtype=dtype)
+            tensor = tensor.to(accelerator.device).contiguous()
+            torch.distributed.broadcast(tensor, 0)
+            shared[file][name] = tensor.cpu()
+    return shared
 
 
 # --- files ---------------------------------------------------------------------------------------------------------
 
 
-def save_tensors(tensors: dict[str, Tensor]) -> bytes:
-    return to_safetensors({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
+def _write_flushed(path: Path, content: bytes) -> None:
+    with open(path, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def write_durably(path: Path, content: bytes) -> None:
     """Write and flush to the disk under a temporary name, then rename: a reader sees the old file or the new one."""
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path.with_name(path.name + TEMPORARY)
     try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
+        _write_flushed(temporary, content)
     except OSError:
         temporary.unlink(missing_ok=True)
         raise
     os.replace(temporary, path)
 
 
-def write(folder: Path, files: dict[str, Any]) -> None:
-    """Write a checkpoint; an older one of the same name becomes `previous`.
+def _flush_directory(folder: Path) -> None:
+    """Flush the names in a folder, where the file system can.
+
+    FUSE and SMB mounts refuse it. There, a power cut may take the newest checkpoint's name, not the earlier ones.
+    """
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        if error.errno not in NO_DIRECTORY_FSYNC:
+            raise
+
+
+def _remove(folder: Path) -> None:
+    """Delete a checkpoint, manifest first: one that is half deleted is none, and the next `prune` deletes the rest.
+
+    Some network file systems refuse while a file is being read, by the S3 mirror for one: then later.
+    """
+    with contextlib.suppress(OSError):
+        (folder / MANIFEST).unlink(missing_ok=True)
+        shutil.rmtree(folder)
+
+
+def name_of(step: int) -> str:
+    """The name of a step's checkpoint."""
+    return f"step_{step:08d}"
+
+
+def _by_step(checkpoints: Path) -> list[Path]:
+    """A run's checkpoints, whole or not, the oldest first; before them those that an older version named."""
+    folders = (path for path in checkpoints.glob("*/") if not path.name.endswith(TEMPORARY))
+    return sorted(folders, key=lambda path: (NAME.fullmatch(path.name) is not None, path.name))
+
+
+def write(checkpoints: Path, files: Files) -> Path:
+    """Write a checkpoint under the name of its step; one of that step that is whole stays as it is.
+
+    Those of later steps are deleted. They are damaged or of a course that `--resume` of an older checkpoint
+    has left, and the next resume would take them for the newest.
 
     Raises:
-        UserError: the disk is full or not writable; what was there before is untouched.
+        UserError: the disk is full or not writable; the earlier checkpoints are untouched.
     """
-    temporary = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
+    folder = checkpoints / name_of(files[STATE]["progress"]["step"])
+    temporary = folder.with_name(folder.name + TEMPORARY)
     manifest: dict[str, Any] = {"format_version": FORMAT_VERSION, "files": {}}
     try:
-        temporary.mkdir(parents=True)
-        for name, content in files.items():
-            data = (
-                save_tensors(content)
-                if name.endswith(".safetensors")
-                else json.dumps(content, indent=1).encode()
-            )
-            manifest["files"][name] = {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
-            write_durably(temporary / name, data)
-        write_durably(temporary / MANIFEST, json.dumps(manifest, indent=1).encode())
+        if not _is_whole(folder):
+            _remove(folder)
+            _remove(temporary)
+            temporary.mkdir(parents=True)
+            for name, content in files.items():
+                data = _to_json(content) if name == STATE else to_safetensors(content)
+                manifest["files"][name] = {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
+                _write_flushed(temporary / name, data)
+            _write_flushed(temporary / MANIFEST, _to_json(manifest))
+            _flush_directory(temporary)
+            temporary.rename(folder)
+            _flush_directory(checkpoints)
     except OSError as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        what = (
-            "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else error.strerror
-        )
+        _remove(temporary)
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         raise UserError(
-            f"cannot write the checkpoint {folder}: {what}; the one before it is whole, set --output"
+            f"cannot write the checkpoint {folder}: {'the disk is full' if full else error.strerror}; "
+            "the one before it is whole, set --output"
         ) from error
-    if folder.exists():
-        previous = folder.with_name("previous")
-        shutil.rmtree(previous, ignore_errors=True)
-        folder.rename(previous)
-    temporary.rename(folder)
-    _flush_directory(folder.parent)
+    in_order = _by_step(checkpoints)
+    for later in in_order[in_order.index(folder) + 1 :]:
+        _remove(later)
+    return folder
 
 
-def _flush_directory(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
+def _to_json(content: dict[str, Any]) -> bytes:
+    return json.dumps(content, indent=1).encode()
 
 
-def link(source: Path, target: Path) -> None:
-    """Give a checkpoint a second name at no cost: its files never change once written."""
-    temporary = target.with_name(target.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    shutil.copytree(source, temporary, copy_function=os.link)
-    shutil.rmtree(target, ignore_errors=True)
-    temporary.rename(target)
+def read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
+    """A checkpoint's files: name -> {"sha256": 64 hex digits, "bytes": size}.
 
-
-def link_file(source: Path, target: Path) -> None:
-    temporary = target.with_name(target.name + ".tmp")
-    temporary.unlink(missing_ok=True)
-    os.link(source, temporary)
-    os.replace(temporary, target)
+    Raises:
+        DamagedCheckpoint: there is no manifest, or it is none.
+        UserError: it is of another format.
+    """
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+        version, entries = manifest["format_version"], manifest["files"]
+        files = {Path(name).name: {"sha256": e["sha256"], "bytes": e["bytes"]} for name, e in entries.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DamagedCheckpoint(f"{folder / MANIFEST} is missing or damaged") from error
+    if version != FORMAT_VERSION:
+        raise UserError(
+            f"{folder} has checkpoint format {version} and this version reads {FORMAT_VERSION}: go on with the "
+            "version that wrote it, or choose another --run_name"
+        )
+    return files
 
 
 def verify(folder: Path) -> None:
@@ -226,18 +360,10 @@ def verify(folder: Path) -> None:
 
     Raises:
         DamagedCheckpoint: names the file that is missing, cut short or altered.
+        UserError: it is of another format.
     """
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text())
-        version, entries = manifest["format_version"], manifest["files"].items()
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DamagedCheckpoint(f"{folder / MANIFEST} is missing or damaged") from error
-    if version != FORMAT_VERSION:
-        raise UserError(
-            f"{folder} has checkpoint format {version}, this version reads {FORMAT_VERSION}; see --resume"
-        )
-    for name, entry in entries:
-        path = folder / Path(name).name
+    for name, entry in read_manifest(folder).items():
+        path = folder / name
         if not path.is_file():
             raise DamagedCheckpoint(f"{path} is missing")
         data = path.read_bytes()
@@ -245,61 +371,47 @@ def verify(folder: Path) -> None:
             raise DamagedCheckpoint(f"{path} is damaged ({len(data)} of {entry['bytes']} bytes, or altered)")
 
 
-def read(folder: Path) -> dict[str, Any]:
+def _is_whole(folder: Path) -> bool:
+    try:
+        verify(folder)
+    except DamagedCheckpoint:
+        return False
+    return True
+
+
+def read(folder: Path) -> Files:
     """The files of a verified checkpoint as `capture` made them."""
-    files: dict[str, Any] = {"state.json": json.loads((folder / "state.json").read_text())}
+    files: Files = {STATE: json.loads((folder / STATE).read_text())}
     for path in folder.glob("*.safetensors"):
         files[path.name] = load_file(path)
     return files
 
 
 def newest_whole(checkpoints: Path) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint of a run that is not damaged, and a sentence for each that is."""
+    """The newest checkpoint of a run that is not damaged, and a sentence for each newer one that is.
+
+    Raises:
+        UserError: there are only checkpoints of an older format.
+    """
     damaged = []
-    for name in ("last", "last.tmp", "previous"):  # a kill between two renames leaves the newest as last.tmp
-        folder = checkpoints / name
-        if not folder.is_dir():
-            continue
+    for folder in reversed(_by_step(checkpoints)):
         try:
             verify(folder)
         except DamagedCheckpoint as error:
-            if name != "last.tmp":
-                damaged.append(str(error))
+            damaged.append(str(error))
         else:
             return folder, damaged
     return None, damaged
 
 
-def share(files: dict[str, Any] | None, accelerator: Accelerator) -> dict[str, Any] | None:
-    """Send a checkpoint that the main process has read to all others, which may not see its disk."""
-    if accelerator.num_processes == 1:
-        return files
-    layout: list[Any] = [None]
-    if files is not None:
-        tensors = {name: content for name, content in files.items() if name.endswith(".safetensors")}
-        layout = [
-            {
-                "state.json": files["state.json"],
-                "tensors": {
-                    f: {k: (tuple(t.shape), t.dtype) for k, t in c.items()} for f, c in tensors.items()
-                },
-            }
-        ]
-    broadcast_object_list(layout)
-    if layout[0] is None:
-        return None
-    shared: dict[str, Any] = {"state.json": layout[0]["state.json"]}
-    for file, entries in layout[0]["tensors"].items():
-        shared[file] = {}
-        for name, (shape, dtype) in entries.items():
-            tensor = files[file][name] if files is not None else torch.empty(shape, dtype=dtype)
-            tensor = tensor.to(accelerator.device).contiguous()
-            torch.distributed.broadcast(tensor, 0)
-            shared[file][name] = tensor
-    return shared
+def prune(checkpoints: Path, keep: int = 2, also: Collection[str] = ()) -> None:
+    """Delete all checkpoints but the newest `keep` and those named in `also`, and what a killed process left.
 
-
-def seed_everything(seed: int) -> None:
-    """Seed the generators that models may draw from; data and augmentation have their own, stateless numbers."""
-    random.seed(seed)
-    torch.manual_seed(seed)
+    To be called while none is being written.
+    """
+    assert keep >= 1
+    complete = [folder.name for folder in _by_step(checkpoints) if (folder / MANIFEST).exists()]
+    kept = {*complete[-keep:], *also}
+    for folder in checkpoints.glob("*/"):
+        if folder.name not in kept and NAME.fullmatch(folder.name.removesuffix(TEMPORARY)):
+            _remove(folder)

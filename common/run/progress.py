@@ -13,8 +13,8 @@ from common.run.checkpoint import Progress
 from common.run.run import Run
 from common.scheduling import EpochPlan, Plan
 
-EVERY_STEPS = 10  # between looks at the device, which has to be waited for
-LOADER_BOUND = 0.2  # share of an epoch spent waiting at which to say so
+# Share of an epoch spent waiting at which to say so.
+LOADER_BOUND = 0.2
 
 
 def peak_memory_mb(device: torch.device) -> float:
@@ -24,65 +24,76 @@ def peak_memory_mb(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
 
 
-class EpochMeter:
-    """Speed and waiting of one epoch, shown on the main process."""
+class Meter:
+    """Loss, hits, speed and waiting of one epoch.
 
-    def __init__(self, run: Run, plan: Plan, epoch: EpochPlan, step: int) -> None:
+    The sums stay on the device, where nothing has to be waited for, until somebody looks.
+
+    Attributes:
+        sums: float64 [2], loss and hits over this process's images of the epoch.
+        not_finite: int64 [], micro-batches in a row without a finite loss.
+        skipped: int64 [], steps that gradient scaling left out.
+    """
+
+    def __init__(self, run: Run, plan: Plan, epoch: EpochPlan, progress: Progress) -> None:
         self.run, self.plan, self.epoch = run, plan, epoch
-        self.first_step = self.step = step
+        device = run.accelerator.device
+        self.sums = torch.tensor(progress.epoch_sums, dtype=torch.float64, device=device)
+        self.not_finite = torch.zeros((), dtype=torch.int64, device=device)
+        self.skipped = torch.zeros((), dtype=torch.int64, device=device)
+        self.first_step = self.step = progress.step
         self.waited = 0.0
-        self.train_s = 0.0
-        self.started = self.last_line = time.monotonic()
-        terminal = run.is_main and sys.stderr.isatty()
+        self.started = self.stopped = self.last_line = time.monotonic()
         self.bar = tqdm(
             total=epoch.steps,
-            initial=step - epoch.first_step,
-            disable=not terminal,
+            initial=self.step - epoch.first_step,
+            disable=not (run.is_main and sys.stderr.isatty()),
             desc=f"epoch {epoch.index + 1}/{plan.total_epochs}",
             leave=False,
         )
 
-    def tick(self, waited: float) -> bool:
-        """Count a step; returns whether it is time to look at the device and `show`."""
-        self.step += 1
+    @torch.no_grad()
+    def add(self, loss: Tensor, logits: Tensor, targets: Tensor, waited: float) -> None:
+        """Count a micro-batch: its mean loss, logits and soft targets [B, classes], and seconds waited for it."""
+        hits = (logits.argmax(1) == targets.argmax(1)).sum()
+        self.sums += torch.stack([loss * len(targets), hits])
+        self.not_finite = torch.where(loss.isfinite(), 0, self.not_finite + 1)
         self.waited += waited
-        self.train_s = self.seconds_since_start()
+
+    def tick(self) -> None:
+        """Count an optimizer step."""
+        self.step += 1
+        self.stopped = time.monotonic()
         self.bar.update()
         if self.step == self.epoch.first_step + self.epoch.steps:
             self.bar.close()
-        return self.step % EVERY_STEPS == 0
 
-    def show(self, sums: Tensor) -> None:
+    def show(self) -> None:
+        """Refresh the bar, or write a line now and then; waits for the device."""
         if not self.run.is_main:
             return
-        loss, hits, images = sums.tolist()
-        text = (
-            f"loss {loss / images:.3f}, top-1 {100 * hits / images:.1f} %, {self.images_per_s:.0f} images/s"
-        )
+        images = (self.step - self.epoch.first_step) * self.epoch.global_batch
+        loss, hits = (self.sums * self.run.accelerator.num_processes / images).tolist()
+        text = f"loss {loss:.3f}, top-1 {100 * hits:.1f} %, {self.images_per_s:.0f} images/s"
         if not self.bar.disable:
             self.bar.set_postfix_str(f"{text}, {peak_memory_mb(self.run.accelerator.device):.0f} MB")
         elif time.monotonic() - self.last_line > self.run.cfg.print_freq:
             self.last_line = time.monotonic()
-            done = self.step - self.epoch.first_step
-            self.run.log.info(
-                "epoch %d, step %d/%d: %s, ETA %s",
-                self.epoch.index + 1,
-                done,
-                self.epoch.steps,
-                text,
-                clock(self.eta_s()),
-            )
+            epoch = self.epoch
+            place = f"epoch {epoch.index + 1}, step {self.step - epoch.first_step}/{epoch.steps}"
+            self.run.log.info("%s: %s, ETA %s", place, text, clock(self.eta_s()))
 
     def seconds_since_start(self) -> float:
         return time.monotonic() - self.started
 
     @property
     def images_per_s(self) -> float:
-        return (self.step - self.first_step) * self.epoch.global_batch / max(self.train_s, 1e-9)
+        seconds = max(self.stopped - self.started, 1e-9)
+        return (self.step - self.first_step) * self.epoch.global_batch / seconds
 
     @property
     def data_wait(self) -> float:
-        return self.waited / max(self.train_s, 1e-9)
+        return self.waited / max(self.stopped - self.started, 1e-9)
 
     def eta_s(self) -> float:
         """Seconds left in the run, taking an image's cost as proportional to its pixels."""
@@ -117,22 +128,22 @@ def clock(seconds: float) -> str:
 
 
 def closing_block(run: Run, progress: Progress) -> str:
-    """Best, last and wall time, also written to `summary.json`."""
-    last = run.rows()[-1] if run.is_main else {}
+    """Best, last and wall time of a finished run, also written to `summary.json`; for the main process."""
+    last = run.records.rows()[-1]
     summary = {
         "strategy": run.cfg.strategy,
         "model": run.cfg.model,
         "best_top1": progress.best_top1,
         "best_epoch": progress.best_epoch,
         "best_weights": "ema" if progress.best_is_ema else "raw",
-        "last_top1": float(last.get("val_top1", "nan")),
+        "last_top1": float(last["val_top1"]),
         "epochs": progress.epochs_done,
         "wall_s": progress.wall_s,
         "images_seen": progress.images_seen,
         "peak_lr": progress.peak_lr,
         "seed": run.cfg.seed,
     }
-    run.write_json("summary.json", summary)
+    run.records.write_json("summary.json", summary)
     rows = {
         "best top-1": f"{summary['best_top1']:.2f} % (epoch {summary['best_epoch']}, {summary['best_weights']} weights)",
         "last top-1": f"{summary['last_top1']:.2f} %",
@@ -140,7 +151,7 @@ def closing_block(run: Run, progress: Progress) -> str:
         "images seen": f"{summary['images_seen']:,}",
         "wall time": clock(summary["wall_s"]),
         "peak LR": f"{summary['peak_lr']:.4g}",
-        "weights": f"{run.folder / 'best_weights.safetensors'}",
+        "model": f"{run.folder / 'model'}",
         "plots": f"{run.folder / 'plots'}",
     }
     return "\n" + "\n".join(f"  {name:<12} {value}" for name, value in rows.items())

@@ -1,14 +1,19 @@
 """The vocabulary of a curriculum, and what follows from it at every step."""
 
-from common.scheduling.plan import (
-    BACKBONE,
-    EpochPlan,
-    Plan,
-    Schedule,
-    Stage,
-    couple_strength,
-    make_plan,
-    scaled_lr,
-)
+from common.scheduling.plan import EpochPlan, Plan, make_plan
+from common.scheduling.rates import Rates, ScheduleSettings, resolve_lr
+from common.scheduling.stages import BACKBONE, Stage, apportion, couple_strength, scale_stages
 
-__all__ = ["BACKBONE", "EpochPlan", "Plan", "Schedule", "Stage", "couple_strength", "make_plan", "scaled_lr"]
+__all__ = [
+    "BACKBONE",
+    "EpochPlan",
+    "Plan",
+    "Rates",
+    "ScheduleSettings",
+    "Stage",
+    "apportion",
+    "couple_strength",
+    "make_plan",
+    "resolve_lr",
+    "scale_stages",
+]

@@ -1,124 +1,18 @@
-import copy
 import logging
+import re
+from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import timm
 import torch
-import torch.nn.functional as F
-import torchvision
 from safetensors.torch import save_file
-from torch import nn
 
 from common import UserError
-from common.model.create import (
-    BasicBlock,
-    ResNet,
-    classifier_prefix,
-    create_ema,
-    create_finetuned_model,
-    create_model,
-    create_optimizer,
-    main,
-    param_groups,
-    set_trainable_layers,
-    train_mode,
-)
-
-IMAGES = torch.randn(4, 3, 32, 48, generator=torch.Generator().manual_seed(0))
-LABELS = torch.tensor([0, 1, 2, 3])
-EARLY = ("conv1", "bn1", "layer1", "layer2")
-
-
-def config(**changes):
-    return SimpleNamespace(
-        **{
-            "optimizer": "sgd",
-            "momentum": 0.9,
-            "nesterov": True,
-            "weight_decay": 0.05,
-            "decay_norm_and_bias": False,
-            "layer_decay": None,
-        }
-        | changes
-    )
-
-
-def small():
-    return ResNet(BasicBlock, (1, 1, 1, 1), 5)
-
-
-def randomise(model):
-    """Make every parameter and buffer matter, also the zero gammas and the fresh statistics."""
-    generator = torch.Generator().manual_seed(1)
-    for name, value in model.state_dict().items():
-        if name.endswith("running_var") or (value.ndim == 1 and name.endswith("weight")):
-            value.uniform_(0.5, 1.0, generator=generator)
-        elif value.is_floating_point() and value.ndim == 1:
-            value.normal_(0, 0.1, generator=generator)
-    return model.eval()
-
-
-def step(model, optimizer):
-    optimizer.zero_grad()
-    F.cross_entropy(model(IMAGES), LABELS).backward()
-    optimizer.step()
-
-
-def snapshot(model):
-    return {name: value.clone() for name, value in model.state_dict().items()}
-
-
-def changed(model, before):
-    return {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
-
-
-# ------------------------------------------------------------------------------------------------ ResNet
-
-
-@pytest.mark.parametrize("name", ["resnet18", "resnet34", "resnet50", "resnet101"])
-def test_names_and_shapes_are_those_of_timm_and_torchvision(name):
-    with torch.device("meta"):
-        ours = create_model(name, 1000)
-        for theirs in (timm.create_model(name), getattr(torchvision.models, name)()):
-            shapes = {key: value.shape for key, value in theirs.state_dict().items()}
-            assert {key: value.shape for key, value in ours.state_dict().items()} == shapes
-
-
-@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
-def test_outputs_are_those_of_timm_and_torchvision(name):
-    ours = randomise(create_model(name, 1000))
-    with torch.inference_mode():
-        expected = ours(IMAGES)
-        for theirs in (timm.create_model(name), getattr(torchvision.models, name)()):
-            theirs.load_state_dict(ours.state_dict())
-            torch.testing.assert_close(theirs.eval()(IMAGES), expected)
-    assert expected.std() > 1e-3
-
-
-def test_resnet50_has_25_million_parameters():
-    assert sum(parameter.numel() for parameter in create_model("resnet50", 1000).parameters()) == 25_557_032
-
-
-@pytest.mark.parametrize(("name", "last"), [("resnet18", "bn2"), ("resnet50", "bn3")])
-def test_initialisation(name, last):
-    model = create_model(name, 10)
-    for key, module in model.named_modules():
-        if isinstance(module, nn.Conv2d):
-            fan_out = module.out_channels * module.kernel_size[0] * module.kernel_size[1]
-            assert module.weight.std().item() == pytest.approx((2 / fan_out) ** 0.5, rel=0.05)
-        elif isinstance(module, nn.BatchNorm2d):
-            assert module.weight.unique().tolist() == [0.0 if key.endswith(last) else 1.0]
-
-
-@pytest.mark.parametrize(("height", "width"), [(1, 1), (33, 33), (224, 96), (32, 320)])
-def test_any_image_size(height, width):
-    with torch.inference_mode():
-        logits = create_model("resnet18", 7).eval()(torch.randn(2, 3, height, width))
-    assert logits.shape == (2, 7)
-    assert logits.isfinite().all()
-
+from common.model import create_finetuned_model, create_model
+from common.model.create import architecture_of, check_size
+from common.model.resnet import ResNet
+from tests.model.models import CLASSES, IMAGES, cfg, randomise, write_model
 
 # ------------------------------------------------------------------------------------------------ by name
 
@@ -127,9 +21,6 @@ def test_timm_models_by_name():
     assert isinstance(create_model("resnet18", 7), ResNet)
     assert isinstance(create_model("timm/resnet18", 7), timm.models.ResNet)
     assert create_model("resnet18.a1_in1k", 7).fc.out_features == 7
-    vit = create_model("vit_tiny_patch16_224", 7).eval()
-    with torch.inference_mode():
-        assert vit(IMAGES).shape == (4, 7)  # not only at the size it is named after
 
 
 def test_creating_a_model_downloads_nothing(monkeypatch):
@@ -150,7 +41,61 @@ def test_unknown_models_name_the_flag(name):
     assert "hf-hub" in name or "resnet50" in str(error.value).partition("did you mean")[2]
 
 
-# ---------------------------------------------------------------------------------------------- fine-tuning
+# ---------------------------------------------------------------------------------------------- image sizes
+
+
+# Sizes that each network takes of 56, 64, 112 and 224; all that are not here take all four.
+TAKEN = {
+    "test_coatnet": (),
+    "test_maxvit": (),
+    "test_vit": (64, 112, 224),
+    "test_vit2": (64, 112, 224),
+    "test_vit3": (64, 112, 224),
+    "test_vit4": (64, 112, 224),
+    "test_vit_relpos": (),
+    "vit_tiny_patch16_224": (64, 112, 224),
+}
+LARGER = [
+    "vit_tiny_patch16_224",
+    "swin_tiny_patch4_window7_224",
+    "convnext_atto",
+    "efficientnet_b0",
+    "mobilenetv4_conv_small",
+]
+
+
+@pytest.mark.parametrize("name", [*timm.list_models("test_*"), *LARGER])
+def test_every_model_runs_or_is_refused_in_one_sentence(name):
+    model = create_model(name, 7)
+    for size in (56, 64, 112, 224):
+        problem = check_size(model, size, size)
+        assert (problem == "") == (size in TAKEN.get(name, (56, 64, 112, 224))), problem
+        assert "\n" not in problem
+        assert f"{size}x{size}" in problem or not problem
+    if name not in LARGER:  # half a minute for all
+        assert check_size(create_model(name, 7, img_size=64), 64, 64) == ""
+
+
+def test_checking_a_size_leaves_no_trace():
+    model = create_model("resnet18", 7)
+    model.layer1.eval()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    generator = torch.get_rng_state()
+    assert check_size(model, 64, 96) == ""
+    assert model.training
+    assert not model.layer1[0].bn1.training
+    assert model.layer2[0].bn1.training
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), generator)
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_a_size_that_a_network_cannot_be_built_for_names_it():
+    with pytest.raises(UserError, match="--model nest_tiny cannot be built for images of 56 px"):
+        create_model("nest_tiny", 7, img_size=56)
+
+
+# ---------------------------------------------------------------------------------------------- from weights
 
 
 @pytest.fixture(scope="module")
@@ -158,14 +103,48 @@ def trained():
     return randomise(create_model("resnet18", 5))
 
 
-@pytest.mark.parametrize("kind", ["run", "safetensors", "pth", "state_dict", "model", "model_state", "ddp"])
-def test_weights_from_files(kind, trained, tmp_path):
+@pytest.fixture
+def run(trained, tmp_path):
+    return write_model(tmp_path / "run" / "model", trained, cfg("resnet18")).parent
+
+
+@pytest.mark.parametrize("kind", ["run", "model", "file"])
+def test_the_head_of_the_same_classes_is_kept(kind, trained, run, caplog):
+    path = {"run": run, "model": run / "model", "file": run / "model" / "model.safetensors"}[kind]
+    with caplog.at_level(logging.INFO):
+        model, source = create_finetuned_model("resnet18", CLASSES, str(path))
+    assert source == cfg("resnet18")
+    state = model.state_dict()
+    assert all(torch.equal(state[key], value) for key, value in trained.state_dict().items())
+    assert "the head is kept" in caplog.text
+    assert {record.levelname for record in caplog.records} == {"INFO"}
+
+
+def test_rows_of_the_head_follow_names(trained, run, caplog):
+    classes = ["wolf", CLASSES[3], "fox", CLASSES[0], CLASSES[1]]  # as many, in another order
+    with caplog.at_level(logging.INFO):
+        model, _ = create_finetuned_model("resnet18", classes, str(run))
+    for key in ("weight", "bias"):
+        new, old = getattr(model.fc, key), getattr(trained.fc, key)
+        assert torch.equal(new[[1, 3, 4]], old[[3, 0, 1]])
+        assert not any(torch.equal(new[row], each) for row in (0, 2) for each in old)
+    assert torch.equal(model.conv1.weight, trained.conv1.weight)
+    assert "knows 3 of the 5 classes by name" in caplog.text
+
+
+def test_a_head_of_strangers_is_fresh(trained, run, caplog):
+    with caplog.at_level(logging.INFO):
+        model, _ = create_finetuned_model("resnet18", list("vwxyz"), str(run))
+    assert not torch.equal(model.fc.weight, trained.fc.weight)
+    assert torch.equal(model.conv1.weight, trained.conv1.weight)
+    assert "none of the classes by name" in caplog.text
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "pth", "state_dict", "model", "model_state", "ddp"])
+def test_a_bare_file_gives_the_body_and_a_fresh_head(kind, trained, tmp_path, caplog):
     state = trained.state_dict()
     path = tmp_path / ("w.safetensors" if kind == "safetensors" else "w.pth")
-    if kind == "run":
-        path = tmp_path
-        save_file(state, tmp_path / "best_weights.safetensors")
-    elif kind == "safetensors":
+    if kind == "safetensors":
         save_file(state, path)
     elif kind == "pth":
         torch.save(state, path)
@@ -173,30 +152,54 @@ def test_weights_from_files(kind, trained, tmp_path):
         torch.save({"state_dict": {f"module._orig_mod.{key}": value for key, value in state.items()}}, path)
     else:
         torch.save({"epoch": 3, kind: state}, path)
-    same = create_finetuned_model("resnet18", 5, str(path)).state_dict()
-    assert all(torch.equal(same[key], value) for key, value in state.items())
-    other = create_finetuned_model("resnet18", 9, str(path)).state_dict()
-    assert all(torch.equal(other[key], value) for key, value in state.items() if not key.startswith("fc."))
-    assert other["fc.weight"].shape == (9, 512)
-
-
-def test_a_new_head_is_normal_and_other_gaps_are_listed(trained, tmp_path, caplog):
-    state = trained.state_dict()
-    torch.save(state, tmp_path / "w.pth")
     with caplog.at_level(logging.INFO):
-        create_finetuned_model("resnet18", 9, str(tmp_path / "w.pth"))
-    assert [record.levelname for record in caplog.records] == ["INFO"]
-    assert "fc.weight, fc.bias" in caplog.text
+        model, source = create_finetuned_model("resnet18", CLASSES, str(path))
+    assert source is None
+    loaded = {key for key, value in model.state_dict().items() if torch.equal(value, state[key])}
+    assert set(state) - loaded == {"fc.weight", "fc.bias"}
+    assert "the head is fresh, for the names of the weights' classes are not known" in caplog.text
 
-    caplog.clear()
+
+def test_gaps_in_the_body_are_listed(trained, tmp_path, caplog):
+    state = trained.state_dict()
     del state["layer1.0.conv1.weight"]
     state["extra"] = torch.zeros(1)
     torch.save(state, tmp_path / "w.pth")
     with caplog.at_level(logging.INFO):
-        create_finetuned_model("resnet18", 5, str(tmp_path / "w.pth"))
-    assert [record.levelname for record in caplog.records] == ["WARNING"]
+        create_finetuned_model("resnet18", CLASSES, str(tmp_path / "w.pth"))
+    assert [record.levelname for record in caplog.records] == ["INFO", "WARNING"]
     assert "missing from the weights: layer1.0.conv1.weight" in caplog.text
     assert "not in the model: extra" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours", "count"),
+    [
+        ("test_resnet", "resnet18", "9 of 120"),
+        ("resnet18", "resnet34", "120 of 216"),
+        ("resnet34", "resnet18", "120 of 216"),
+    ],
+)
+def test_another_network_is_refused_and_named(theirs, ours, count, tmp_path):
+    run = write_model(tmp_path / "run" / "model", create_model(theirs, 5), cfg(theirs)).parent
+    with pytest.raises(UserError, match=f"{count} tensors fit --model {ours}; they are of --model {theirs}$"):
+        create_finetuned_model(ours, CLASSES, str(run))
+    torch.save(create_model(theirs, 5).state_dict(), tmp_path / "w.pth")
+    with pytest.raises(UserError, match="another model's"):
+        create_finetuned_model(ours, CLASSES, str(tmp_path / "w.pth"))
+
+
+@pytest.mark.parametrize("name", ["test_vit", "test_vit_relpos", "test_coatnet"])
+def test_weights_that_depend_on_the_image_size_are_interpolated(name, tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    trained = create_model(name, 5, img_size=160)
+    run = write_model(tmp_path / "run" / "model", trained, cfg(name, img_size=160)).parent
+    model, _ = create_finetuned_model(name, CLASSES, str(run), img_size=64)
+    assert check_size(model, 64, 64) == ""
+    body = len(model.state_dict()) - 2
+    assert f"loaded {body} of {body} tensors" in caplog.text
+    same, _ = create_finetuned_model(name, CLASSES, str(run), img_size=160)
+    assert all(torch.equal(same.state_dict()[key], value) for key, value in trained.state_dict().items())
 
 
 class Malice:
@@ -209,31 +212,57 @@ class Malice:
         return Path.touch, (self.trace,)
 
 
-def test_bad_weights_name_the_flag(trained, tmp_path):
-    torch.save({"some": torch.zeros(3)}, tmp_path / "nothing_fits.pth")
-    torch.save([1, 2], tmp_path / "no_dict.pth")
-    torch.save({"w": torch.zeros(3), "code": Malice(tmp_path / "trace")}, tmp_path / "code.pth")
-    (tmp_path / "text.pth").write_text("hello")
-    (tmp_path / "empty.pth").touch()
-    (tmp_path / "text.safetensors").write_text("hello")
-    (tmp_path / "no_run").mkdir()
-    names = [
-        "nothing_fits.pth",
-        "no_dict.pth",
-        "code.pth",
-        "text.pth",
-        "empty.pth",
-        "text.safetensors",
-        "no_run",
-    ]
-    for name in [*names, "missing.pth"]:
-        with pytest.raises(UserError, match="--weights") as error:
-            create_finetuned_model("resnet18", 5, str(tmp_path / name))
-        assert name in str(error.value)
-        assert "\n" not in str(error.value)
-    assert not (tmp_path / "trace").exists()
-    with pytest.raises(UserError, match=r"did you mean resnet18\.a1_in1k"):
-        create_finetuned_model("resnet18", 5, "resnet18.a1_in2k")
+@pytest.fixture(scope="module")
+def bad_weights(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bad")
+    torch.save({"some": torch.zeros(3)}, folder / "nothing_fits.pth")
+    torch.save([1, 2], folder / "no_dict.pth")
+    torch.save({"w": torch.zeros(3), "code": Malice(folder / "trace")}, folder / "code.pth")
+    (folder / "text.pth").write_text("hello")
+    (folder / "empty.pth").touch()
+    (folder / "text.safetensors").write_text("hello")
+    for name in ("no_run", "old_run", "no_json", "other_json", "no_tensors", "bad_tensors"):
+        (folder / name).mkdir()
+    (folder / "old_run" / "best_weights.safetensors").touch()
+    (folder / "no_json" / "config.json").write_text("{")
+    (folder / "other_json" / "config.json").write_text("[1]")
+    write_model(folder / "no_tensors", create_model("resnet18", 5), cfg("resnet18"))
+    (folder / "no_tensors" / "model.safetensors").unlink()
+    write_model(folder / "bad_tensors", create_model("resnet18", 5), cfg("resnet18"))
+    (folder / "bad_tensors" / "model.safetensors").write_text("hello")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [
+        ("nothing_fits.pth", "0 of 120 tensors fit --model resnet18"),
+        ("no_dict.pth", "no dictionary of named tensors"),
+        ("code.pth", "cannot be read as a file of tensors only"),
+        ("text.pth", "cannot be read as a file of tensors only"),
+        ("empty.pth", "cannot be read as a file of tensors only"),
+        ("text.safetensors", "not a readable safetensors file"),
+        ("no_run", "neither a run's folder nor a model's"),
+        ("old_run", "a run of an older version"),
+        ("no_json", "config.json is not the description of a timm model"),
+        ("other_json", "config.json is not the description of a timm model"),
+        ("no_tensors", "cannot be loaded by timm"),
+        ("bad_tensors", "cannot be loaded by timm"),
+        ("missing.pth", "neither a file, a run folder nor pretrained weights"),
+    ],
+)
+def test_bad_weights_are_refused_in_one_sentence(name, sentence, bad_weights):
+    with pytest.raises(UserError, match=re.escape(sentence)) as error:
+        create_finetuned_model("resnet18", CLASSES, str(bad_weights / name))
+    assert name in str(error.value)
+    assert "\n" not in str(error.value)
+    assert not (bad_weights / "trace").exists()
+
+
+def test_a_head_of_another_length_than_its_names_is_refused(trained, tmp_path):
+    folder = write_model(tmp_path, trained, replace(cfg("resnet18"), classes=CLASSES[:4]))
+    with pytest.raises(UserError, match="--weights"):
+        create_finetuned_model("resnet18", CLASSES, str(folder))
 
 
 @pytest.mark.parametrize(
@@ -245,19 +274,22 @@ def test_bad_weights_name_the_flag(trained, tmp_path):
         ("resnet18", "timm/resnet18.a1_in1k", "resnet18.a1_in1k"),
     ],
 )
-def test_pretrained_weights_come_from_timm(name, weights, asked, trained, monkeypatch):
+def test_pretrained_weights_come_from_timm(name, weights, asked, monkeypatch):
     real, calls = timm.create_model, []
+    imagenet = randomise(create_model("resnet18", 1000))
 
     def fake(name, pretrained=False, **options):
         if not pretrained:
             return real(name, **options)
         calls.append(name)
-        return trained
+        return imagenet
 
     monkeypatch.setattr(timm, "create_model", fake)
-    model = create_finetuned_model(name, 9, weights)
+    model, source = create_finetuned_model(name, ["n01443537", "unknown"], weights)
     assert calls == [asked]
-    assert torch.equal(model.conv1.weight, trained.conv1.weight)
+    assert torch.equal(model.conv1.weight, imagenet.conv1.weight)
+    assert torch.equal(model.fc.weight[0], imagenet.fc.weight[1])  # the second of ImageNet's classes
+    assert (source.architecture, source.test_size, source.interpolation) == ("resnet18", 288, "bicubic")
 
 
 def test_no_connection_is_one_sentence(monkeypatch):
@@ -266,236 +298,26 @@ def test_no_connection_is_one_sentence(monkeypatch):
 
     monkeypatch.setattr(timm, "create_model", offline)
     with pytest.raises(UserError, match=r"--weights timm: resnet18 cannot be downloaded"):
-        create_finetuned_model("resnet18", 9, "timm")
+        create_finetuned_model("resnet18", CLASSES, "timm")
 
 
-# -------------------------------------------------------------------------------------------- freezing
+def test_similar_pretrained_weights_are_offered():
+    with pytest.raises(UserError, match=r"did you mean resnet18\.a1_in1k"):
+        create_finetuned_model("resnet18", CLASSES, "resnet18.a1_in2k")
 
 
-@pytest.mark.parametrize(
-    ("name", "prefix"), [("resnet18", "fc"), ("vit_tiny_patch16_224", "head"), ("convnext_atto", "head.fc")]
-)
-def test_backbone_is_all_but_the_classifier(name, prefix):
-    model = create_model(name, 5)
-    assert classifier_prefix(model) == prefix
-    set_trainable_layers(model, ["backbone"])
-    trainable = {key for key, parameter in model.named_parameters() if parameter.requires_grad}
-    assert trainable == {f"{prefix}.weight", f"{prefix}.bias"}
-    train_mode(model, ["backbone"])
-    assert model.get_submodule(prefix).training
-    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d | nn.LayerNorm)]
-    assert norms
-    assert not any(norm.training for norm in norms)
+def test_weights_tell_their_architecture(run, trained, tmp_path):
+    assert architecture_of(str(run)) == "resnet18"
+    assert architecture_of(str(run / "model")) == "resnet18"
+    assert architecture_of("timm/resnet50.a1_in1k") == "resnet50"
+    torch.save(trained.state_dict(), tmp_path / "w.pth")
+    for unknown in (str(tmp_path / "w.pth"), "timm", "a1_in1k"):
+        assert architecture_of(unknown) is None
+    with pytest.raises(UserError, match="--weights"):
+        architecture_of(str(tmp_path))
 
 
-def test_both_heads_of_a_distilled_model_are_trained():
-    model = create_model("deit_tiny_distilled_patch16_224", 5)
-    set_trainable_layers(model, ["backbone"])
-    trainable = {key for key, parameter in model.named_parameters() if parameter.requires_grad}
-    assert trainable == {"head.weight", "head.bias", "head_dist.weight", "head_dist.bias"}
-
-
-def test_prefixes_end_where_names_end():
-    model = nn.Module()
-    model.layer1, model.layer10 = nn.Linear(2, 2), nn.Linear(2, 2)
-    set_trainable_layers(model, ["layer1"])
-    assert not model.layer1.weight.requires_grad
-    assert model.layer10.weight.requires_grad
-    train_mode(model, ["layer1"])
-    assert not model.layer1.training
-    assert model.layer10.training
-    set_trainable_layers(model, ["layer10.weight"])
-    assert model.layer1.weight.requires_grad  # thawed again
-    assert not model.layer10.weight.requires_grad
-    assert model.layer10.bias.requires_grad
-
-
-@pytest.mark.parametrize("frozen", [["layer9"], ["conv1", "layer"], ["backbone", "fc"], ["relu"]])
-def test_useless_freezing_is_refused(frozen):
-    model = small()
-    with pytest.raises(UserError, match="frozen: "):
-        set_trainable_layers(model, frozen)
-    assert all(parameter.requires_grad for parameter in model.parameters())
-
-
-def test_frozen_layers_keep_weights_and_statistics():
-    model = small()
-    optimizer = create_optimizer(config(), model)
-    step(model.train(), optimizer)  # leaves momentum and gradients behind
-    set_trainable_layers(model, EARLY)
-    train_mode(model, EARLY)
-    before = snapshot(model)
-    F.cross_entropy(model(IMAGES), LABELS).backward()
-    optimizer.step()
-    moved = changed(model, before)
-    assert moved == {name for name in before if not name.startswith(tuple(f"{each}." for each in EARLY))}
-    assert "layer3.0.bn1.running_mean" in moved
-
-    train_mode(model, ())
-    model(IMAGES)
-    assert "bn1.running_mean" in changed(model, before)
-
-
-def test_backward_stops_at_the_frozen_layers():
-    model = small()
-    set_trainable_layers(model, EARLY)
-    train_mode(model, EARLY)
-    tracked = {}
-    for name in ("layer2", "layer3"):
-        model.get_submodule(name).register_forward_hook(
-            lambda _module, _inputs, output, name=name: tracked.__setitem__(name, output.requires_grad)
-        )
-    F.cross_entropy(model(IMAGES), LABELS).backward()
-    assert tracked == {"layer2": False, "layer3": True}
-    for name, parameter in model.named_parameters():
-        assert (parameter.grad is None) == name.startswith(tuple(f"{each}." for each in EARLY))
-
-
-# ----------------------------------------------------------------------------------------------- optimizing
-
-
-@pytest.mark.parametrize("name", ["resnet18", "vit_tiny_patch16_224"])
-@pytest.mark.parametrize("layer_decay", [None, 0.5])
-@pytest.mark.parametrize("decay_all", [True, False])
-def test_every_parameter_is_in_one_group(name, layer_decay, decay_all):
-    model = create_model(name, 5)
-    set_trainable_layers(model, ["backbone"])
-    groups = param_groups(model, 0.05, decay_all, layer_decay)
-    found = [parameter for group in groups for parameter in group["params"]]
-    assert len(found) == len(set(found))
-    assert set(found) == set(model.parameters())
-    decay = {parameter: group["weight_decay"] for group in groups for parameter in group["params"]}
-    for key, parameter in model.named_parameters():
-        exempt = not decay_all and (parameter.ndim == 1 or key in ("pos_embed", "cls_token"))
-        assert decay[parameter] == (0.0 if exempt else 0.05)
-
-
-def test_layer_decay_lowers_rates_towards_the_stem():
-    model = create_model("resnet18", 5)
-    groups = param_groups(model, 0.05, False, 0.5)
-    scale = {parameter: group["lr_scale"] for group in groups for parameter in group["params"]}
-    scales = {name: scale[parameter] for name, parameter in model.named_parameters()}
-    assert scales["fc.weight"] == scales["fc.bias"] == 1.0
-    blocks = [f"layer{stage}.{block}" for stage in (1, 2, 3, 4) for block in (0, 1)]
-    for height, block in enumerate(reversed(blocks), start=1):
-        assert {value for name, value in scales.items() if name.startswith(f"{block}.")} == {0.5**height}
-    assert scales["conv1.weight"] == scales["bn1.weight"] == 0.5**9
-    assert {group["lr_scale"] for group in param_groups(model, 0.05, False, None)} == {1.0}
-
-    vit = create_model("vit_tiny_patch16_224", 5)
-    scale = {p: group["lr_scale"] for group in param_groups(vit, 0.05, False, 0.5) for p in group["params"]}
-    climb = [scale[p] for p in (vit.patch_embed.proj.weight, *(b.mlp.fc1.weight for b in vit.blocks))]
-    assert climb == sorted(set(climb))
-    assert scale[vit.head.weight] == 1.0
-
-    with pytest.raises(UserError, match="--layer_decay"):
-        param_groups(nn.Linear(2, 2), 0.05, False, 0.5)
-    with pytest.raises(UserError, match="--layer_decay"):
-        param_groups(model, 0.05, False, 1.5)
-
-
-def test_sgd_steps_like_plain_sgd_also_after_thawing():
-    ours = small().to(memory_format=torch.channels_last)
-    plain = copy.deepcopy(ours)
-    mine = create_optimizer(config(decay_norm_and_bias=True), ours)
-    theirs = torch.optim.SGD(
-        plain.parameters(), lr=0.1, momentum=0.9, nesterov=True, weight_decay=0.05, fused=False, foreach=False
-    )
-    for frozen in (["backbone"], ["backbone"], [], []):
-        for model, optimizer in ((ours, mine), (plain, theirs)):
-            set_trainable_layers(model, frozen)
-            train_mode(model, ["backbone"])  # statistics as they are: rounding must not be amplified
-            step(model, optimizer)
-    for name, value in plain.state_dict().items():
-        torch.testing.assert_close(ours.state_dict()[name], value, atol=1e-5, rtol=1e-4)
-
-
-def test_sgd_goes_on_from_a_state_in_another_memory_layout():
-    first = small()
-    saved = create_optimizer(config(), first)
-    step(first, saved)
-    results = []
-    for layout in (torch.contiguous_format, torch.channels_last):
-        model = copy.deepcopy(first).to(memory_format=layout)
-        optimizer = create_optimizer(config(), model)
-        optimizer.load_state_dict(copy.deepcopy(saved.state_dict()))
-        for mine, other in zip(model.parameters(), first.parameters(), strict=True):
-            mine.grad = torch.zeros_like(mine).copy_(other.grad)
-        optimizer.step()
-        results.append(model.state_dict())
-    for name, value in results[0].items():
-        torch.testing.assert_close(results[1][name], value, atol=1e-6, rtol=1e-5)
-
-
-def test_optimizers_by_name():
-    model = create_model("resnet18", 5)
-    optimizer = create_optimizer(config(optimizer="lamb", layer_decay=0.5), model)
-    assert type(optimizer).__name__ == "Lamb"
-    assert {group["lr_scale"] for group in optimizer.param_groups} == {0.5**height for height in range(10)}
-    assert {group["weight_decay"] for group in optimizer.param_groups} == {0.0, 0.05}
-    before = snapshot(model)
-    step(model, optimizer)
-    assert "conv1.weight" in changed(model, before)
-    with pytest.raises(UserError, match=r"--optimizer addamw is unknown; did you mean .*adamw"):
-        create_optimizer(config(optimizer="addamw"), model)
-    with pytest.raises(UserError, match="--nesterov"):
-        create_optimizer(config(momentum=0.0), model)
-
-
-def test_ema_follows_weights_and_statistics():
-    model = small()
-    model.compile(backend="eager")
-    ema = create_ema(model, decay=0.99)
-    optimizer = create_optimizer(config(), model)
-    start = snapshot(model)
-    path = []
-    for done in range(1, 4):
-        step(model.train(), optimizer)
-        ema.update(model, step=done)
-        path.append(snapshot(model))
-    decays = [0.0, *(1 - (1 + late) ** -0.75 for late in (1, 2))]  # the first update copies
-    for name in ("conv1.weight", "bn1.running_mean", "fc.bias"):
-        expected = start[name]
-        for decay, now in zip(decays, path, strict=True):
-            expected = decay * expected + (1 - decay) * now[name]
-        average = ema.module.state_dict()[name]
-        torch.testing.assert_close(average, expected, atol=1e-6, rtol=1e-4)
-        assert not torch.equal(average, path[-1][name])
-    assert ema.module.state_dict()["bn1.num_batches_tracked"] == 3
-    assert ema.get_decay(10**9) == 0.99
-    assert not ema.module.training
-
-
-def test_compiling_in_place_keeps_the_names():
-    model = small().eval()
-    names, eager = list(model.state_dict()), model(IMAGES)
-    model.compile(backend="eager")
-    assert list(model.state_dict()) == names
-    assert [name for name, _ in model.named_parameters()] == [n for n, _ in small().named_parameters()]
-    torch.testing.assert_close(model(IMAGES), eager)
-    other = small().eval()
-    other.load_state_dict(model.state_dict())
-    torch.testing.assert_close(other(IMAGES), eager)
-
-
-# --------------------------------------------------------------------------------------------- summary
-
-
-def test_summary_prints_layers_and_flops(capsys):
-    assert main(["--model", "resnet50", "--sizes", "64", "32x96"]) == 0
-    out = capsys.readouterr().out
-    assert "25,557,032" in out
-    lines = {line.split()[0]: line.split() for line in out.splitlines() if line}
-    assert lines["layer1.0.conv2"] == ["layer1.0.conv2", "Conv2d", "64x8x24", "36,864"]
-    # torchvision states 4.09 billion multiply-adds at 224 x 224; convolutions scale with the area.
-    assert float(lines["64"][3]) == pytest.approx(2 * 4.09 * (64 / 224) ** 2, rel=0.01)
-    assert lines["32"][4] == "ok"
-
-
-def test_summary_says_what_a_model_cannot_take(capsys):
-    assert main(["--model", "vit_tiny_patch16_224", "--sizes", "32", "40"]) == 1
-    assert "divisible" in capsys.readouterr().out
-    assert main(["--model", "resnet51"]) == 2
-    assert "did you mean" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        main(["--sizes", "big"])
+def test_a_forward_pass_is_the_same_after_a_round_trip(trained, run):
+    model, _ = create_finetuned_model("timm/resnet18", CLASSES, str(run))
+    with torch.inference_mode():
+        torch.testing.assert_close(model.eval()(IMAGES), trained(IMAGES))

@@ -1,0 +1,123 @@
+"""After an epoch: a line for people, a row for programs, and a checkpoint to go on from."""
+
+import time
+from dataclasses import replace
+from typing import Any
+
+from safetensors.torch import save as to_safetensors
+from torch import Tensor
+
+from common.config import as_plain
+from common.engine.evaluate import Score
+from common.engine.trainer import Trainer
+from common.run import checkpoint
+from common.run.processes import rank0_errors
+from common.run.progress import peak_memory_mb
+from common.scheduling import EpochPlan, Rates
+
+# Checkpoints kept beside the best and the numbered ones: the newest may have been damaged by what ended the run.
+KEEP_CHECKPOINTS = 2
+
+
+def record(t: Trainer, epoch: EpochPlan, rates: Rates, scores: list[Score]) -> None:
+    """Write an epoch down, then save what has to be saved; a collective."""
+    run, progress, meter = t.run, t.state.progress, t.meter
+    last_step = epoch.first_step + epoch.steps - 1
+    loss, hits = run.accelerator.reduce(meter.sums, "sum").tolist()
+    images = epoch.steps * epoch.global_batch
+    raw, *ema = scores
+    top1 = max(score.top1 for score in scores)
+    improved = top1 > progress.best_top1
+    if improved:
+        progress.best_top1, progress.best_epoch, progress.best_step = top1, epoch.index + 1, progress.step
+        progress.best_is_ema = top1 > raw.top1
+    progress.epochs_done, progress.epoch_sums = epoch.index + 1, [0.0, 0.0]
+    progress.wall_s = time.monotonic() - t.started
+    t.meter = None
+    row = {
+        "epoch": epoch.index + 1,
+        "stage": epoch.stage_index + 1,
+        "img_size": epoch.stage.img_size,
+        "batch_size": t.plan.micro_batch(epoch.stage_index),
+        "lr": rates.lr(last_step),
+        "momentum": rates.momentum(last_step),
+        "train_loss": loss / images,
+        "train_top1": 100 * hits / images,
+        "val_loss": raw.loss,
+        "val_top1": raw.top1,
+        "val_top5": raw.top5,
+        "ema_top1": ema[0].top1 if ema else "",
+        "images_per_s": meter.images_per_s,
+        "data_wait": meter.data_wait,
+        "memory_mb": peak_memory_mb(run.accelerator.device),
+        "epoch_s": meter.seconds_since_start(),
+        "total_s": progress.wall_s,
+        "images_seen": progress.images_seen,
+        "skipped_steps": progress.skipped_steps,
+    }
+    with rank0_errors():
+        if run.is_main:
+            run.records.add(row)
+            run.accelerator.log({**row, "optimizer_step": progress.step})
+    run.log.info("%s", meter.line(row, progress))
+    is_last = progress.epochs_done == t.plan.total_epochs
+    numbered = run.cfg.keep_every and progress.epochs_done % run.cfg.keep_every == 0
+    if improved or numbered or is_last or progress.epochs_done % run.cfg.save_freq_last == 0:
+        save(t)
+    run.sync()
+
+
+def save(t: Trainer) -> None:
+    """Write a checkpoint of this step, and the model folder if it is the best so far; a collective.
+
+    The host's copies are made here; hashing and writing happen beside the training.
+    """
+    run, progress = t.run, t.state.progress
+    began = time.monotonic()
+    progress.wall_s = began - t.started
+    if t.meter is not None:
+        progress.epoch_sums = run.accelerator.reduce(t.meter.sums, "sum").tolist()
+    config = {
+        "strategy": run.cfg.strategy,
+        "stages_in_force": [as_plain(stage) for stage in run.stages],
+        **as_plain(run.cfg),
+    }
+    files = checkpoint.capture(t.state, run.accelerator, config)
+    run.saved()
+    with rank0_errors():
+        if run.is_main:
+            # What an earlier save met is raised here; and no more than one checkpoint waits in memory.
+            run.background.drain()
+            if all(tensor.isfinite().all() for tensor in files["model.safetensors"].values()):
+                run.background.submit(_write, t, files, progress.step, began)
+            else:
+                run.log.info("not saved: the weights are not finite")
+    run.sync()
+
+
+def _write(t: Trainer, files: dict[str, Any], step: int, began: float) -> None:
+    run, folder = t.run, t.run.folder / "checkpoints"
+    progress = files["state.json"]["progress"]
+    checkpoint.write(folder, files)
+    if progress["best_step"] == step:
+        _write_model(t, files["ema.safetensors" if progress["best_is_ema"] else "model.safetensors"])
+    keep = {checkpoint.name_of(progress["best_step"])}
+    if every := run.cfg.keep_every:
+        kept_epochs = (epoch for epoch in t.plan.epochs() if (epoch.index + 1) % every == 0)
+        keep |= {checkpoint.name_of(epoch.first_step + epoch.steps) for epoch in kept_epochs}
+    if run.mirror is not None:
+        keep |= run.mirror.uploading()
+    checkpoint.prune(folder, KEEP_CHECKPOINTS, keep)
+    run.log.info("saved step %d in %.2f s", step, time.monotonic() - began)
+
+
+def _write_model(t: Trainer, weights: dict[str, Tensor]) -> None:
+    """`model/`: weights that know their network, their classes and their images, in timm's format."""
+    cfg, folder = t.run.cfg, t.run.folder / "model"
+    folder.mkdir(exist_ok=True)
+    stage = t.plan.stages[t.stage_index]
+    description = replace(
+        t.model_cfg, img_size=stage.img_size, test_size=None, crop_pct=cfg.crop_pct, interpolation="bilinear"
+    )
+    checkpoint.write_durably(folder / "model.safetensors", to_safetensors(weights))
+    t.run.records.write_json("model/config.json", description.timm_config())

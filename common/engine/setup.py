@@ -1,0 +1,103 @@
+"""What happens before the first step: settings that fit, the state to go on from, and a plan that fits into memory."""
+
+from contextlib import suppress
+
+import numpy as np
+import torch
+from torch import nn
+
+from common import UserError
+from common.data.decode import DecodeError, read_header
+from common.data.shapes import stage_shapes
+from common.data.sources.base import Source
+from common.engine.memory import fit_memory
+from common.model.optimizer import Ema, create_optimizer
+from common.run import checkpoint
+from common.run.checkpoint import Progress, TrainState
+from common.run.processes import rank0_errors, seed_everything
+from common.run.run import Run
+from common.scheduling import Plan, make_plan
+from common.scheduling.recipe import Facts, adapt
+
+# Images whose headers tell how large the images are.
+SIZE_SAMPLE = 500
+
+
+def adapt_settings(run: Run, model: nn.Module, train: Source) -> None:
+    """Settle the stages and the defaults that fit data, length and machine; a resumed run brings its own along."""
+    cfg = run.cfg
+    if run.stages:
+        return
+    # timm's networks tell by how much their last feature map is smaller than the image; ours are ResNets.
+    features = getattr(model, "feature_info", None)
+    stride = features[-1]["reduction"] if isinstance(features, list) and features else 0
+    facts = Facts(
+        images=len(train),
+        classes=len(train.classes),
+        processes=run.accelerator.num_processes,
+        short_side=typical_short_side(train),
+        stride=stride,
+    )
+    fitting = adapt(cfg.stages_in_force(), vars(cfg), cfg.given, facts, cfg.recipe)
+    run.stages = fitting.stages
+    for name, value in fitting.values.items():
+        setattr(cfg, name, value)
+    for note in fitting.notes:
+        run.log.info("adapted: %s", note)
+
+
+def typical_short_side(train: Source) -> int:
+    """Median short side of the originals in pixels, of a sample of them; 0 where it would have to be fetched."""
+    if train.group_rows is not None and not train.prepared:
+        return 0
+    sample = np.linspace(0, len(train) - 1, min(len(train), SIZE_SAMPLE)).astype(int)
+    if train.prepared:
+        return int(np.median(train.sizes()[sample].min(1)))
+    sides = []
+    for index in sample.tolist():
+        # An image that cannot be read is met again, and named, when it is trained on.
+        with suppress(DecodeError, OSError):
+            sides.append(min(read_header(train.read(index, 0))[:2]))
+    return int(np.median(sides)) if sides else 0
+
+
+def prepare_state(run: Run, model: nn.Module, train: Source) -> TrainState:
+    """Model on its device, optimizer and EMA: new ones, or as the resumed checkpoint holds them."""
+    cfg, accelerator = run.cfg, run.accelerator
+    layout = torch.channels_last if cfg.channels_last else torch.contiguous_format
+    model = model.to(accelerator.device, memory_format=layout)
+    ema = Ema(model, cfg.ema_decay) if cfg.ema else None
+    # Dropout differs between processes; the first weights did not.
+    seed_everything(cfg.seed + accelerator.process_index)
+    optimizer = create_optimizer(cfg, model, momentum=cfg.momentum)
+    state = TrainState(model, optimizer, ema, accelerator.scaler, Progress(num_images=len(train)))
+    with rank0_errors():
+        if run.checkpoint is not None:
+            recorded = run.checkpoint["state.json"]["progress"]["num_images"]
+            if recorded != len(train):
+                raise UserError(
+                    f"the checkpoint was made with {recorded} training images, --data_dir {cfg.data_dir} has {len(train)}"
+                )
+    files = checkpoint.share(run.checkpoint, accelerator)
+    run.checkpoint = None
+    if files is not None:
+        checkpoint.apply(files, state, accelerator)
+        progress = state.progress
+        run.log.info("resumed at epoch %d, step %d", progress.epochs_done + 1, progress.step)
+    return state
+
+
+def settle_plan(run: Run, state: TrainState, train: Source) -> Plan:
+    """Stages over steps; a resumed run keeps its global batches, whatever the number of processes now."""
+    cfg = run.cfg
+    plan = make_plan(
+        run.stages,
+        len(train),
+        run.accelerator.num_processes,
+        cfg.accumulation,
+        state.progress.global_batches,
+    )
+    if cfg.auto_batch:
+        plan = fit_memory(run, state, plan, lambda stage: stage_shapes(stage, train, cfg))
+    state.progress.global_batches = list(plan.global_batches)
+    return plan

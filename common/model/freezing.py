@@ -1,0 +1,65 @@
+"""Which layers train: freezing by module names, and what "all but the classifier" means."""
+
+from collections.abc import Callable, Sequence
+
+from torch import nn
+
+from common import UserError
+
+
+def under(name: str, prefix: str) -> bool:
+    """Whether a parameter or module is `prefix` or inside it: layer1.0 is under layer1, layer10 is not."""
+    return name == prefix or name.startswith(f"{prefix}.")
+
+
+def classifiers(model: nn.Module) -> list[str]:
+    """Names of the modules that make logits: one, but for distilled transformers, which have two."""
+    found = model.get_classifier()
+    modules = found if isinstance(found, tuple) else (found,)
+    return [name for name, module in model.named_modules() if any(module is each for each in modules)]
+
+
+def _is_frozen(model: nn.Module, frozen: Sequence[str]) -> Callable[[str], bool]:
+    """A test for names of parameters and modules; "backbone" stands for all but the classifier."""
+    heads = classifiers(model) if "backbone" in frozen else []
+
+    def test(name: str) -> bool:
+        if heads and not any(under(name, head) or under(head, name) for head in heads):
+            return True
+        return any(under(name, prefix) for prefix in frozen)
+
+    return test
+
+
+def set_trainable_layers(model: nn.Module, frozen: Sequence[str]) -> None:
+    """Freeze the parameters whose names begin with one of `frozen`, and thaw all others.
+
+    Args:
+        model: the bare model, not wrapped for distributed training.
+        frozen: names of modules or parameters such as "conv1", "layer1" or "layer4.0"; "backbone" is all but
+            the classifier. The backward pass ends early only if all layers below are frozen too.
+
+    Raises:
+        UserError: a name matches nothing, or nothing is left to train.
+    """
+    names = [name for name, _ in model.named_parameters()]
+    for prefix in frozen:
+        if prefix != "backbone" and not any(under(name, prefix) for name in names):
+            layers = ", ".join(dict.fromkeys(name.partition(".")[0] for name in names))
+            raise UserError(f"frozen: {prefix!r} is no layer of the model, which has {layers}")
+    is_frozen = _is_frozen(model, frozen)
+    if all(map(is_frozen, names)):
+        raise UserError(f"frozen: {', '.join(frozen)} leaves nothing to train")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(not is_frozen(name))
+        if is_frozen(name):
+            parameter.grad = None  # a gradient left over would let the optimizer go on moving it
+
+
+def train_mode(model: nn.Module, frozen: Sequence[str]) -> None:
+    """model.train(), but frozen modules in eval: BatchNorm keeps its statistics there, dropout is off."""
+    model.train()
+    is_frozen = _is_frozen(model, frozen)
+    for name, module in model.named_modules():
+        if name and is_frozen(name):
+            module.eval()

@@ -1,0 +1,141 @@
+"""Which folder a run lives in, and what a run that is there already brings along."""
+
+import secrets
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import yaml
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+
+from common import UserError
+from common.config import TrainConfig, adopt, as_plain, read_stages
+from common.run import checkpoint
+from common.run.processes import rank0_errors
+from common.scheduling import Stage
+
+
+def claim_folder(cfg: TrainConfig, state: PartialState) -> tuple[list[Stage], dict[str, Any] | None]:
+    """Settle `cfg.output` and `cfg.run_name`, the same on all processes, and take over a recorded run's settings.
+
+    Nothing is written, but for a run that is fetched from S3. What is resumed, in this order:
+
+    1. `--resume none`: nothing.
+    2. `--resume PATH` of one checkpoint: that one.
+    3. the newest undamaged one of the run's folder, also after `--resume PATH` or `s3://...` of a whole run.
+
+    Returns:
+        The stages of the run that is resumed, [] for a new one, and on the main process its checkpoint's files.
+
+    Raises:
+        UserError: the folder holds something else, or a run with other settings.
+    """
+    files: dict[str, Any] | None = None
+    place: list[Any] = [None]
+    with rank0_errors():
+        if state.is_main_process:
+            output, name, asked = _place(cfg)
+            _fetch(cfg, output / name)
+            files = _find(cfg, output / name, asked)
+            recorded = files["state.json"]["config"] if files else None
+            _must_match(cfg, recorded, output / name)
+            place = [(str(output), name, recorded)]
+    if state.num_processes > 1:
+        broadcast_object_list(place)
+    cfg.output, cfg.run_name, recorded = place[0]
+    if recorded is None:
+        return [], None
+    adopt(cfg, recorded)
+    return read_stages(recorded["stages_in_force"]), files
+
+
+def _place(cfg: TrainConfig) -> tuple[Path, str, Path | None]:
+    """Folder of the runs, name of this run, and the path that `--resume` asks for, if it is one."""
+    if cfg.resume in ("auto", "none"):
+        name = cfg.run_name or f"{cfg.strategy}-{datetime.now():%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
+        return Path(cfg.output), name, None
+    if cfg.run_name:
+        raise UserError("--resume PATH goes on in that run's own folder; leave out --run_name")
+    if cfg.resume.startswith("s3://"):
+        return Path(cfg.output), cfg.resume.rstrip("/").rsplit("/", 1)[-1], None
+    path = Path(cfg.resume).resolve()
+    if not path.is_dir():
+        raise UserError(f"--resume {cfg.resume} is not a run folder or a checkpoint")
+    folder = path.parent.parent if path.parent.name == "checkpoints" else path
+    return folder.parent, folder.name, path
+
+
+def _fetch(cfg: TrainConfig, folder: Path) -> None:
+    """Restore a run that this machine does not have: the one that was asked for, or one that a lost machine left on S3."""
+    by_address = cfg.resume.startswith("s3://")
+    if folder.exists() or not (by_address or (cfg.resume == "auto" and cfg.s3 and cfg.run_name)):
+        return
+    from common.run.s3 import NothingStored, restore
+
+    if by_address:
+        restore(cfg.resume, folder)
+        return
+    try:
+        restore(f"{cfg.s3.rstrip('/')}/{cfg.run_name}", folder, flag="--s3")
+    except NothingStored:
+        pass
+    except UserError as error:
+        raise UserError(
+            f"{error}; to start anew without asking S3 for this run, pass --resume none"
+        ) from error
+
+
+def _find(cfg: TrainConfig, folder: Path, asked: Path | None) -> dict[str, Any] | None:
+    """Read the checkpoint to go on from; None where the folder holds no trained step."""
+    found, damaged = checkpoint.newest_whole(folder / "checkpoints")
+    if asked is not None and asked != folder:
+        checkpoint.verify(asked)
+        found = asked
+    elif asked is not None and found is None and not damaged:
+        raise UserError(f"--resume {cfg.resume} holds no checkpoint to go on from")
+    for sentence in damaged:
+        print(f"damaged checkpoint passed over: {sentence}", flush=True)
+    if damaged and found is None:
+        raise UserError(
+            f"no whole checkpoint is left in {folder / 'checkpoints'}; start anew with another --run_name"
+        )
+    if found is None and folder.exists() and any(folder.iterdir()) and not (folder / "config.yaml").exists():
+        raise UserError(f"{folder} exists and is not a run; choose another --run_name or --output")
+    return checkpoint.read(found) if found else None
+
+
+def _must_match(cfg: TrainConfig, recorded: dict[str, Any] | None, folder: Path) -> None:
+    if recorded is None:
+        return
+    if cfg.resume == "none":
+        raise UserError(
+            f"{folder} already holds a run; choose another --run_name, or --resume auto to go on with it"
+        )
+    strategy = recorded.get("strategy", cfg.strategy)
+    if strategy != cfg.strategy:
+        raise UserError(
+            f"{folder} holds a run of train_{strategy}.py; go on with that script, or choose another --run_name"
+        )
+    probe = type(cfg)(**{name: getattr(cfg, name) for name in cfg.__dataclass_fields__})
+    probe.given = cfg.given
+    if changed := adopt(probe, recorded):
+        raise UserError(
+            f"{folder} holds a run with other settings: {', '.join(changed)}; leave them out to go on with it, take "
+            f"--config {folder}/config.yaml and another --run_name to start anew, or --weights {folder} to train on from its weights"
+        )
+
+
+def create_folder(folder: Path, cfg: TrainConfig) -> None:
+    """Make the run's folder and write the settings in force.
+
+    Raises:
+        UserError: cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.yaml").write_text(yaml.safe_dump(as_plain(cfg), sort_keys=False))
+        for name in ("logs", "plots", "checkpoints"):
+            (folder / name).mkdir(exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write to {folder}: {error.strerror}; choose another --output") from error

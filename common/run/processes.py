@@ -1,0 +1,203 @@
+"""The processes of a run: what Accelerate starts, what they agree on, and how one that fails lets the others go."""
+
+import os
+import random
+import signal
+import time
+from contextlib import AbstractContextManager
+from pathlib import Path
+from types import FrameType, TracebackType
+
+import torch
+from accelerate import Accelerator, PartialState
+from accelerate.utils import DDPCommunicationHookType, DistributedDataParallelKwargs, broadcast_object_list
+from torch.nn import functional as F
+
+from common import UserError
+from common.config import TrainConfig
+
+# A launcher forwards what its whole process group was sent: that is one signal, not two.
+REPEAT_S = 2.0
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+# What Accelerate would take from its configuration file or the environment, and we would not honour.
+UNSUPPORTED = {
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
+    "ACCELERATE_USE_FSDP": "FSDP",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism_config",
+}
+FAST_BF16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16", "asimdbf16"}
+
+
+class Interrupted(Exception):
+    """All processes have agreed to stop here."""
+
+
+# --- Accelerate ----------------------------------------------------------------------------------------------------
+
+
+def start_processes() -> PartialState:
+    """Join the processes that were launched, on GPUs or, without them, on CPUs.
+
+    Raises:
+        UserError: Accelerate was asked for what these scripts do not do, or would train N models side by side.
+    """
+    for variable, name in UNSUPPORTED.items():
+        if os.environ.get(variable, "false").lower() in ("true", "1"):
+            raise UserError(f"{name} is not supported; take it out of accelerate's --config_file")
+    if os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower() not in ("no", ""):
+        raise UserError("dynamo_config is not supported; take it out of the --config_file and pass --compile")
+    # DDP takes the device the model is on. Accelerate would name the local rank, which is no device where a scheduler
+    # shows each process one GPU.
+    os.environ["ACCELERATE_BYPASS_DEVICE_MAP"] = "true"
+    state = PartialState(cpu=not torch.cuda.is_available())
+    launched = int(os.environ.get("WORLD_SIZE", 1))
+    if launched != state.num_processes:
+        raise UserError(
+            f"{launched} processes were launched but Accelerate sees {state.num_processes}; "
+            "use distributed_type: MULTI_GPU in the --config_file, also on CPUs"
+        )
+    return state
+
+
+def make_accelerator(cfg: TrainConfig) -> tuple[Accelerator, str]:
+    """Accelerate for the device and the precision in force, which is written into `cfg`, and a line about it."""
+    steps = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
+    if steps not in ("1", str(cfg.accumulation)):
+        raise UserError(f"ACCELERATE_GRADIENT_ACCUMULATION_STEPS={steps} is set: pass --accumulation {steps}")
+    cfg.mixed_precision, note = resolve_precision(cfg.mixed_precision, cpu=not torch.cuda.is_available())
+    hooks = {"fp16": DDPCommunicationHookType.FP16, "bf16": DDPCommunicationHookType.BF16}
+    ddp = DistributedDataParallelKwargs(
+        comm_hook=hooks.get(cfg.grad_compression, DDPCommunicationHookType.NO),
+        gradient_as_bucket_view=True,
+        # Each process keeps its own BatchNorm statistics, averaged before they are used (engine.evaluate). DDP would
+        # overwrite them with those of rank 0 in every forward pass.
+        broadcast_buffers=False,
+    )
+    accelerator = Accelerator(
+        cpu=not torch.cuda.is_available(),
+        mixed_precision=cfg.mixed_precision,
+        log_with=None if cfg.wandb == "off" else "wandb",
+        kwargs_handlers=[ddp],
+    )
+    if accelerator.device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
+        torch.backends.cudnn.allow_tf32 = True
+        torch.backends.cudnn.benchmark = True
+    return accelerator, note
+
+
+def resolve_precision(asked: str | None, cpu: bool) -> tuple[str, str]:
+    """The precision in force and a line that says why; "" where there is nothing to say.
+
+    On a CPU, `mixed_precision: no` of a launcher's file means that nobody asked, for Accelerate writes it always.
+
+    Raises:
+        UserError: fp16 on a CPU.
+    """
+    told = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if not cpu:
+        return asked or told, ""
+    fast = has_fast_bf16()
+    wanted = asked or (told if told != "no" else "bf16" if fast else "no")
+    if wanted == "fp16":
+        raise UserError("--mixed_precision fp16 needs a GPU; use bf16 or no on a CPU")
+    if wanted == "bf16" and not fast:
+        return (
+            wanted,
+            f"this CPU is slow at bf16: a convolution takes {bf16_cost():.1f} times as long as in fp32; pass --mixed_precision no",
+        )
+    if asked or told != "no":
+        return wanted, ""
+    why = (
+        "which this CPU is fast at" if fast else "since this CPU has no fast bf16 (AVX512-BF16, AMX or ARM's)"
+    )
+    return wanted, f"precision: {'bf16' if fast else 'fp32'}, {why}; --mixed_precision sets it"
+
+
+def has_fast_bf16() -> bool:
+    """Whether this CPU multiplies bf16 in hardware; without, PyTorch is some ten times slower than in fp32."""
+    info = Path("/proc/cpuinfo")
+    if not info.exists():
+        return False
+    lines = [line for line in info.read_text().splitlines() if line.startswith(("flags", "Features"))]
+    return bool(lines) and not FAST_BF16_FLAGS.isdisjoint(lines[0].split())
+
+
+def bf16_cost() -> float:
+    """Time of a convolution in bf16 relative to fp32, measured in a second or less."""
+    seconds = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        images, weight = torch.ones(4, 64, 16, 16, dtype=dtype), torch.ones(64, 64, 3, 3, dtype=dtype)
+        F.conv2d(images, weight)
+        began = time.perf_counter()
+        F.conv2d(images, weight)
+        seconds[dtype] = time.perf_counter() - began
+    return seconds[torch.bfloat16] / seconds[torch.float32]
+
+
+def seed_everything(seed: int) -> None:
+    """Seed the generators that models may draw from; data and augmentation have their own, stateless numbers."""
+    random.seed(seed)
+    torch.manual_seed(seed)
+
+
+# --- agreement -----------------------------------------------------------------------------------------------------
+
+
+class rank0_errors(AbstractContextManager):
+    """What only the main process does, and all depend on: when it fails there, the others end too, without a word.
+
+    A collective: all processes enter and leave it.
+    """
+
+    def __exit__(
+        self, kind: type | None, error: BaseException | None, trace: TracebackType | None
+    ) -> bool | None:
+        state = PartialState()
+        failed = [error is not None]
+        if state.num_processes > 1:
+            broadcast_object_list(failed)
+        if failed[0] and error is None:
+            raise SystemExit(2)
+        return None
+
+
+class Votes:
+    """Decisions that all processes take together, on the CPU, so that no GPU has to be waited for."""
+
+    def __init__(self, num_processes: int) -> None:
+        self._group = torch.distributed.new_group(backend="gloo") if num_processes > 1 else None
+
+    def largest(self, *values: int) -> list[int]:
+        """For each value, the largest of all processes; a collective."""
+        if self._group is None:
+            return list(values)
+        numbers = torch.tensor(values)
+        torch.distributed.all_reduce(numbers, torch.distributed.ReduceOp.MAX, group=self._group)
+        return numbers.tolist()
+
+
+class Signals:
+    """Notes a first SIGTERM, SIGINT or SIGUSR1 for the loop to stop at its next look; a second one ends the process."""
+
+    def __init__(self) -> None:
+        self.number, self._at = 0, 0.0
+        self._previous = {number: signal.signal(number, self._note) for number in SIGNALS}
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if self.number and now > self._at + REPEAT_S:
+            os._exit(128 + number)
+        if not self.number:
+            self.number, self._at = number, now
+            os.write(2, b"\nstopping after this step; a second signal stops at once\n")
+
+    def ignore(self) -> None:
+        """From now on: the first process to leave makes a launcher signal the others."""
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
+
+    def restore(self) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)

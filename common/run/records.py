@@ -1,0 +1,141 @@
+"""What a run writes down while it goes on: CSV, schedule, summary, plots, W&B; most of it in a thread of its own."""
+
+import csv
+import json
+import logging
+import os
+import secrets
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+
+from common.config import TrainConfig, as_plain
+from common.run import checkpoint
+from common.run.plots import write_plots
+from common.scheduling import Plan, Rates
+
+log = logging.getLogger(__name__)
+
+
+class Background:
+    """One thread for what training need not wait for; work is done in the order in which it was given."""
+
+    def __init__(self) -> None:
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="records")
+        self._work: list[Future[None]] = []
+
+    def submit(self, work: Callable[..., None], *args: Any) -> None:
+        self._work.append(self._pool.submit(work, *args))
+
+    def drain(self) -> None:
+        """Wait for all that was given.
+
+        Raises:
+            UserError, OSError: what the first failing work raised.
+        """
+        work, self._work = self._work, []
+        for future in work:
+            future.result()
+
+    def close(self) -> None:
+        self._pool.shutdown(wait=True)
+
+
+def draw(plot: Callable[[Path], None], folder: Path) -> None:
+    """Draw, or say why not: no night's training ends for a plot."""
+    try:
+        plot(folder)
+    except (OSError, ValueError, RuntimeError) as error:
+        log.warning("no plots this time: %s", error)
+
+
+class Records:
+    """The files of a run that people and tools read; only the main process has one."""
+
+    def __init__(self, folder: Path, background: Background) -> None:
+        self.folder, self.background = folder, background
+        self.csv_path = folder / "training_log.csv"
+
+    def rows(self) -> list[dict[str, str]]:
+        if not self.csv_path.exists():
+            return []
+        with open(self.csv_path, newline="") as file:
+            return list(csv.DictReader(file))
+
+    def keep_epochs(self, count: int) -> None:
+        """Drop rows that are later than the checkpoint the run goes on from; they will be written again."""
+        rows = [row for row in self.rows() if int(row["epoch"] or 0) <= count][:count]
+        if not rows:
+            self.csv_path.unlink(missing_ok=True)
+            return
+        temporary = self.csv_path.with_suffix(".tmp")
+        with open(temporary, "w", newline="") as file:
+            writer = csv.DictWriter(file, rows[0])
+            writer.writeheader()
+            writer.writerows(rows)
+        os.replace(temporary, self.csv_path)
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Append an epoch to the CSV, whose columns are the first row's, and have the plots drawn."""
+        rounded = {key: f"{value:.6g}" if isinstance(value, float) else value for key, value in row.items()}
+        begun = self.csv_path.exists()
+        with open(self.csv_path, "a", newline="") as file:
+            writer = csv.DictWriter(file, rounded)
+            if not begun:
+                writer.writeheader()
+            writer.writerow(rounded)
+        self.background.submit(draw, write_plots, self.folder)
+
+    def write_schedule(self, plan: Plan, rates: Rates) -> None:
+        """The whole run's learning rate and momentum by step, which the plots draw before they are reached."""
+        with open(self.folder / "schedule.csv", "w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(("step", "epoch", "lr", "momentum"))
+            for epoch in plan.epochs():
+                for step in range(epoch.first_step, epoch.first_step + epoch.steps):
+                    writer.writerow(
+                        (step, epoch.index + 1, f"{rates.lr(step):.6g}", f"{rates.momentum(step):.6g}")
+                    )
+
+    def write_json(self, name: str, content: dict[str, Any]) -> None:
+        checkpoint.write_durably(self.folder / name, json.dumps(content, indent=1).encode())
+
+
+def start_tracker(cfg: TrainConfig, accelerator: Accelerator, folder: Path, wandb_id: str) -> str:
+    """Start or continue the W&B run, on the main process; returns its id, which belongs into the checkpoint."""
+    if cfg.wandb == "off" or not accelerator.is_main_process:
+        return wandb_id
+    import wandb
+
+    wandb_id = wandb_id or secrets.token_hex(4)
+    online = cfg.wandb == "auto" and bool(wandb.api.api_key)
+
+    def start(mode: str) -> None:
+        settings = {
+            "id": wandb_id,
+            "name": cfg.run_name,
+            "resume": "allow",
+            "mode": mode,
+            "dir": str(folder),
+            # The run's last lines are its own.
+            "settings": wandb.Settings(silent=True),
+        }
+        project = os.environ.get("WANDB_PROJECT", "image-classification")
+        accelerator.init_trackers(project, config=as_plain(cfg), init_kwargs={"wandb": settings})
+
+    try:
+        start("online" if online else "offline")
+    except wandb.errors.Error as error:
+        log.warning("W&B cannot be reached (%s); the run is kept offline", error)
+        online = False
+        start("offline")
+    tracker = accelerator.get_tracker("wandb", unwrap=True)
+    # W&B's own step may not go back on a resume.
+    tracker.define_metric("optimizer_step")
+    tracker.define_metric("*", step_metric="optimizer_step")
+    if not online:
+        log.info("W&B is offline; `wandb sync %s` uploads the run later", folder / "wandb")
+    return wandb_id

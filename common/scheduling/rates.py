@@ -1,0 +1,157 @@
+"""Learning rate and momentum of every optimizer step: pure functions of a plan and a peak, tested against torch's OneCycleLR."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from common import UserError
+from common.scheduling.plan import Plan
+
+if TYPE_CHECKING:
+    from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, PositiveFloat, PositiveInt
+
+# A base learning rate is per this many images (Goyal et al., 2017).
+LR_PER_IMAGES = 256
+# First / last learning rate.
+FINAL_DIV_FACTOR = 1e4
+# Share of a stage over which a cycle over the whole run glides from the previous stage's peak to its own.
+DAMPENING = 0.1
+
+
+@dataclass
+class ScheduleSettings:
+    """Learning rate"""
+
+    lr: PositiveFloat | Literal["auto"] = "auto"
+    """Base learning rate per 256 images, or "auto" for the LR finder's suggestion as the peak."""
+    lr_scaling: Literal["linear", "none"] = "linear"
+    """linear = multiply a numeric --lr by global batch / 256; none = take it as it is."""
+    max_lr: PositiveFloat | None = None
+    """Upper limit of every stage's peak learning rate; null = none."""
+    stage_wise: bool = False
+    """One OneCycle per stage instead of one over the whole run."""
+    pct_start: ClosedUnitInterval = 0.3
+    """Share of the cycle spent warming up."""
+    div_factor: PositiveFloat = 25.0
+    """Peak / first learning rate."""
+    lr_finder_iterations: PositiveInt = 100
+    """Steps of the LR finder's sweep."""
+    momentum: ClosedUnitInterval = 0.9
+    """Centre of the momentum cycle (SGD), or of the first beta (Adam)."""
+    momentum_swing: NonNegativeFloat = 0.05
+    """The momentum cycles between momentum + swing and momentum - swing; 0 = constant."""
+
+
+def resolve_lr(base_lr: float, global_batch: int, lr_scaling: Literal["linear", "none"]) -> float:
+    """A base learning rate per 256 images, scaled to a global batch (Goyal et al., 2017)."""
+    return base_lr * global_batch / LR_PER_IMAGES if lr_scaling == "linear" else base_lr
+
+
+def cosine_cycle(step: int, total: int, rise: float, start: float, peak: float, end: float) -> float:
+    """A cosine from `start` to `peak` over the first share `rise` of `total` steps, then a cosine to `end`.
+
+    Smith and Topin's OneCycle (2018) in the form of `torch.optim.lr_scheduler.OneCycleLR`. A cosine with warm-up is a
+    cycle with a short rise.
+    """
+    top, last = rise * total - 1, total - 1
+    if step <= top:
+        return _cosine(start, peak, step / top if top > 0 else 1.0)
+    return _cosine(peak, end, (step - top) / (last - top) if last > top else 1.0)
+
+
+def _cosine(start: float, end: float, progress: float) -> float:
+    return end + (start - end) / 2 * (1 + math.cos(math.pi * progress))
+
+
+@dataclass(frozen=True)
+class Rates:
+    """The learning-rate and momentum curves of a plan.
+
+    Args:
+        plan: the run's steps.
+        settings: the shape of the curves.
+        peak_lr: highest learning rate of the first stage, before `max_lr`.
+    """
+
+    plan: Plan
+    settings: ScheduleSettings
+    peak_lr: float
+
+    def __post_init__(self) -> None:
+        s = self.settings
+        if s.momentum + s.momentum_swing >= 1 or s.momentum < s.momentum_swing:
+            raise UserError("--momentum plus or minus --momentum_swing must stay from 0 to below 1")
+
+    def peak(self, stage_index: int) -> float:
+        """A stage's highest learning rate: the first stage's times `lr_scale`, or in proportion to the stage's batch."""
+        stage, batches = self.plan.stages[stage_index], self.plan.global_batches
+        limit = math.inf if self.settings.max_lr is None else self.settings.max_lr
+        if stage.lr_scale is not None:
+            return min(self.peak_lr, limit) * stage.lr_scale
+        return min(self.peak_lr * batches[stage_index] / batches[0], limit)
+
+    def lr(self, step: int) -> float:
+        """Learning rate of an optimizer step, before a parameter group's own scale."""
+        s = self.settings
+        stage_index, place = self.plan.locate(step)
+        stage_steps, peak = self.plan.stage_steps(stage_index), self.peak(stage_index)
+        cycle_place, cycle_steps = place, stage_steps
+        if not s.stage_wise:
+            cycle_place, cycle_steps = step, self.plan.total_steps
+            glide = DAMPENING * stage_steps
+            if stage_index > 0 and place < glide:
+                peak = _cosine(self.peak(stage_index - 1), peak, place / glide)
+        start = peak / s.div_factor
+        return cosine_cycle(cycle_place, cycle_steps, s.pct_start, start, peak, start / FINAL_DIV_FACTOR)
+
+    def momentum(self, step: int) -> float:
+        """Momentum (SGD) or first beta (Adam) of an optimizer step: it moves against the learning rate."""
+        s = self.settings
+        stage_index, place = self.plan.locate(step)
+        total = self.plan.stage_steps(stage_index)
+        if not s.stage_wise:
+            place, total = step, self.plan.total_steps
+        high, low = s.momentum + s.momentum_swing, s.momentum - s.momentum_swing
+        return cosine_cycle(place, total, s.pct_start, high, low, high)
+
+    def table(self) -> str:
+        """Plan and rates as a person reads them: one line per stage."""
+        plan = self.plan
+        head = [
+            "stage",
+            "epochs",
+            "px",
+            "shape",
+            "data",
+            "batch",
+            "steps",
+            "mixup",
+            "strength",
+            "peak",
+            "end",
+            "frozen",
+        ]
+        rows = [head]
+        last_step = -1
+        for i, stage in enumerate(plan.stages):
+            first_step, last_step = last_step + 1, last_step + plan.stage_steps(i)
+            peak = max(map(self.lr, range(first_step, last_step + 1)))
+            accumulation = plan.accumulation(i)
+            batch = f"{plan.micro_batch(i)}×{plan.processes}" + (
+                f"×{accumulation}" if accumulation > 1 else ""
+            )
+            cells = (i + 1, stage.epochs, stage.img_size, stage.shape, f"{stage.data_fraction:.0%}", batch)
+            cells += (plan.stage_steps(i), f"{float(stage.mixup):.0%}", f"{stage.strength:.2g}")
+            cells += (f"{peak:.3g}", f"{self.lr(last_step):.3g}", ", ".join(stage.frozen) or "–")
+            rows.append([str(cell) for cell in cells])
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = ["  ".join(map(str.rjust, row, widths)) for row in rows]
+        for i, stage in enumerate(plan.stages):
+            size = plan.global_batches[i] // plan.processes
+            if plan.images(stage) < stage.batch_size * plan.processes:
+                lines.append(
+                    f"stage {i + 1} has {plan.images(stage):,} images: --batch_size {stage.batch_size} is cut to {size}"
+                )
+        return "\n".join(lines)

@@ -1,0 +1,89 @@
+"""The vocabulary of a curriculum: a `Stage`, and what can be done to a list of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, PositiveFloat, PositiveInt
+
+# In `Stage.frozen`: every module but the classifier.
+BACKBONE = "backbone"
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stretch of training in which nothing changes but the learning rate. Stages have lengths, never positions."""
+
+    epochs: PositiveInt
+    """Passes over the stage's share of the data."""
+    img_size: PositiveInt = 224
+    """Side of the square training image in pixels (`shape: rect`: short side, or side of the square of equal area)."""
+    batch_size: PositiveInt = 256
+    """Images per process and optimizer step, before accumulation."""
+    data_fraction: PositiveFloat = 1.0
+    """Share of the training images, at most 1; a smaller share is contained in a larger one."""
+    mixup: ClosedUnitInterval | bool = 1.0
+    """Share of the stage's epochs, from its first, that use MixUp/CutMix (true = 1.0, false = 0.0)."""
+    lr_scale: PositiveFloat | None = None
+    """Peak learning rate relative to the first stage's; null = by the linear rule from the stage's own batch."""
+    frozen: tuple[str, ...] = ()
+    """Module-name prefixes that do not train; "backbone" means everything but the classifier."""
+    shape: Literal["square", "rect"] = "square"
+    """square, or rect for batches of one aspect ratio each."""
+    strength: NonNegativeFloat = 1.0
+    """Multiplies how strongly MixUp, CutMix, Random Erasing and random crops act; 0 = not at all."""
+
+
+def couple_strength(stages: Sequence[Stage]) -> list[Stage]:
+    """Regularise small images less, in proportion to their side (the idea of EfficientNetV2, Tan and Le, 2021)."""
+    largest = max(stage.img_size for stage in stages)
+    return [replace(stage, strength=stage.strength * stage.img_size / largest) for stage in stages]
+
+
+def apportion(epochs: Sequence[int], total: int) -> list[int]:
+    """Share `total` epochs out in proportion to `epochs`, at least one each; the sum is `total` if that is one for each or more.
+
+    Largest remainders (Hamilton's method); of equal remainders the later stage's, with the larger images, counts first.
+    """
+    shares = [count * total / sum(epochs) for count in epochs]
+    counts = [1] * len(shares)
+    for _ in range(total - len(counts)):
+        counts[max(range(len(counts)), key=lambda i: (round(shares[i] - counts[i], 9), i))] += 1
+    return counts
+
+
+def scale_stages(
+    stages: Sequence[Stage],
+    epochs: int | None = None,
+    img_size: int | None = None,
+    batch_size: int | None = None,
+) -> list[Stage]:
+    """The same curriculum, shorter, smaller or on smaller GPUs: proportions stay.
+
+    Args:
+        epochs: of the whole run; each stage keeps at least one.
+        img_size: of the largest stage; the others come out as multiples of 8, at least 16.
+        batch_size: of the stage with the largest images.
+    """
+    largest = max(stages, key=lambda stage: stage.img_size)
+    lengths = [stage.epochs for stage in stages]
+    size_scale = (img_size or largest.img_size) / largest.img_size
+    batch_scale = (batch_size or largest.batch_size) / largest.batch_size
+
+    def size(stage: Stage) -> int:
+        if size_scale == 1 or stage.img_size == largest.img_size:
+            return round(stage.img_size * size_scale)
+        return max(16, 8 * round(stage.img_size * size_scale / 8))
+
+    return [
+        replace(
+            stage,
+            epochs=length,
+            img_size=size(stage),
+            batch_size=max(1, round(stage.batch_size * batch_scale)),
+        )
+        for stage, length in zip(stages, apportion(lengths, epochs or sum(lengths)), strict=True)
+    ]

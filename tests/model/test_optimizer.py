@@ -1,0 +1,245 @@
+import copy
+
+import pytest
+import timm
+import torch
+from jsonargparse import ArgumentParser
+from timm.utils import ModelEmaV3
+from torch import nn
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from common import UserError
+from common.model import create_model
+from common.model.freezing import set_trainable_layers, train_mode
+from common.model.optimizer import Ema, OptimizerSettings
+from tests.model.models import IMAGES, LABELS, changed, optimizer_for, small, snapshot, step
+
+
+def by_name(model, optimizer, key):
+    """A value of the groups, by the names of their parameters."""
+    values = {p: group[key] for group in optimizer.param_groups for p in group["params"]}
+    return {name: values[parameter] for name, parameter in model.named_parameters()}
+
+
+def test_settings_are_a_group_of_the_command_line(capsys):
+    parser = ArgumentParser()
+    parser.add_class_arguments(OptimizerSettings, as_group=True)
+    assert parser.parse_args([]).as_dict() == vars(OptimizerSettings())
+    assert parser.parse_args(["--layer_decay", "0.8"]).layer_decay == 0.8
+    for wrong in (["--layer_decay", "1.5"], ["--weight_decay", "-1"], ["--ema_decay", "2"]):
+        with pytest.raises(SystemExit):
+            parser.parse_args(wrong)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "test_vit"])
+@pytest.mark.parametrize("layer_decay", [None, 0.5])
+@pytest.mark.parametrize("decay_all", [True, False])
+def test_every_parameter_is_in_one_group(name, layer_decay, decay_all):
+    model = create_model(name, 5)
+    optimizer = optimizer_for(model, layer_decay=layer_decay, decay_norm_and_bias=decay_all)
+    found = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    assert len(found) == len(set(found))
+    assert set(found) == set(model.parameters())
+    dimensions = {key: parameter.ndim for key, parameter in model.named_parameters()}
+    for key, decay in by_name(model, optimizer, "weight_decay").items():
+        exempt = (not decay_all and dimensions[key] == 1) or key in ("pos_embed", "cls_token", "reg_token")
+        assert decay == (0.0 if exempt else 0.05), key
+
+
+def test_layer_decay_lowers_rates_towards_the_stem():
+    model = create_model("resnet18", 5)
+    scales = by_name(model, optimizer_for(model, layer_decay=0.5), "lr_scale")
+    assert scales["fc.weight"] == scales["fc.bias"] == 1.0
+    blocks = [f"layer{stage}.{block}" for stage in (1, 2, 3, 4) for block in (0, 1)]
+    for height, block in enumerate(reversed(blocks), start=1):
+        assert {value for name, value in scales.items() if name.startswith(f"{block}.")} == {0.5**height}
+    assert scales["conv1.weight"] == scales["bn1.weight"] == 0.5**9
+
+    vit = create_model("test_vit", 5)
+    scales = by_name(vit, optimizer_for(vit, layer_decay=0.5), "lr_scale")
+    names = ["patch_embed.proj.weight", *(f"blocks.{i}.mlp.fc1.weight" for i in range(len(vit.blocks)))]
+    assert [scales[name] for name in names] == sorted({scales[name] for name in names})
+    assert scales["head.weight"] == 1.0
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_without_layer_decay_every_group_has_the_plain_rate(optimizer):
+    groups = optimizer_for(small(), optimizer=optimizer).param_groups
+    assert [(group["weight_decay"], group["lr_scale"]) for group in groups] == [(0.0, 1.0), (0.05, 1.0)]
+
+
+def test_an_optimizer_of_half_a_model_is_refused():
+    model = small()
+    set_trainable_layers(model, ["layer1"])
+    with pytest.raises(AssertionError, match="frozen"):
+        optimizer_for(model)
+
+
+def plain_sgd(model, **options):
+    defaults = {"momentum": 0.9, "nesterov": True, "fused": False, "foreach": False}
+    return torch.optim.SGD(model.parameters(), lr=0.1, **defaults | options)
+
+
+def test_sgd_steps_like_plain_sgd_also_after_thawing():
+    ours = small().to(memory_format=torch.channels_last)
+    plain = copy.deepcopy(ours)
+    mine = optimizer_for(ours, decay_norm_and_bias=True)
+    theirs = plain_sgd(plain, weight_decay=0.05)
+    for frozen in (["backbone"], ["backbone"], [], []):
+        for model, optimizer in ((ours, mine), (plain, theirs)):
+            set_trainable_layers(model, frozen)
+            train_mode(model, ["backbone"])  # statistics as they are: rounding must not be amplified
+            step(model, optimizer)
+    for name, value in plain.state_dict().items():
+        torch.testing.assert_close(ours.state_dict()[name], value, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"layer_decay": 1.0}, {"layer_decay": 1.0, "decay_norm_and_bias": True}]
+)
+def test_grouping_changes_no_bit(settings):
+    grouped = small()
+    single = copy.deepcopy(grouped)
+    mine = optimizer_for(grouped, **{"weight_decay": 0.0} | settings)
+    theirs = plain_sgd(single, fused=True)
+    for _ in range(3):
+        step(grouped, mine)
+        step(single, theirs)
+    assert not changed(grouped, single.state_dict())
+
+
+def test_without_momentum_sgd_is_plain():
+    ours = small()
+    plain = copy.deepcopy(ours)
+    for model, optimizer in (
+        (ours, optimizer_for(ours, momentum=0.0, weight_decay=0.0)),
+        (plain, plain_sgd(plain, momentum=0.0, nesterov=False)),
+    ):
+        step(model, optimizer)
+        step(model, optimizer)
+    for name, value in plain.state_dict().items():
+        torch.testing.assert_close(ours.state_dict()[name], value, atol=1e-5, rtol=1e-4)
+
+
+def test_sgd_goes_on_from_a_state_in_another_memory_layout():
+    first = small()
+    saved = optimizer_for(first)
+    step(first, saved)
+    results = []
+    for layout in (torch.contiguous_format, torch.channels_last):
+        model = copy.deepcopy(first).to(memory_format=layout)
+        optimizer = optimizer_for(model)
+        optimizer.load_state_dict(copy.deepcopy(saved.state_dict()))
+        for mine, other in zip(model.parameters(), first.parameters(), strict=True):
+            mine.grad = torch.zeros_like(mine).copy_(other.grad)
+        optimizer.step()
+        results.append(model.state_dict())
+    for name, value in results[0].items():
+        torch.testing.assert_close(results[1][name], value, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_gradient_scaling_skips_a_step_and_scales_the_others(device):
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no GPU")
+    model = small().to(device)
+    scaler = torch.amp.GradScaler(device, init_scale=2.0**10)
+    optimizer = optimizer_for(model, weight_decay=0.0)
+    plain = copy.deepcopy(model)
+    before = snapshot(model)
+    for bad in (True, False):
+        scaler.scale(F.cross_entropy(model(IMAGES.to(device)), LABELS.to(device))).backward()
+        if bad:
+            model.conv1.weight.grad[0, 0, 0, 0] = float("inf")
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        if bad:
+            assert not {
+                name for name in changed(model, before) if "running" not in name and "num" not in name
+            }
+            assert scaler.get_scale() == 2.0**9
+            plain.load_state_dict(model.state_dict())
+    theirs = plain_sgd(plain)
+    F.cross_entropy(plain(IMAGES.to(device)), LABELS.to(device)).backward()
+    theirs.step()
+    for name, value in plain.state_dict().items():
+        torch.testing.assert_close(model.state_dict()[name], value, atol=1e-5, rtol=1e-4)
+
+
+def test_optimizers_by_name():
+    model = create_model("resnet18", 5)
+    optimizer = optimizer_for(model, optimizer="lamb", layer_decay=0.5)
+    assert type(optimizer).__name__ == "Lamb"
+    assert {group["lr_scale"] for group in optimizer.param_groups} == {0.5**height for height in range(10)}
+    assert {group["weight_decay"] for group in optimizer.param_groups} == {0.0, 0.05}
+    before = snapshot(model)
+    step(model, optimizer)
+    assert "conv1.weight" in changed(model, before)
+    with pytest.raises(UserError, match=r"--optimizer addamw is unknown; did you mean .*adamw"):
+        optimizer_for(model, optimizer="addamw")
+
+
+# ----------------------------------------------------------------------------------------------------- EMA
+
+
+@pytest.mark.parametrize("name", ["small", "test_vit"])
+def test_ema_is_to_the_bit_that_of_timm(name):
+    torch.manual_seed(0)
+    model = small() if name == "small" else timm.create_model(name, num_classes=5, img_size=(32, 48))
+    model.compile(backend="eager")
+    ema, theirs = Ema(model, decay=0.5), ModelEmaV3(model, 0.5, use_warmup=True, warmup_power=0.75)
+    optimizer = optimizer_for(model)
+    start = snapshot(ema.module)
+    for done in range(1, 5):  # the decay given is reached at the third
+        step(model.train(), optimizer)
+        ema.update(model, step=done)
+        theirs.update(model, step=done)
+        assert not changed(ema.module, theirs.module.state_dict())
+        assert bool(changed(ema.module, model.state_dict())) == (done > 1)  # the first update copies
+    moved = changed(ema.module, start)
+    assert moved == set(start)
+    assert not ema.module.training
+    assert not any(parameter.requires_grad for parameter in ema.module.parameters())
+
+
+def test_the_step_sets_the_decay_of_the_ema():
+    model = small()
+    early, late = Ema(model, 0.99), Ema(model, 0.99)
+    assert early.decay_at(1) == 0
+    assert early.decay_at(10**9) == 0.99
+    with torch.no_grad():
+        model.conv1.weight.add_(1)
+    early.update(model, step=2)
+    late.update(model, step=100)
+    steps = [(model.conv1.weight - ema.module.conv1.weight).mean().item() for ema in (early, late)]
+    assert steps == pytest.approx([1 - 2**-0.75, 1 - 100**-0.75], rel=1e-4)
+
+
+def test_ema_serves_another_model_too():
+    model = small()
+    ema, other = Ema(model, 0.99), copy.deepcopy(model)
+    ema.update(model, step=1)
+    nn.init.ones_(other.fc.weight)
+    ema.update(other, step=1)
+    assert ema.module.fc.weight.eq(1).all()
+
+
+class Operations(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        self.names.append(operation.overloadpacket.__name__)
+        return operation(*args, **kwargs or {})
+
+
+def test_an_update_is_two_operations():
+    model = small()
+    ema = Ema(model, 0.99)
+    ema.update(model, step=1)
+    with Operations() as operations:
+        ema.update(model, step=2)
+    assert operations.names == ["_foreach_lerp_", "_foreach_copy_"]  # no copies one by one, nothing read back
