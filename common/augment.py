@@ -80,13 +80,8 @@ class Augment:
         mean: tuple[float, ...] = IMAGENET_MEAN,
         std: tuple[float, ...] = IMAGENET_STD,
     ) -> None:
-        self.settings, self.num_classes, self.seed, self.mean, self.std = (
-            settings,
-            num_classes,
-            seed,
-            mean,
-            std,
-        )
+        self.settings, self.num_classes, self.seed = settings, num_classes, seed
+        self.mean, self.std = mean, std
         if settings.erasing_prob > 0 and settings.cutout_prob > 0:
             log.warning("Random Erasing and Cutout are both on; images may lose more than is good for them")
 
@@ -110,8 +105,8 @@ class Augment:
             Normalised images, float32 [B, C, H, W] in the layout of `images`, and soft targets, float32
             [B, num_classes]. Rows sum to 1; cross-entropy with them is lam x loss(a) + (1 - lam) x loss(b).
         """
-        batch, _, height, width = images.shape
-        assert len(item.indices) == batch
+        _, _, height, width = images.shape
+        assert len(item.indices) == len(images)
         assert images.dtype == torch.uint8
         flips = uniforms(self.seed, item.epoch, item.indices, FLIP, 1) < self.settings.flip
         mixing, share, box = self._draw_mixing(item, height, width, strength if mix else 0.0)
