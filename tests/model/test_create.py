@@ -189,6 +189,39 @@ def test_another_network_is_refused_and_named(theirs, ours, count, tmp_path):
         create_finetuned_model(ours, CLASSES, str(tmp_path / "w.pth"))
 
 
+# Two heads with a BatchNorm in each, and a head that is a convolution.
+@pytest.mark.parametrize("name", ["levit_128s", "dla46_c"])
+def test_all_that_has_a_row_per_class_follows_the_names(name, tmp_path):
+    with torch.device("meta"):
+        rows = {
+            key
+            for key, value in create_model(name, 5).state_dict().items()
+            if len(value.shape) and len(value) == 5
+        }
+    trained = randomise(create_model(name, 5))
+    run = write_model(tmp_path / "run" / "model", trained, cfg(name, img_size=224)).parent
+    model, _ = create_finetuned_model(name, CLASSES[::-1], str(run))
+    assert rows
+    for key, value in trained.state_dict().items():
+        assert torch.equal(model.state_dict()[key], value.flip(0) if key in rows else value), key
+
+
+def test_a_head_that_the_weights_lack_stays_fresh_and_is_named(trained, tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    vit = create_model("deit_tiny_patch16_224", 5)
+    run = write_model(tmp_path / "vit" / "model", vit, cfg("deit_tiny_patch16_224")).parent
+    model, _ = create_finetuned_model("deit_tiny_distilled_patch16_224", CLASSES, str(run))
+    assert torch.equal(model.head.weight, vit.head.weight)
+    assert model.head_dist.weight.std() > 0
+    assert "missing from the weights: dist_token, head_dist.bias, head_dist.weight" in caplog.text
+
+    body = {key: value for key, value in trained.state_dict().items() if not key.startswith("fc.")}
+    torch.save(body, tmp_path / "w.pth")
+    create_finetuned_model("resnet18", CLASSES, str(tmp_path / "w.pth"))
+    assert caplog.records[-1].levelname == "INFO"
+    assert "the head is fresh" in caplog.records[-1].message
+
+
 @pytest.mark.parametrize("name", ["test_vit", "test_vit_relpos", "test_coatnet"])
 def test_weights_that_depend_on_the_image_size_are_interpolated(name, tmp_path, caplog):
     caplog.set_level(logging.INFO)
@@ -246,8 +279,8 @@ def bad_weights(tmp_path_factory):
         ("old_run", "a run of an older version"),
         ("no_json", "config.json is not the description of a timm model"),
         ("other_json", "config.json is not the description of a timm model"),
-        ("no_tensors", "cannot be loaded by timm"),
-        ("bad_tensors", "cannot be loaded by timm"),
+        ("no_tensors", "timm cannot load"),
+        ("bad_tensors", "timm cannot load"),
         ("missing.pth", "neither a file, a run folder nor pretrained weights"),
     ],
 )
@@ -297,7 +330,9 @@ def test_no_connection_is_one_sentence(monkeypatch):
         raise ConnectionError("name or service not known")
 
     monkeypatch.setattr(timm, "create_model", offline)
-    with pytest.raises(UserError, match=r"--weights timm: resnet18 cannot be downloaded"):
+    with pytest.raises(
+        UserError, match=r"--weights timm: timm cannot load resnet18: name or service not known"
+    ):
         create_finetuned_model("resnet18", CLASSES, "timm")
 
 
