@@ -152,8 +152,6 @@ def _head_by_names(
     """The fresh head's tensors with the rows of those classes that the weights know, and a clause that says so."""
     if source is None or not source.classes:
         return {}, "the head is fresh, for the names of the weights' classes are not known"
-    if not fresh:
-        return {}, "the head is fresh, for the weights have none"
     rows = {name: row for row, name in enumerate(source.classes)}
     shared = [(row, rows[name]) for row, name in enumerate(classes) if name in rows]
     if not shared:

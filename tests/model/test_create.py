@@ -1,3 +1,4 @@
+import json
 import logging
 import re
 from dataclasses import replace
@@ -158,6 +159,18 @@ def test_a_bare_file_gives_the_body_and_a_fresh_head(kind, trained, tmp_path, ca
     loaded = {key for key, value in model.state_dict().items() if torch.equal(value, state[key])}
     assert set(state) - loaded == {"fc.weight", "fc.bias"}
     assert "the head is fresh, for the names of the weights' classes are not known" in caplog.text
+
+
+def test_a_folder_without_class_names_gives_a_fresh_head(trained, tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    folder = write_model(tmp_path, trained, cfg("resnet18"))
+    config = json.loads((folder / "config.json").read_text())
+    del config["label_names"]
+    (folder / "config.json").write_text(json.dumps(config))
+    model, source = create_finetuned_model("resnet18", CLASSES, str(folder))
+    assert source == replace(cfg("resnet18"), classes=[])
+    assert not torch.equal(model.fc.weight, trained.fc.weight)
+    assert "the names of the weights' classes are not known" in caplog.text
 
 
 def test_gaps_in_the_body_are_listed(trained, tmp_path, caplog):
