@@ -268,8 +268,6 @@ class S3Mirror:
         for name in sorted(lacking, key=lambda name: _checkpoint(name) not in self._uploading):
             self._uploading = {_checkpoint(name)}
             self._send_checkpoint(name)
-            if self._changed.is_set():  # there may be a newer one, for the next pass
-                break
         self._uploading = set()
         self._compare()
         self._delete_old()

@@ -325,14 +325,18 @@ def test_a_checkpoint_is_not_sent_before_its_row_of_the_log(
 def test_saves_during_a_slow_upload(
     s3: S3Server, address: str, tmp_path: Path, intercept: Callable[[Handler], None], kept: bool
 ) -> None:
+    from botocore.exceptions import ReadTimeoutError
+
     run, url = tmp_path / "run-1", f"{address}/run-1"
     uploading, go_on = threading.Event(), threading.Event()
     manifests: list[str] = []
 
     def hold(operation: str, request: dict[str, Any]) -> None:
-        if operation == "PutObject" and "step_00000001/ema" in request["url"]:
+        if operation == "PutObject" and "step_00000001/model" in request["url"] and not uploading.is_set():
             uploading.set()
             assert go_on.wait(20)
+            if kept:
+                raise ReadTimeoutError(endpoint_url="", error="")
         if operation == "PutObject" and "manifest.json" in request["url"]:
             manifests.append(request["url"])
 
