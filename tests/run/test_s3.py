@@ -620,7 +620,7 @@ time.sleep(0.5)
         with s3.paused():  # the thread hangs in a request that nobody answers
             process.stdin.write("go\n")
             process.stdin.flush()
-            assert process.wait(timeout=5) == 0
+            assert process.wait(timeout=15) == 0
 
 
 # What is wrong is said in one sentence
