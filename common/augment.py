@@ -1,8 +1,7 @@
 """Batch augmentation on the device: flip, normalise, MixUp, CutMix, Random Erasing, Cutout and soft targets.
 
-What is drawn is drawn on the CPU, as a few numbers per image, and travels to the device in one copy. The
-pixels are worked on as rows of width x 3 numbers: in channels_last memory that costs no copy, and masks and
-constants broadcast along long contiguous rows instead of three channels at a time.
+What is drawn is drawn on the CPU, as a few numbers per image, and travels to the device in one copy; no number
+comes back. Images keep the memory layout in which they come.
 """
 
 from __future__ import annotations
@@ -27,9 +26,8 @@ log = logging.getLogger(__name__)
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-ERASING_AREA = (0.02, 0.33)  # smallest and largest erased share of the image
-CUTOUT_HOLES = 1
-ERASING_ASPECT = (0.3, 1 / 0.3)  # height / width, as in the paper
+ERASING_AREA = (0.02, 0.33)  # shares of the image; this and the next as in the paper
+ERASING_ASPECT = (0.3, 1 / 0.3)  # height / width
 
 
 @dataclass
@@ -37,49 +35,53 @@ class AugmentSettings:
     """Augmentation"""
 
     mixup_alpha: NonNegativeFloat = 0.2
-    """MixUp's Beta parameter (Zhang et al., 2018); 0 = off. With CutMix on too, a fair coin picks one per batch."""
+    """Parameter of MixUp's Beta(alpha, alpha) (Zhang et al., 2018); 0 = off. With CutMix on as well, a fair coin
+    picks one per batch."""
+
     cutmix_alpha: NonNegativeFloat = 1.0
-    """CutMix's Beta parameter (Yun et al., 2019); 0 = off."""
+    """Parameter of CutMix's Beta(alpha, alpha) (Yun et al., 2019); 0 = off."""
+
     batch_aug_prob: ClosedUnitInterval = 1.0
     """Probability that a batch is mixed at all."""
+
     label_smoothing: ClosedUnitInterval = 0.1
     """Of batches that are not mixed (Szegedy et al., 2016)."""
-    erasing_prob: ClosedUnitInterval = 0.0
-    """Probability of Random Erasing, per image (Zhong et al., 2020)."""
-    cutout_prob: ClosedUnitInterval = 0.0
-    """Probability of Cutout, per image (DeVries and Taylor, 2017)."""
-    cutout_length: PositiveInt = 8
-    """Side of Cutout's hole in pixels."""
+
     flip: ClosedUnitInterval = 0.5
-    """Probability of a horizontal flip."""
+    """Probability of a horizontal flip, per image."""
+
+    erasing_prob: ClosedUnitInterval = 0.0
+    """Probability of Random Erasing (Zhong et al., 2020), per image."""
+
+    cutout_prob: ClosedUnitInterval = 0.0
+    """Probability of Cutout (DeVries and Taylor, 2017), per image."""
+
+    cutout_length: PositiveInt = 8
+    """Side of Cutout's square hole in pixels."""
 
 
 class Augment:
     """Turns a batch of pixels into a batch to learn from.
 
     Args:
-        settings: what is applied, and how often.
-        num_classes: length of the soft targets.
+        settings: what is drawn how often.
+        num_classes: columns of the targets.
         seed: of the run.
         mean: of the dataset's channels, for pixels from 0 to 1.
-        std: their standard deviations.
+        std: of the same.
     """
 
     def __init__(
         self,
         settings: AugmentSettings,
+        *,
         num_classes: int,
-        seed: int = 0,
+        seed: int,
         mean: tuple[float, ...] = IMAGENET_MEAN,
         std: tuple[float, ...] = IMAGENET_STD,
     ) -> None:
-        self.settings, self.num_classes, self.seed, self.mean, self.std = (
-            settings,
-            num_classes,
-            seed,
-            mean,
-            std,
-        )
+        self.settings, self.num_classes, self.seed = settings, num_classes, seed
+        self.mean, self.std = mean, std
         if settings.erasing_prob > 0 and settings.cutout_prob > 0:
             log.warning("Random Erasing and Cutout are both on; images may lose more than is good for them")
 
@@ -92,7 +94,7 @@ class Augment:
         mixing depends on (seed, epoch, the batch's first image). Mixing comes before erasing.
 
         Args:
-            images: uint8 [B, 3, H, W], best in channels_last memory.
+            images: uint8 [B, C, H, W], in either memory layout.
             labels: int64 [B], on the same device.
             item: says which images these are.
             mix: whether MixUp and CutMix may be applied.
@@ -100,71 +102,60 @@ class Augment:
                 probabilities of CutMix, erasing and Cutout; at 0 there are none of the four.
 
         Returns:
-            Normalised images, float32 [B, 3, H, W] in channels_last memory, and soft targets, float32
+            Normalised images, float32 [B, C, H, W] in the layout of `images`, and soft targets, float32
             [B, num_classes]. Rows sum to 1; cross-entropy with them is lam x loss(a) + (1 - lam) x loss(b).
         """
-        batch, channels, height, width = images.shape
-        assert len(item.indices) == batch
+        _, _, height, width = images.shape
+        assert len(item.indices) == len(images)
         assert images.dtype == torch.uint8
-        flips = uniforms(self.seed, item.epoch, item.indices, FLIP, 1)[:, 0] < self.settings.flip
-        flipped_first = np.argsort(~flips, kind="stable")[:, None]
+        flips = uniforms(self.seed, item.epoch, item.indices, FLIP, 1) < self.settings.flip
         mixing, share, box = self._draw_mixing(item, height, width, strength if mix else 0.0)
         holes = [hole for hole in self._draw_holes(item, height, width, strength) if hole.any()]
-        table = np.concatenate([flipped_first, share, box, *holes], axis=1, dtype=np.float32)
+        table = np.concatenate([flips, share, box, *holes], axis=1, dtype=np.float32)
         flipped, lam, box, *holes = _to_device(table, images.device).split([1, 1] + [4] * (1 + len(holes)), 1)
 
-        rows = _as_rows(images)
         if flips.any():
-            flipped = flipped[: flips.sum(), 0].long()
-            mirrored = rows.index_select(0, flipped).unflatten(2, (width, channels)).flip(2).flatten(2)
-            rows = rows.index_copy(0, flipped, mirrored)
+            # Where the mask is 1, a + (b - a) * mask is b: exact, since uint8 wraps around, and on a CPU several
+            # times faster than torch.where or indexing.
+            images = images + (images.flip(3) - images) * flipped[:, :, None, None].to(torch.uint8)
         if mixing == "cutmix":
-            inside = _inside(box, height, width, channels)
-            # Exact, since uint8 wraps around; on a CPU several times faster than torch.where.
-            rows = rows + (_partners(rows) - rows) * inside
-        out = self._normalise_rows(rows, width)
+            images = _mix_partners(images.clone(), _inside(box, images))
+        out = self.normalise(images)
         if mixing == "mixup":
-            half = batch // 2
-            first, second = out[:half], out[half : 2 * half]  # partners of each other, mixed in place
-            gap = second - first
-            first.addcmul_(gap, 1 - lam[:half, :, None])
-            second.addcmul_(gap, lam[half : 2 * half, :, None] - 1)
-        if holes:
-            covered = _inside(holes[0], height, width, channels)
-            for hole in holes[1:]:
-                covered |= _inside(hole, height, width, channels)
-            out.masked_fill_(covered.view(torch.bool), 0.0)  # 0 is the mean colour of normalised pixels
-        return _as_images(out, width), self._targets(labels, lam if mixing else None)
+            out = _mix_partners(out, 1 - lam[:, :, None, None])
+        for hole in holes:
+            # 0 is the mean colour of normalised pixels; unlike noise it is the same on any device.
+            out.masked_fill_(_inside(hole, images).view(torch.bool), 0.0)
+        return out, self._targets(labels, lam if mixing else None)
 
     def normalise(self, images: Tensor) -> Tensor:
-        """(pixels / 255 - mean) / std, all that evaluation needs: uint8 [B, 3, H, W] to float."""
-        width = images.shape[3]
-        return _as_images(self._normalise_rows(_as_rows(images), width), width)
-
-    def _normalise_rows(self, rows: Tensor, width: int) -> Tensor:
-        scale, offset = _affine(self.mean, self.std, width, rows.device)
-        return rows.to(torch.float32).mul_(scale).add_(offset)
+        """(pixels / 255 - mean) / std, all that evaluation needs: uint8 to float32 [B, C, H, W]."""
+        scale, offset = _affine(self.mean, self.std, images.device)
+        return images.to(torch.float32).mul_(_as_row(scale, images)).add_(_as_row(offset, images))
 
     def _targets(self, labels: Tensor, lam: Tensor | None) -> Tensor:
         """Soft targets, float32 [B, num_classes]: lam (float32 [B, 1]) of a label, the rest its partner's."""
+        batch, half = len(labels), len(labels) // 2
         labels = labels[:, None]
         if lam is None:
-            floor = self.settings.label_smoothing / self.num_classes
-            targets = torch.full((len(labels), self.num_classes), floor, device=labels.device)
-            return targets.scatter_(1, labels, 1 - self.settings.label_smoothing + floor)
-        targets = torch.zeros(len(labels), self.num_classes, device=labels.device)
-        return targets.scatter_(1, labels, lam).scatter_add_(1, _partners(labels), 1 - lam)
+            smoothing = self.settings.label_smoothing
+            floor = smoothing / self.num_classes
+            targets = torch.full((batch, self.num_classes), floor, device=labels.device)
+            return targets.scatter_(1, labels, 1 - smoothing + floor)
+        partners = torch.cat([labels[half : 2 * half], labels[:half], labels[2 * half :]])
+        targets = torch.zeros(batch, self.num_classes, device=labels.device)
+        return targets.scatter_(1, labels, lam).scatter_add_(1, partners, 1 - lam)
 
     def _draw_mixing(
         self, item: BatchItem, height: int, width: int, strength: float
     ) -> tuple[str, np.ndarray, np.ndarray]:
         """Draw "mixup", "cutmix" or "", an image's own share of the mix [B, 1], and the box to cut [B, 4]."""
-        batch = len(item.indices)
+        batch, settings = len(item.indices), self.settings
         # Alpha and probability of each. Strength acts on CutMix's probability, since a smaller alpha would
         # not weaken its mixes: the border leaves about half of a box as large as the image.
         kinds = {
-            "mixup": (self.settings.mixup_alpha * strength, self.settings.batch_aug_prob),
-            "cutmix": (self.settings.cutmix_alpha, self.settings.batch_aug_prob * strength),
+            "mixup": (settings.mixup_alpha * strength, settings.batch_aug_prob),
+            "cutmix": (settings.cutmix_alpha, settings.batch_aug_prob * strength),
         }
         possible = [kind for kind, (alpha, chance) in kinds.items() if alpha > 0 and chance > 0]
         rng = np.random.default_rng((self.seed, item.epoch, int(item.indices[0])))
@@ -184,24 +175,23 @@ class Augment:
 
     def _draw_holes(self, item: BatchItem, height: int, width: int, strength: float) -> Iterator[np.ndarray]:
         """Draw what Random Erasing and Cutout cover: boxes [B, 4], empty ones where nothing is drawn."""
-        batch = len(item.indices)
-        if self.settings.erasing_prob * strength > 0:
+        settings, size = self.settings, np.array([[height], [width]])
+        if settings.erasing_prob * strength > 0:
             chance, area, aspect, *corner = uniforms(self.seed, item.epoch, item.indices, ERASE, 5).T
             low, high = ERASING_AREA
             area = height * width * (low + (high - low) * area)
             # The paper draws again until the rectangle fits; here the aspect is drawn from what fits.
             lowest, highest = (np.clip(limit, area / width**2, height**2 / area) for limit in ERASING_ASPECT)
             aspect = lowest * (highest / lowest) ** aspect
-            sides = np.rint(np.sqrt([area * aspect, area / aspect])).clip(1, [[height], [width]])
-            first = np.floor(corner * (np.array([[height], [width]]) - sides + 1))
-            drawn = (chance < self.settings.erasing_prob * strength)[:, None]
+            sides = np.rint(np.sqrt([area * aspect, area / aspect])).clip(1, size)
+            first = np.floor(corner * (size - sides + 1))
+            drawn = (chance < settings.erasing_prob * strength)[:, None]
             yield drawn * _box(first.T, (first + sides).T, height, width)
-        if self.settings.cutout_prob * strength > 0:
-            chance, *centres = uniforms(self.seed, item.epoch, item.indices, CUTOUT, 1 + 2 * CUTOUT_HOLES).T
-            drawn = (chance < self.settings.cutout_prob * strength)[:, None]
-            centres = np.array(centres).reshape(CUTOUT_HOLES, 2, batch).swapaxes(1, 2)
-            for centre in np.floor(centres * (height, width)) - self.settings.cutout_length // 2:
-                yield drawn * _box(centre, centre + self.settings.cutout_length, height, width)
+        if settings.cutout_prob * strength > 0:
+            chance, *centre = uniforms(self.seed, item.epoch, item.indices, CUTOUT, 3).T
+            first = (np.floor(centre * size) - settings.cutout_length // 2).T
+            drawn = (chance < settings.cutout_prob * strength)[:, None]
+            yield drawn * _box(first, first + settings.cutout_length, height, width)
 
 
 def _box(first: np.ndarray, last: np.ndarray, height: int, width: int) -> np.ndarray:
@@ -215,40 +205,44 @@ def _to_device(table: np.ndarray, device: torch.device) -> Tensor:
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
-def _as_rows(images: Tensor) -> Tensor:
-    """[B, C, H, W] -> [B, H, W * C], a view if the memory is channels_last."""
-    return images.permute(0, 2, 3, 1).flatten(2)
+def _mix_partners(images: Tensor, share: Tensor) -> Tensor:
+    """Give each image a share (0 to 1, [B, ...]) of the one half a batch away, in place; the last of an odd batch stays.
+
+    With masks of 0 and 1 it is exact in uint8 too, which wraps around.
+    """
+    half = len(images) // 2
+    first, second = images[:half], images[half : 2 * half]
+    gap = second - first
+    first.addcmul_(gap, share[:half])
+    second.addcmul_(gap, -share[half : 2 * half])
+    return images
 
 
-def _as_images(rows: Tensor, width: int) -> Tensor:
-    """[B, H, W * C] -> [B, C, H, W], a view in channels_last memory."""
-    return rows.unflatten(2, (width, -1)).permute(0, 3, 1, 2)
-
-
-def _partners(values: Tensor) -> Tensor:
-    """What each image is mixed with: the one half a batch away; the last of an odd batch has itself."""
-    half = len(values) // 2
-    return torch.cat([values[half : 2 * half], values[:half], values[2 * half :]])
-
-
-def _inside(box: Tensor, height: int, width: int, channels: int) -> Tensor:
-    """Mask of the inside of boxes, float32 [B, 4] (top, bottom, left, right): 0 and 1, uint8 [B, H, W * C].
+def _inside(box: Tensor, images: Tensor) -> Tensor:
+    """Mask of the inside of boxes, float32 [B, 4] (top, bottom, left, right): 0 and 1, uint8 like `images`.
 
     On a CPU PyTorch vectorises products of uint8, but not the conjunction of booleans.
     """
-    top, bottom, left, right = box.split(1, dim=1)
-    y = torch.arange(height, device=box.device)
-    x = torch.arange(width * channels, device=box.device)
-    in_rows = (y >= top) & (y < bottom)
-    in_columns = (x >= left * channels) & (x < right * channels)
-    return in_rows.to(torch.uint8)[:, :, None] * in_columns.to(torch.uint8)[:, None, :]
+    top, bottom, left, right = box[:, :, None, None, None].unbind(1)
+    y = torch.arange(images.shape[2], device=box.device)[:, None]
+    x = torch.arange(images.shape[3], device=box.device)
+    in_rows = ((y >= top) & (y < bottom)).to(torch.uint8)
+    in_columns = ((x >= left) & (x < right)).to(torch.uint8)
+    return torch.mul(in_rows, _as_row(in_columns, images), out=torch.empty_like(images))
 
 
-@lru_cache(maxsize=64)  # a few widths; a copy to the device for every batch would cost more than the sum
-def _affine(
-    mean: tuple[float, ...], std: tuple[float, ...], width: int, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """Scale and offset that normalise a row of pixels, float32 [W * C] each."""
+def _as_row(values: Tensor, images: Tensor) -> Tensor:
+    """Repeat values [N, 1 or C, 1, 1 or W] over channels and columns: [N, C, 1, W], in memory as in `images`.
+
+    What follows then runs along whole rows. On a CPU PyTorch would take the pixels of channels_last memory one
+    by one, with three numbers each.
+    """
+    return torch.empty_like(images[: len(values), :, :1], dtype=values.dtype).copy_(values)
+
+
+@lru_cache(maxsize=8)  # a copy to the device for every batch would cost more than the sum
+def _affine(mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Scale and offset that normalise pixels, float32 [1, C, 1, 1] each."""
     scale = torch.tensor([1 / (255 * s) for s in std], device=device)
     offset = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)], device=device)
-    return scale.repeat(width), offset.repeat(width)
+    return scale[None, :, None, None], offset[None, :, None, None]

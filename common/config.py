@@ -193,22 +193,21 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def adopt(cfg: TrainConfig, recorded: Mapping[str, Any]) -> list[str]:
-    """Take over a recorded run's settings, but for those that the user gave and may change.
-
-    Returns:
-        Settings that the user gave and that would train differently, as `--name a (was b)`.
-    """
-    changed = []
+def differences(cfg: TrainConfig, recorded: Mapping[str, Any]) -> list[str]:
+    """Settings that the user gave and with which a recorded run would go on otherwise, as `--name a (was b)`."""
     plain = as_plain(cfg)
-    for name in plain.keys() & recorded.keys():
-        if name in cfg.given or name in ("output", "run_name", "resume"):
-            if name not in RESUME_MAY_CHANGE and plain[name] != recorded[name]:
-                changed.append(f"--{name} {plain[name]} (was {recorded[name]})")
-            continue
+    return [
+        f"--{name} {plain[name]} (was {recorded[name]})"
+        for name in sorted(cfg.given & recorded.keys() - RESUME_MAY_CHANGE)
+        if plain[name] != recorded[name]
+    ]
+
+
+def adopt(cfg: TrainConfig, recorded: Mapping[str, Any]) -> None:
+    """Take over a recorded run's settings, but for those that the user gave and for where it lives."""
+    for name in as_plain(cfg).keys() & recorded.keys() - cfg.given - {"output", "run_name", "resume"}:
         value = read_stages(recorded[name]) if name == "stages" else recorded[name]
         setattr(cfg, name, tuple(value) if isinstance(getattr(cfg, name), tuple) else value)
-    return sorted(changed)
 
 
 def read_stages(plain: list[dict[str, Any]]) -> list[Stage]:

@@ -8,8 +8,8 @@ and the antialiased resize writes straight into the batch's own memory, so there
 import io
 import struct
 import warnings
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -32,6 +32,9 @@ _DECODE_ERRORS = (OSError, RuntimeError, SyntaxError, ValueError, struct.error, 
 # The bytes may lie in a read-only memory map, which the decoder only reads. torch warns of that once: now.
 with warnings.catch_warnings(action="ignore"):
     torch.from_numpy(np.frombuffer(b"\0", np.uint8))
+
+
+Result = TypeVar("Result")
 
 
 class DecodeError(ValueError):
@@ -67,11 +70,15 @@ def read_header(encoded: np.ndarray) -> Header:
 
 
 def _jpeg_header(data: memoryview) -> Header:
+    """Find the frame header as libjpeg does, which scans on for the next marker over whatever else is there."""
     position, turned = 2, False
     while True:
         marker, length = struct.unpack_from(">HH", data, position)
-        if marker == 0xFFFF:  # padding before a marker
+        if marker <= 0xFF00 or marker == 0xFFFF:  # junk, a stuffed zero, padding
             position += 1
+            continue
+        if marker == 0xFF01 or 0xFFD0 <= marker <= 0xFFD7:  # the markers without a length
+            position += 2
             continue
         if 0xFFC0 <= marker <= 0xFFCF and marker not in (0xFFC4, 0xFFC8, 0xFFCC):  # any start of frame
             height, width, components = struct.unpack_from(">HHB", data, position + 5)
@@ -79,7 +86,7 @@ def _jpeg_header(data: memoryview) -> Header:
                 raise ValueError("the JPEG header gives no size")
             height, width = (width, height) if turned else (height, width)
             return Header(height, width, fast=components in (1, 3))
-        if marker < 0xFF01 or marker == 0xFFDA:
+        if 0xFFD8 <= marker <= 0xFFDA:  # another image begins, this one ends, or its pixels begin
             raise ValueError("no JPEG frame header")
         if marker == 0xFFE1 and data[position + 4 : position + 10] == b"Exif\0\0":
             turned = _exif_turned(data[position + 10 : position + 2 + length])
@@ -186,7 +193,7 @@ def decode_batch(
     for position, (data, (original_h, original_w), box, out) in enumerate(
         zip(encoded, original_sizes.tolist(), boxes.tolist(), images.split(1), strict=True)
     ):
-        pixels = _at(position, _decode_fast if fast[position] else _decode_pillow, data)
+        pixels = _at(position, _decode, data, fast[position])
         top, left, box_h, box_w = box
         _, height, width = pixels.shape
         if (height, width) != (original_h, original_w):  # a smaller copy: the same box, in its pixels
@@ -196,10 +203,10 @@ def decode_batch(
         _resize_into(crop, target, False, None, None, out=out)
 
 
-def _at(position: int, function, data: np.ndarray):
-    """Call `function(data)`; a failure says which image of the batch it was."""
+def _at(position: int, function: Callable[..., Result], data: np.ndarray, *more: bool) -> Result:
+    """Call `function(data, *more)`; a failure says which image of the batch it was."""
     try:
-        return function(data)
+        return function(data, *more)
     except DecodeError as error:
         error.position = position
         raise
@@ -207,11 +214,27 @@ def _at(position: int, function, data: np.ndarray):
         raise DecodeError(_reason(error, data), position) from error
 
 
-def _decode_fast(data: np.ndarray) -> torch.Tensor:
+def _decode(data: np.ndarray, fast: bool) -> torch.Tensor:
+    """Decode with the library that suits, or with the other where that one refuses: uint8 [3, H, W].
+
+    Their strictness differs at damaged metadata, not their pixels: both read JPEGs by libjpeg, and neither
+    accepts an image that is cut short. So an image trains that any other program shows, and as it shows it.
+    """
+    first, second = (_torchvision, _pillow) if fast else (_pillow, _torchvision)
+    try:
+        return first(data)
+    except _DECODE_ERRORS as error:
+        try:
+            return second(data)
+        except _DECODE_ERRORS:
+            raise error from None
+
+
+def _torchvision(data: np.ndarray) -> torch.Tensor:
     return _decode_jpeg(torch.from_numpy(data), _RGB, True)
 
 
-def _decode_pillow(data: np.ndarray) -> torch.Tensor:
+def _pillow(data: np.ndarray) -> torch.Tensor:
     with Image.open(io.BytesIO(data)) as opened:
         image = ImageOps.exif_transpose(opened)
         if image.mode.startswith("I"):  # 16 bits of grey, which convert("RGB") would clip to white

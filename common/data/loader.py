@@ -85,7 +85,7 @@ class _Answer(NamedTuple):
     failure: str | None
 
 
-class _Decoder(Dataset):
+class _BatchDecoder(Dataset):
     """Runs in a worker: a `BatchItem` in, a finished batch out."""
 
     def __init__(self, sources: tuple[Source, Source], seed: int, skip_unreadable: bool, slots: list[Slot]):
@@ -147,8 +147,8 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-class _Items:
-    """The sampler: whatever is to be loaded next. A DataLoader keeps its workers while this changes."""
+class _Sampler:
+    """Whatever is to be loaded next. A DataLoader keeps its workers while this changes."""
 
     def __init__(self, slots: Slots) -> None:
         self.items: Iterable[BatchItem] = ()
@@ -213,12 +213,12 @@ class Loader:
         forks = self.workers > 0 and hasattr(os, "memfd_create")
         # As many as can be waiting, and a few for the batches in the caller's hands.
         self._slots = Slots(self.workers * PREFETCH + 4 if forks else 0)
-        self._items = _Items(self._slots)
+        self._sampler = _Sampler(self._slots)
         self._loader = DataLoader(
-            _Decoder(self._sources, seed, settings.skip_unreadable, self._slots.slots),
+            _BatchDecoder(self._sources, seed, settings.skip_unreadable, self._slots.slots),
             batch_size=None,
             collate_fn=_identity,  # the default would turn an item's arrays into tensors
-            sampler=self._items,
+            sampler=self._sampler,
             num_workers=self.workers,
             prefetch_factor=PREFETCH if self.workers else None,
             persistent_workers=self.workers > 0,
@@ -238,9 +238,9 @@ class Loader:
         """
         self._streams += 1
         this = self._streams
-        self._items.items = items
+        self._sampler.items = items
         answers = self._answers(iter(self._loader))
-        batches = self._one_ahead(answers) if self.device.type == "cuda" else answers
+        batches = self._prefetched(answers) if self.device.type == "cuda" else answers
         while True:
             assert this == self._streams, "this stream ended when another one was begun"
             began = perf_counter()
@@ -268,7 +268,7 @@ class Loader:
                 images, labels = images.pin_memory(), labels.pin_memory()
             yield Batch(images, labels, item, 0.0)
 
-    def _one_ahead(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+    def _prefetched(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         """Copy one batch ahead on a stream of its own, while the device works on the one before."""
         copies = self._copies(batches)
         following = next(copies, None)

@@ -28,7 +28,7 @@ def choose_shapes(
     multiple: int | None = None,
     max_aspect: float = 2.0,
 ) -> np.ndarray:
-    """Choose the shapes that lose least of the images' area to cropping: int32 [K, 2], ordered by aspect.
+    """Choose shapes that lose little of the images' area to cropping: int32 [K, 2], ordered by aspect.
 
     `sizes`: height and width of the original images, int [N, 2].
     `mode`: "short" holds the shorter side at `target_size` pixels; "constant" holds the area between 1/16
@@ -39,33 +39,25 @@ def choose_shapes(
     `max_aspect`: the limit of shapes; images beyond it are cropped. At 2 a "short" batch takes at most twice
         the square's memory, and few photographs are longer.
 
-    The choice is optimal, by dynamic programming over the candidates in the order of their aspect. Each shape
-    costs a warm-up and a compiled plan, so the fewest are taken that lose at most 0.1 % of the area more.
+    Each shape costs a warm-up and a compiled plan. So the choice begins with all candidates and drops the one that
+    is missed least, down to `max_buckets`, and further while that loses no more than 0.1 % of the area in all. On
+    600 random sets of aspects nine shapes lost 0.01 % more than the best nine on average, 0.16 % at most.
     """
     multiple = multiple or min(32, 2 ** int(np.log2(max(target_size / 7, 1))))
-    candidates = _candidate_shapes(target_size, mode, multiple, max_aspect)
+    shapes = _candidate_shapes(target_size, mode, multiple, max_aspect)
     # Aspects to the nearest 0.4 %: a few hundred distinct ones, however many images.
     aspects, images = np.unique(np.rint(log_aspect(sizes) * 256) / 256, return_counts=True)
-    # A sentinel at either end stands for "no shape on this side", where everything is lost.
-    ends = np.concatenate([[-np.inf], log_aspect(candidates), [np.inf]])
-    lost = images[:, None] * area_lost(aspects[:, None], ends)
-
-    def lost_between(i: int, j: int) -> float:
-        """Area lost by the images between candidates i and j if both are chosen and none between them."""
-        inside = (aspects > ends[i]) & (aspects <= ends[j])
-        return float(np.minimum(lost[inside, i], lost[inside, j]).sum()) if i < j else np.inf
-
-    between = [[lost_between(i, j) for j in range(len(ends))] for i in range(len(ends))]
-    inner = range(1, len(ends) - 1)
-    # paths[j]: of all choices of k candidates that end with the j-th, the one that has lost least so far.
-    paths = [(between[0][j], [j]) for j in inner]
-    best = []
-    for _ in range(min(max_buckets, len(candidates))):
-        best.append(min((loss + between[path[-1]][-1], path) for loss, path in paths))
-        paths = [min((loss + between[path[-1]][j], [*path, j]) for loss, path in paths) for j in inner]
-    good_enough = min(loss for loss, _ in best) + 0.001 * len(sizes)
-    chosen = next(path for loss, path in best if loss <= good_enough)
-    return candidates[np.array(chosen) - 1]
+    lost = images[:, None] * area_lost(aspects[:, None], log_aspect(shapes))
+    limit = lost.min(axis=1).sum() + 0.001 * len(sizes)
+    while len(shapes) > 1:
+        without = [np.delete(lost, k, axis=1).min(axis=1).sum() for k in range(len(shapes))]
+        cheapest = int(np.argmin(without))
+        if len(shapes) > max_buckets:
+            limit = without[cheapest] + 0.001 * len(sizes)
+        elif without[cheapest] > limit:
+            break
+        shapes, lost = np.delete(shapes, cheapest, axis=0), np.delete(lost, cheapest, axis=1)
+    return shapes
 
 
 def stage_shapes(stage: Stage, train: Source, settings: ViewSettings) -> list[tuple[int, int]]:

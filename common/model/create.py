@@ -2,7 +2,7 @@
 
 import difflib
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from common import UserError
-from common.model.freezing import classifiers, under
 from common.model.pretrained_cfg import (
     CONFIG,
     PretrainedCfg,
@@ -66,7 +65,7 @@ def create_model(name: str, num_classes: int, img_size: int | None = None) -> nn
         raise UserError(f"--model {name} is unknown{did_you_mean(timm_name, timm.list_models())}")
     args = size_args(architecture(name), img_size)
     try:
-        return timm.create_model(timm_name, num_classes=num_classes, **args)
+        return timm.create_model(architecture(name), num_classes=num_classes, **args)
     except SIZE_ERRORS as error:
         if img_size is None or not args:
             raise
@@ -119,39 +118,38 @@ def create_finetuned_model(
     """
     model = create_model(name, len(classes), img_size)
     state, source = _read_weights(name, weights, img_size)
-    heads = classifiers(model)
-
-    def in_head(key: str) -> bool:
-        return any(under(key, head) for head in heads)
-
     own = model.state_dict()
-    body = [key for key in own if not in_head(key)]
-    fitting = {key: state[key] for key in body if key in state and state[key].shape == own[key].shape}
-    total = max(len(body), sum(not in_head(key) for key in state))
+    with torch.device("meta"):
+        wider = create_model(name, len(classes) + 1, img_size).state_dict()
+    head_keys = {key for key in own if own[key].shape != wider[key].shape}
+    body = own.keys() - head_keys
+    fitting = {key: state[key] for key in body & state.keys() if state[key].shape == own[key].shape}
+    total = max(len(body), len(state.keys() - head_keys))
     if len(fitting) < BODY_THAT_FITS * total:
         advice = f"; they are of --model {source.architecture}" if source else "; are they another model's?"
         raise UserError(f"--weights {weights}: {len(fitting)} of {total} tensors fit --model {name}{advice}")
-    head, outcome = _head_by_names(own, state, source, classes, in_head)
+    head, outcome = _head_by_names(
+        {key: own[key] for key in head_keys & state.keys()}, state, source, classes
+    )
     model.load_state_dict(fitting | head, strict=False)
     log.info("loaded %d of %d tensors from %s; %s", len(fitting), total, weights, outcome)
     problems = {
-        "of another shape": [key for key in body if key in state and key not in fitting],
-        "missing from the weights": [key for key in body if key not in state],
-        "not in the model": [key for key in state if key not in own and not in_head(key)],
+        "of another shape": body & state.keys() - fitting.keys(),
+        "missing from the weights": (own.keys() if head else body) - state.keys(),
+        "not in the model": state.keys() - own.keys(),
     }
-    if listing := "; ".join(f"{what}: {', '.join(keys)}" for what, keys in problems.items() if keys):
+    if listing := "; ".join(f"{what}: {', '.join(sorted(keys))}" for what, keys in problems.items() if keys):
         log.warning("%s: %s", weights, listing)
     return model, source
 
 
 def _head_by_names(
-    own: Mapping[str, Tensor],
+    fresh: Mapping[str, Tensor],
     state: Mapping[str, Tensor],
     source: PretrainedCfg | None,
     classes: Sequence[str],
-    in_head: Callable[[str], bool],
 ) -> tuple[dict[str, Tensor], str]:
-    """The head's tensors with the rows of classes that both know, and a clause that says so."""
+    """The fresh head's tensors with the rows of those classes that the weights know, and a clause that says so."""
     if source is None or not source.classes:
         return {}, "the head is fresh, for the names of the weights' classes are not known"
     rows = {name: row for row, name in enumerate(source.classes)}
@@ -160,10 +158,10 @@ def _head_by_names(
         return {}, "the head is fresh, for the weights know none of the classes by name"
     into, out_of = map(list, zip(*shared, strict=True))
     head = {}
-    for key in filter(in_head, own):
+    for key, tensor in fresh.items():
         if len(state[key]) != len(source.classes):
             raise UserError(f"--weights: {key} has {len(state[key])} rows for {len(source.classes)} classes")
-        head[key] = own[key].clone()
+        head[key] = tensor.clone()
         head[key][into] = state[key][out_of]
     if list(classes) == source.classes:
         return head, "the head is kept, for the classes are the same"
@@ -223,13 +221,9 @@ def _load_timm(timm_name: str, weights: str, args: dict[str, Any]) -> dict[str, 
 
     try:
         return timm.create_model(timm_name, pretrained=True, **args).state_dict()
-    except OSError as error:
-        raise UserError(
-            f"--weights {weights}: {timm_name} cannot be downloaded; is there a connection?"
-        ) from error
-    except (*SIZE_ERRORS, SafetensorError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"--weights {weights} cannot be loaded by timm: {reason}") from error
+    except (OSError, *SIZE_ERRORS, SafetensorError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"--weights {weights}: timm cannot load {timm_name}: {reason}") from error
 
 
 def _read_file(path: Path) -> dict[str, Tensor]:

@@ -272,13 +272,9 @@ def _flush_directory(folder: Path) -> None:
 
 
 def _remove(folder: Path) -> None:
-    """Delete a checkpoint, manifest first: one that is half deleted is none, and the next `prune` deletes the rest.
-
-    Some network file systems refuse while a file is being read, by the S3 mirror for one: then later.
-    """
-    with contextlib.suppress(OSError):
-        (folder / MANIFEST).unlink(missing_ok=True)
-        shutil.rmtree(folder)
+    """Delete a checkpoint, manifest first: one that is half deleted is none, and the next `prune` deletes the rest."""
+    (folder / MANIFEST).unlink(missing_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def name_of(step: int) -> str:
@@ -317,42 +313,21 @@ def write(checkpoints: Path, files: Files) -> Path:
             _flush_directory(temporary)
             temporary.rename(folder)
             _flush_directory(checkpoints)
+        in_order = _by_step(checkpoints)
+        for later in in_order[in_order.index(folder) + 1 :]:
+            _remove(later)
     except OSError as error:
-        _remove(temporary)
+        shutil.rmtree(temporary, ignore_errors=True)
         full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         raise UserError(
             f"cannot write the checkpoint {folder}: {'the disk is full' if full else error.strerror}; "
             "the one before it is whole, set --output"
         ) from error
-    in_order = _by_step(checkpoints)
-    for later in in_order[in_order.index(folder) + 1 :]:
-        _remove(later)
     return folder
 
 
 def _to_json(content: dict[str, Any]) -> bytes:
     return json.dumps(content, indent=1).encode()
-
-
-def read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
-    """A checkpoint's files: name -> {"sha256": 64 hex digits, "bytes": size}.
-
-    Raises:
-        DamagedCheckpoint: there is no manifest, or it is none.
-        UserError: it is of another format.
-    """
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text())
-        version, entries = manifest["format_version"], manifest["files"]
-        files = {Path(name).name: {"sha256": e["sha256"], "bytes": e["bytes"]} for name, e in entries.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DamagedCheckpoint(f"{folder / MANIFEST} is missing or damaged") from error
-    if version != FORMAT_VERSION:
-        raise UserError(
-            f"{folder} has checkpoint format {version} and this version reads {FORMAT_VERSION}: go on with the "
-            "version that wrote it, or choose another --run_name"
-        )
-    return files
 
 
 def verify(folder: Path) -> None:
@@ -362,13 +337,24 @@ def verify(folder: Path) -> None:
         DamagedCheckpoint: names the file that is missing, cut short or altered.
         UserError: it is of another format.
     """
-    for name, entry in read_manifest(folder).items():
-        path = folder / name
-        if not path.is_file():
-            raise DamagedCheckpoint(f"{path} is missing")
-        data = path.read_bytes()
-        if hashlib.sha256(data).hexdigest() != entry["sha256"]:
-            raise DamagedCheckpoint(f"{path} is damaged ({len(data)} of {entry['bytes']} bytes, or altered)")
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+        version, entries = manifest["format_version"], manifest["files"]
+        files = {Path(name).name: (entry["sha256"], entry["bytes"]) for name, entry in entries.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DamagedCheckpoint(f"{folder / MANIFEST} is missing or damaged") from error
+    if version != FORMAT_VERSION:
+        raise UserError(
+            f"{folder} has checkpoint format {version} and this version reads {FORMAT_VERSION}: go on with the "
+            "version that wrote it, or choose another --run_name"
+        )
+    for name, (sha256, size) in files.items():
+        try:
+            data = (folder / name).read_bytes()
+        except OSError as error:
+            raise DamagedCheckpoint(f"{folder / name} is missing or unreadable ({error.strerror})") from error
+        if hashlib.sha256(data).hexdigest() != sha256:
+            raise DamagedCheckpoint(f"{folder / name} is damaged ({len(data)} of {size} bytes, or altered)")
 
 
 def _is_whole(folder: Path) -> bool:
@@ -414,4 +400,6 @@ def prune(checkpoints: Path, keep: int = 2, also: Collection[str] = ()) -> None:
     kept = {*complete[-keep:], *also}
     for folder in checkpoints.glob("*/"):
         if folder.name not in kept and NAME.fullmatch(folder.name.removesuffix(TEMPORARY)):
-            _remove(folder)
+            # SMB refuses while the S3 mirror reads the manifest: then next time.
+            with contextlib.suppress(OSError):
+                _remove(folder)

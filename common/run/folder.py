@@ -10,7 +10,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
 from common import UserError
-from common.config import TrainConfig, adopt, as_plain, read_stages
+from common.config import TrainConfig, adopt, as_plain, differences, read_stages
 from common.run import checkpoint
 from common.run.processes import rank0_errors
 from common.scheduling import Stage
@@ -117,9 +117,7 @@ def _must_match(cfg: TrainConfig, recorded: dict[str, Any] | None, folder: Path)
         raise UserError(
             f"{folder} holds a run of train_{strategy}.py; go on with that script, or choose another --run_name"
         )
-    probe = type(cfg)(**{name: getattr(cfg, name) for name in cfg.__dataclass_fields__})
-    probe.given = cfg.given
-    if changed := adopt(probe, recorded):
+    if changed := differences(cfg, recorded):
         raise UserError(
             f"{folder} holds a run with other settings: {', '.join(changed)}; leave them out to go on with it, take "
             f"--config {folder}/config.yaml and another --run_name to start anew, or --weights {folder} to train on from its weights"

@@ -268,8 +268,6 @@ class S3Mirror:
         for name in sorted(lacking, key=lambda name: _checkpoint(name) not in self._uploading):
             self._uploading = {_checkpoint(name)}
             self._send_checkpoint(name)
-            if self._changed.is_set():  # there may be a newer one, for the next pass
-                break
         self._uploading = set()
         self._compare()
         self._delete_old()
@@ -334,11 +332,12 @@ class S3Mirror:
         return True
 
     def _compare(self) -> None:
-        """Have files sent again that S3 does not have as they were sent."""
+        """Have files sent again that S3 does not have as they were sent, a checkpoint's manifest after them."""
         self._stored = _list(self._client, self._bucket, self._prefix)
         for name, (_version, etag) in list(self._sent.items()):
             if name not in self._stored or self._stored[name].etag != etag:
-                del self._sent[name]
+                self._sent.pop(name, None)
+                self._sent.pop(f"checkpoints/{_checkpoint(name)}/{MANIFEST}", None)
                 self._refused = f"{name}: S3 holds another version"
 
     def _delete_old(self) -> None:

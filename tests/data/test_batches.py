@@ -44,7 +44,7 @@ def batches(*stages: Stage, rank: int = 0, world: int = 1, train=None, **setting
 @pytest.mark.parametrize("shape", ["square", "rect"])
 def test_strength_says_how_small_random_crops_may_be(shape):
     stages = [Stage(1, 32, shape=shape, strength=strength) for strength in (0.0, 0.5, 1.0, 2.0)]
-    made = batches(*stages, crop_scale=(0.09, 1.0), rect_scale=(0.09, 1.0))
+    made = batches(*stages, crop_scale=(0.09, 1.0))
     scales = [made.train_view(stage).scale for stage in stages]
     assert scales == [pytest.approx((low, 1.0)) for low in (1.0, 0.3, 0.09, 0.0081)]
 
@@ -77,11 +77,11 @@ def test_two_processes_share_the_items():
 
 
 def test_shapes_of_a_stage_are_those_of_its_batches():
-    train, settings = source(29), ViewSettings(rect_buckets=3)
+    train, settings = source(29), ViewSettings()
     assert stage_shapes(STAGES[0], train, settings) == [(32, 32)]
     shapes = stage_shapes(STAGES[1], train, settings)
-    assert 1 < len(shapes) <= 3
-    items = batches(*STAGES, train=train, rect_buckets=3).run_items(1, 0)
+    assert 1 < len(shapes) <= 9
+    items = batches(*STAGES, train=train).run_items(1, 0)
     assert {(item.height, item.width) for item in items if item.split == 0} <= set(shapes)
     assert all(type(side) is int for shape in shapes for side in shape)
 
@@ -100,7 +100,7 @@ def test_whole_images_are_evaluated_at_shapes_of_the_training_set():
     ("settings", "flag"),
     [
         ({"crop_scale": (0.5, 0.2)}, "crop_scale"),
-        ({"rect_scale": (0.0, 1.0)}, "rect_scale"),
+        ({"crop_scale": (0.0, 1.0)}, "crop_scale"),
         ({"crop_pct": 0.0}, "crop_pct"),
     ],
 )

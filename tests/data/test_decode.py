@@ -9,7 +9,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
+from torchvision.io import decode_jpeg
 
+from common.data import decode as decode_module
 from common.data.decode import MAX_PIXELS, DecodeError, crop_boxes, decode_batch, read_header
 from common.data.order import BatchItem, View
 from common.data.rng import CROP, uniforms
@@ -125,6 +127,73 @@ def test_long_exif_block_before_the_frame_header():
         read_header(encoded[: 16 << 10])  # what makes a header scan read the whole file
 
 
+def odd(
+    marker: bytes, inserted: bytes, offset: int = 0, written: bytes = b"", mode: str = "RGB"
+) -> np.ndarray:
+    """A JPEG file with bytes inserted before the first of these markers, or written at an offset from it."""
+    content = encode(photograph().convert(mode), "JPEG").tobytes()
+    place = content.index(marker)
+    begin = place + offset
+    return np.frombuffer(
+        content[:place] + inserted + content[place:begin] + written + content[begin + len(written) :],
+        np.uint8,
+    )
+
+
+TABLES, FRAME, SCAN = b"\xff\xdb", b"\xff\xc0", b"\xff\xda"
+ADOBE = b"\xff\xee\0\x0eAdobe\0\x64\0\0\0\0\x01"
+PHOTOSHOP = b"Photoshop 3.0\x008BIM\x03\xed\0\0\0\0\0\x10\0"
+ODD = {
+    "junk before a marker": odd(TABLES, b"junk\0\x01"),
+    "junk before the frame header": odd(FRAME, b"\0\x13garbage"),
+    "junk before the scan": odd(SCAN, b"zz"),
+    "stuffed zeros before a marker": odd(TABLES, b"\xff\0\xff\0ab"),
+    "stuffed zero before the frame header": odd(FRAME, b"\xff\0"),
+    "restart marker in the header": odd(FRAME, b"\xff\xd0"),
+    "marker without a length": odd(FRAME, b"\xff\x01"),
+    "APP14 of five bytes": odd(TABLES, b"\xff\xee\0\x07Adobe"),
+    "APP14 that reaches into the next block": odd(TABLES, ADOBE[:-4] + b"\xff\xfe\0\x20" + bytes(30)),
+    "APP14 of length 0": odd(TABLES, b"\xff\xee\0\0"),
+    "APP14 of length 1": odd(TABLES, b"\xff\xee\0\x01"),
+    "Photoshop block cut short": odd(TABLES, b"\xff\xed\0\x1d" + PHOTOSHOP),
+    "Photoshop block longer than it says": odd(TABLES, b"\xff\xed\0\x05" + PHOTOSHOP),
+    "CMYK, junk before the frame header": odd(FRAME, b"junk", mode="CMYK"),
+}
+
+
+def reads(library, encoded: np.ndarray) -> np.ndarray | None:
+    try:
+        return np.asarray(library(encoded))
+    except (RuntimeError, OSError):
+        return None
+
+
+@pytest.mark.parametrize("kind", ODD)
+def test_what_either_library_reads_trains(kind):
+    encoded = ODD[kind]
+    expected = [
+        reads(lambda data: Image.open(io.BytesIO(data)).convert("RGB"), encoded),
+        reads(lambda data: decode_jpeg(torch.from_numpy(data.copy()), "RGB").permute(1, 2, 0), encoded),
+    ]
+    [whole] = decode([encoded], (375, 500), View(None, crop_pct=1.0))
+    assert any(pixels is not None for pixels in expected)
+    assert max(psnr(whole, pixels) for pixels in expected if pixels is not None) >= 60
+    assert read_header(encoded)[:2] == (375, 500)
+
+
+@pytest.mark.parametrize(("broken", "mode"), [("_torchvision", "RGB"), ("_pillow", "CMYK")])
+def test_the_other_library_is_asked_where_one_refuses(monkeypatch, broken, mode):
+    def refuse(data):
+        raise RuntimeError("a marker that this library does not know")
+
+    encoded = encode(photograph().convert(mode), "JPEG")
+    expected = decode([encoded], (64, 64), CENTRED)
+    monkeypatch.setattr(decode_module, broken, refuse)
+    assert psnr(decode([encoded], (64, 64), CENTRED), expected) >= (60 if mode == "RGB" else 25)
+    with pytest.raises(DecodeError, match="does not know"):
+        decode([encoded[:2000]], (64, 64), CENTRED)
+
+
 FAULTS = {
     "empty": (np.empty(0, np.uint8), "empty"),
     "text": (np.frombuffer(b"<html>Not found</html>", np.uint8), "not an image"),
@@ -132,7 +201,12 @@ FAULTS = {
     "header cut short": (encode(photograph(), "JPEG")[:100], "cut short"),
     "pixels cut short": (encode(photograph(), "JPEG")[:8000], "truncated"),
     "PNG cut short": (encode(photograph(), "PNG")[:8000], "truncated"),
-    "text after the start marker": (np.frombuffer(b"\xff\xd8" + b"text " * 50, np.uint8), "frame header"),
+    "text after the start marker": (np.frombuffer(b"\xff\xd8" + b"text " * 50, np.uint8), "cut short"),
+    "pixels before the frame header": (
+        np.frombuffer(b"\xff\xd8\xff\xda\0\x08", np.uint8),
+        "no JPEG frame header",
+    ),
+    "no pixels high": (odd(b"\xff\xc0", b"", 5, b"\0\0"), "no size"),
 }
 
 

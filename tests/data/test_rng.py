@@ -1,4 +1,4 @@
-"""common.hashing against a slow reference, and as a source of random numbers."""
+"""Random numbers against a slow reference, and as a source of random numbers."""
 
 import itertools
 

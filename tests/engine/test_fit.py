@@ -58,6 +58,8 @@ def base(data, tmp_path_factory):
 
 
 def rows(run):
+    if not (run / "training_log.csv").exists():
+        return []
     with open(run / "training_log.csv") as file:
         return list(csv.DictReader(file))
 

@@ -1,3 +1,4 @@
+import json
 import logging
 import re
 from dataclasses import replace
@@ -160,6 +161,18 @@ def test_a_bare_file_gives_the_body_and_a_fresh_head(kind, trained, tmp_path, ca
     assert "the head is fresh, for the names of the weights' classes are not known" in caplog.text
 
 
+def test_a_folder_without_class_names_gives_a_fresh_head(trained, tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    folder = write_model(tmp_path, trained, cfg("resnet18"))
+    config = json.loads((folder / "config.json").read_text())
+    del config["label_names"]
+    (folder / "config.json").write_text(json.dumps(config))
+    model, source = create_finetuned_model("resnet18", CLASSES, str(folder))
+    assert source == replace(cfg("resnet18"), classes=[])
+    assert not torch.equal(model.fc.weight, trained.fc.weight)
+    assert "the names of the weights' classes are not known" in caplog.text
+
+
 def test_gaps_in_the_body_are_listed(trained, tmp_path, caplog):
     state = trained.state_dict()
     del state["layer1.0.conv1.weight"]
@@ -187,6 +200,39 @@ def test_another_network_is_refused_and_named(theirs, ours, count, tmp_path):
     torch.save(create_model(theirs, 5).state_dict(), tmp_path / "w.pth")
     with pytest.raises(UserError, match="another model's"):
         create_finetuned_model(ours, CLASSES, str(tmp_path / "w.pth"))
+
+
+# Two heads with a BatchNorm in each, and a head that is a convolution.
+@pytest.mark.parametrize("name", ["levit_128s", "dla46_c"])
+def test_all_that_has_a_row_per_class_follows_the_names(name, tmp_path):
+    with torch.device("meta"):
+        rows = {
+            key
+            for key, value in create_model(name, 5).state_dict().items()
+            if len(value.shape) and len(value) == 5
+        }
+    trained = randomise(create_model(name, 5))
+    run = write_model(tmp_path / "run" / "model", trained, cfg(name, img_size=224)).parent
+    model, _ = create_finetuned_model(name, CLASSES[::-1], str(run))
+    assert rows
+    for key, value in trained.state_dict().items():
+        assert torch.equal(model.state_dict()[key], value.flip(0) if key in rows else value), key
+
+
+def test_a_head_that_the_weights_lack_stays_fresh_and_is_named(trained, tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    vit = create_model("deit_tiny_patch16_224", 5)
+    run = write_model(tmp_path / "vit" / "model", vit, cfg("deit_tiny_patch16_224")).parent
+    model, _ = create_finetuned_model("deit_tiny_distilled_patch16_224", CLASSES, str(run))
+    assert torch.equal(model.head.weight, vit.head.weight)
+    assert model.head_dist.weight.std() > 0
+    assert "missing from the weights: dist_token, head_dist.bias, head_dist.weight" in caplog.text
+
+    body = {key: value for key, value in trained.state_dict().items() if not key.startswith("fc.")}
+    torch.save(body, tmp_path / "w.pth")
+    create_finetuned_model("resnet18", CLASSES, str(tmp_path / "w.pth"))
+    assert caplog.records[-1].levelname == "INFO"
+    assert "the head is fresh" in caplog.records[-1].message
 
 
 @pytest.mark.parametrize("name", ["test_vit", "test_vit_relpos", "test_coatnet"])
@@ -246,8 +292,8 @@ def bad_weights(tmp_path_factory):
         ("old_run", "a run of an older version"),
         ("no_json", "config.json is not the description of a timm model"),
         ("other_json", "config.json is not the description of a timm model"),
-        ("no_tensors", "cannot be loaded by timm"),
-        ("bad_tensors", "cannot be loaded by timm"),
+        ("no_tensors", "timm cannot load"),
+        ("bad_tensors", "timm cannot load"),
         ("missing.pth", "neither a file, a run folder nor pretrained weights"),
     ],
 )
@@ -297,7 +343,9 @@ def test_no_connection_is_one_sentence(monkeypatch):
         raise ConnectionError("name or service not known")
 
     monkeypatch.setattr(timm, "create_model", offline)
-    with pytest.raises(UserError, match=r"--weights timm: resnet18 cannot be downloaded"):
+    with pytest.raises(
+        UserError, match=r"--weights timm: timm cannot load resnet18: name or service not known"
+    ):
         create_finetuned_model("resnet18", CLASSES, "timm")
 
 

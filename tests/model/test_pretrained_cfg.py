@@ -62,6 +62,8 @@ def test_a_vision_transformer_still_takes_every_size_in_timm(tmp_path):
     loaded = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
     with torch.inference_mode():
         assert loaded(torch.zeros(1, 3, 96, 128)).shape == (1, 5)
+    assert not cfg("test_vit").timm_config()["pretrained_cfg"]["fixed_input_size"]
+    assert cfg("test_coatnet").timm_config()["pretrained_cfg"]["fixed_input_size"]
 
 
 @pytest.mark.parametrize("test_size", [None, 128])

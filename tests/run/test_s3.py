@@ -268,7 +268,7 @@ def test_the_newest_on_s3_is_never_deleted(s3: S3Server, address: str, tmp_path:
 
 
 def test_another_course_from_an_older_checkpoint_takes_the_place_of_the_first(
-    s3: S3Server, address: str, tmp_path: Path
+    s3: S3Server, address: str, tmp_path: Path, intercept: Callable[[Handler], None]
 ) -> None:
     run, url = tmp_path / "run-1", f"{address}/run-1"
     for step in (1, 3, 5):
@@ -280,7 +280,13 @@ def test_another_course_from_an_older_checkpoint_takes_the_place_of_the_first(
     mirror.close(timeout_s=30)
     assert remote(s3, url) == tree(run)
     assert remote_steps(s3, url) == [3, 4]
-    # The same step with other content.
+
+    # The same step with other content: never both under one manifest.
+    def check(operation: str, request: dict[str, Any]) -> None:
+        if operation == "PutObject" and "step_00000004/" in request["url"]:
+            assert remote_steps(s3, url) == [3]
+
+    intercept(check)
     shutil.rmtree(run / "checkpoints/step_00000004")
     save_checkpoint(run, 4, size=60_000)
     assert S3Mirror(run, address).close(timeout_s=30).pending == []
@@ -290,17 +296,49 @@ def test_another_course_from_an_older_checkpoint_takes_the_place_of_the_first(
 # Nothing torn
 
 
+def test_a_checkpoint_is_not_sent_before_its_row_of_the_log(
+    s3: S3Server, address: str, tmp_path: Path, intercept: Callable[[Handler], None]
+) -> None:
+    run, url = tmp_path / "run-1", f"{address}/run-1"
+    checked: list[int] = []
+
+    def save_in_mid_pass(operation: str, request: dict[str, Any]) -> None:
+        if operation == "PutObject" and "written_after_the_log" in request["url"]:
+            save_checkpoint(run, 2)
+        if operation == "PutObject" and (match := re.search(r"step_(\d+)/manifest", request["url"])):
+            assert f"\n{int(match[1])}," in remote(s3, url)["training_log.csv"].decode()
+            checked.append(int(match[1]))
+
+    intercept(save_in_mid_pass)
+    run.mkdir()
+    (run / "training_log.csv").write_text("epoch,val_top1\n")
+    (run / "written_after_the_log").touch()
+    save_checkpoint(run, 1)
+    mirror = S3Mirror(run, address)
+    mirror.submit()
+    wait_until(lambda: checked == [1])
+    assert mirror.close(timeout_s=30).pending == []
+    assert checked == [1, 2]
+
+
 @pytest.mark.parametrize("kept", [True, False], ids=["kept", "pruned"])
 def test_saves_during_a_slow_upload(
     s3: S3Server, address: str, tmp_path: Path, intercept: Callable[[Handler], None], kept: bool
 ) -> None:
+    from botocore.exceptions import ReadTimeoutError
+
     run, url = tmp_path / "run-1", f"{address}/run-1"
     uploading, go_on = threading.Event(), threading.Event()
+    manifests: list[str] = []
 
     def hold(operation: str, request: dict[str, Any]) -> None:
-        if operation == "PutObject" and "step_00000001/ema" in request["url"]:
+        if operation == "PutObject" and "step_00000001/model" in request["url"] and not uploading.is_set():
             uploading.set()
             assert go_on.wait(20)
+            if kept:
+                raise ReadTimeoutError(endpoint_url="", error="")
+        if operation == "PutObject" and "manifest.json" in request["url"]:
+            manifests.append(request["url"])
 
     intercept(hold)
     mirror = S3Mirror(run, address)
@@ -311,14 +349,6 @@ def test_saves_during_a_slow_upload(
     mirror.submit()
     assert mirror.uploading() == {"step_00000001"}
     assert steps(run) == ([1, 3, 4] if kept else [3, 4])
-    manifests = []
-    intercept(
-        lambda _, request: (
-            manifests.append(request["url"])
-            if "PUT" in request["method"] and "manifest" in request["url"]
-            else None
-        )
-    )
     go_on.set()
     wait_until(lambda: mirror.uploading() == set())
     save_checkpoint(run, 5, mirror=mirror)
@@ -537,8 +567,12 @@ def test_requests_that_are_carried_out_late_do_no_harm(
     }
 
     def carry_out(operation: str, request: dict[str, Any]) -> None:
-        while operation == "ListObjectsV2" and late:
-            put(s3, url, *late.popitem())
+        if operation == "ListObjectsV2" and late:
+            for name, body in late.items():
+                put(s3, url, name, body)
+            late.clear()
+            lost = f"{prefix_of(s3, url)}/checkpoints/step_00000003/model.safetensors"
+            s3.client.delete_object(Bucket=s3.bucket, Key=lost)
 
     mirror = S3Mirror(run, address)
     intercept(carry_out)
@@ -590,7 +624,7 @@ time.sleep(0.5)
         with s3.paused():  # the thread hangs in a request that nobody answers
             process.stdin.write("go\n")
             process.stdin.flush()
-            assert process.wait(timeout=5) == 0
+            assert process.wait(timeout=15) == 0
 
 
 # What is wrong is said in one sentence

@@ -2,6 +2,7 @@
 
 import re
 import shlex
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +15,8 @@ class DataSettings:
     """The images"""
 
     data_dir: str = ""
-    """ImageFolder tree (train/<class>/*.jpg, val/...), prepared pyramid, Parquet or Arrow folder, hub id org/name, or s3:// and hf:// addresses of shards; empty = the built-in sample data."""
+    """ImageFolder tree (train/<class>/*.jpg, val/...), prepared pyramid, Parquet or Arrow folder, hub id org/name,
+    or s3:// and hf:// addresses of shards; empty = the built-in sample data."""
 
     streaming: bool = False
     """Read Parquet or Arrow shards as they are needed instead of keeping the dataset on this machine."""
@@ -27,10 +29,13 @@ def open_dataset(settings: DataSettings) -> tuple[Source, Source]:
         UserError: a split is missing or empty, or there are not two classes, the same in both.
     """
     from common.data.sample import ensure_sample_data
-    from common.data.sources.stream import open_stream
 
+    open_split: Callable[[str, str], Source] = open_source
+    if settings.streaming:
+        from common.data.sources.stream import open_stream
+
+        open_split = open_stream
     data_dir = settings.data_dir or str(ensure_sample_data())
-    open_split = open_stream if settings.streaming else open_source
     train, val = open_split(data_dir, "train"), open_split(data_dir, "val")
     for split in (train, val):
         if not len(split):
@@ -63,11 +68,12 @@ def open_source(data_dir: str, split: str) -> Source:
     """
     from common.data.sources.arrow import open_datasets, open_shards
     from common.data.sources.folder import FolderSource
-    from common.data.sources.remote import download
 
     if not data_dir:
         raise UserError("--data_dir is empty; it names a folder with train/ and val/, or a dataset org/name")
     if data_dir.startswith("s3://"):
+        from common.data.sources.remote import download
+
         data_dir = str(download(data_dir))
     elif data_dir.startswith("hf://"):
         data_dir = data_dir.removeprefix("hf://").removeprefix("datasets/")
