@@ -98,6 +98,7 @@ def ready(cfg: TrainConfig, steps: int) -> Iterator[Bench]:
     cfg.stages = cfg.stages_in_force()[:1]
     with start_run(cfg) as run:
         train = Blank(steps * cfg.stages[0].batch_size * cfg.accumulation)
+        run.stages = cfg.stages
         state = prepare_state(run, create_model(cfg.model, len(train.classes)), train)
         plan = settle_plan(run, state, train)
         batches = Batches(plan, train, train, cfg, cfg.seed, 0, 1)

@@ -63,6 +63,7 @@ def small_trainer(
         with start_run(cfg) as run:
             if scaler is not None:
                 run.accelerator.scaler = scaler
+            run.stages = cfg.stages
             source = Blank(images, CLASSES)
             state = prepare_state(run, model or Small(), source)
             plan = settle_plan(run, state, source)
