@@ -216,22 +216,21 @@ def test_a_launchers_accumulation_is_taken_if_both_say_so(monkeypatch):
 
 
 def test_gradients_are_clipped_at_the_end_of_a_window():
-    """SGD without momentum at rate 1 moves the weights by the clipped gradient, whose norm is the limit."""
-    settings = {
-        "clip_grad": 0.01,
-        "weight_decay": 0.0,
-        "accumulation": 2,
-        "momentum": 0.0,
-        "momentum_swing": 0.0,
-    }
-    with small_trainer([stage()], **settings) as t:
-        epoch = next(t.plan.epochs())
-        t.enter_stage(epoch)
-        t.begin_epoch(epoch)
-        before = [p.detach().clone() for p in t.state.model.parameters()]
-        train_step(t, epoch, 1.0, 0.0, noise(t, epoch))
-        moves = [(b - a).flatten() for a, b in zip(before, t.state.model.parameters(), strict=True)]
-        assert float(torch.cat(moves).norm()) == pytest.approx(0.01, rel=1e-3)
+    """SGD without momentum at rate 1 moves the weights by the gradient, in its direction and as far as it may."""
+    settings = {"weight_decay": 0.0, "accumulation": 2, "momentum": 0.0, "momentum_swing": 0.0}
+    moves = []
+    for limit in (None, 0.01):
+        with small_trainer([stage()], clip_grad=limit, **settings) as t:
+            epoch = next(t.plan.epochs())
+            t.enter_stage(epoch)
+            t.begin_epoch(epoch)
+            before = [p.detach().clone() for p in t.state.model.parameters()]
+            train_step(t, epoch, 1.0, 0.0, noise(t, epoch))
+            after = t.state.model.parameters()
+            moves.append(torch.cat([(b - a).flatten() for a, b in zip(after, before, strict=True)]))
+    free, clipped = moves
+    assert free.norm() > 0.1
+    torch.testing.assert_close(clipped, free * 0.01 / free.norm(), rtol=1e-3, atol=1e-6)
 
 
 def test_momentum_is_forgotten_when_a_layer_freezes():
@@ -323,7 +322,7 @@ def test_rows_later_than_the_checkpoint_are_written_again(data, tmp_path):
 # --- a process that fails ------------------------------------------------------------------------------------------
 
 BREAK = """
-import importlib, os
+import importlib, os, pathlib, time
 from common.config import run_script
 from train_standard import StandardConfig, main
 
@@ -333,6 +332,7 @@ original, calls = place.{function}, []
 def broken(*args, **kwargs):
     calls.append(1)
     if os.environ["RANK"] == "{rank}" and len(calls) == {call}:
+        pathlib.Path(__file__).with_name("failed_at").write_text(str(time.time()))
         raise {error}("the disk of rank {rank} is on fire")
     return original(*args, **kwargs)
 
@@ -340,12 +340,10 @@ place.{function} = broken
 run_script(main, StandardConfig, "")
 """
 PLACES = {
-    "training": ("common.engine.fit", "", "train_step", 1, 3, "RuntimeError"),
+    "training": ("common.engine.fit", "", "train_step", 1, 3, "common.UserError"),
     "evaluation": ("common.augment", ".Augment", "normalise", 1, 2, "RuntimeError"),
-    "evaluation, main process": ("common.augment", ".Augment", "normalise", 0, 2, "RuntimeError"),
     "collecting a checkpoint": ("common.run.checkpoint", "", "capture", 1, 1, "RuntimeError"),
     "writing a checkpoint": ("common.run.checkpoint", "", "write", 0, 1, "RuntimeError"),
-    "a user's mistake": ("common.engine.fit", "", "train_step", 1, 3, "common.UserError"),
 }
 FLAGS = """--model test_resnet --img_size 32 --batch_size 8 --epochs 2 --lr 0.1 --mixed_precision no --workers 0
     --wandb off --recipe listed --save_freq_last 1"""
@@ -358,16 +356,11 @@ def test_a_process_that_fails_ends_the_job_soon_with_its_own_sentence_first(case
     script = tmp_path / "broken.py"
     script.write_text("import common\n" + BREAK.format(**fields))
     flags = ["--data_dir", str(data), "--output", str(tmp_path), "--run_name", "run", *FLAGS.split()]
-    began = time.monotonic()
     done = launch(2, str(script), *flags, timeout=120)
     assert done.returncode != 0
-    assert time.monotonic() - began < START_S + 30
+    assert time.time() - float((tmp_path / "failed_at").read_text()) < 30
     complaints = [line for line in done.stderr.splitlines() if re.search("error|Error|ends because", line)]
     assert f"the disk of rank {fields['rank']} is on fire" in complaints[0], done.stderr[-3000:]
-
-
-# Until two processes have imported everything on a busy machine.
-START_S = 45
 
 
 @pytest.fixture(scope="module")
