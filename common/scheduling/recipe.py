@@ -126,8 +126,8 @@ def _fit_sizes(recipe: Recipe, settings: Mapping[str, Any], free: set[str], fact
     flag = "target_size" if "target_size" in settings else "img_size"
     # Enlarged pixels hold nothing new; but a map of one cell has no inside, so two are left. Pretrained features expect objects as large
     # as they learnt them, on enlarged images too (Kornblith et al., 2019, fine-tune CIFAR at 224 px).
-    if facts.short_side and flag in free and not settings["weights"]:
-        top = min(largest, max(facts.short_side // stride, 2) * stride)
+    if facts.short_side and flag in free and not settings.get("weights"):
+        top = min(largest, max(facts.short_side // stride * stride, 2 * stride, SMALLEST_SIZE))
     if top < largest:
         sizes = [top if size == largest else 8 * round(size * top / largest / 8) for size in sizes]
         recipe.notes.append(f"{top} px, not {largest}: the images have {facts.short_side} (--{flag})")
