@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import argparse
+import ast
 import dataclasses
 import difflib
+import inspect
+import itertools
 import os
 import re
 import sys
+import textwrap
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar, get_type_hints
 
 from common import UserError
 from common.augment import AugmentSettings
@@ -167,13 +172,19 @@ RESUME_MAY_CHANGE = frozenset(
 
 def as_plain(cfg: Any) -> dict[str, Any]:
     """A config as what YAML and JSON can hold."""
-    return _lists(dataclasses.asdict(cfg))
+    return _plain(dataclasses.asdict(cfg))
 
 
-def _lists(value: Any) -> Any:
+def _plain(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: _lists(item) for key, item in value.items()}
-    return [_lists(item) for item in value] if isinstance(value, list | tuple) else value
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    # jsonargparse's ranges are subclasses of float and int.
+    for kind in (float, int):
+        if isinstance(value, kind) and not isinstance(value, bool):
+            return kind(value)
+    return value
 
 
 def adopt(cfg: TrainConfig, recorded: Mapping[str, Any]) -> list[str]:
@@ -226,24 +237,32 @@ def parse_args(config_class: type[Config], description: str, args: list[str] | N
     Raises:
         SystemExit: with code 2 after one sentence, if a flag is unknown or its value out of range.
     """
-    import jsonargparse
+    import jsonargparse.typing
 
     class OneSentenceParser(jsonargparse.ArgumentParser):
         def error(self, message: str, ex: Exception | None = None) -> None:
             print(f"error: {explain(config_class, message)} (see --help)", file=sys.stderr)
             raise SystemExit(2)
 
-    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = OneSentenceParser(
-        description=description, usage="%(prog)s [--config FILE.yaml] [--flag VALUE ...]", allow_abbrev=False
+        description=description,
+        usage="%(prog)s [--config FILE.yaml] [--flag VALUE ...]",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     parser.add_argument("--config", action="config", help="YAML file with any of these settings")
-    for group in (config_class, *config_class.__mro__[1:]):
-        if dataclasses.is_dataclass(group):
-            inherited = {name for base in group.__bases__ for name in _fields(base)}
-            if _fields(group).keys() - inherited:
-                parser.add_class_arguments(group, skip=inherited)
-    parser.set_defaults(as_plain(config_class()))
+    # The rooms' modules import their ranges for the type checker alone, so that they load without jsonargparse.
+    types = get_type_hints(config_class, localns=vars(jsonargparse.typing))
+    defaults = as_plain(config_class())
+    documented: set[str] = set()
+    for kind in config_class.__mro__:
+        # A script's own word for a setting comes before its room's.
+        own = {name: text for name, text in docs_of(kind).items() if name not in documented}
+        documented |= own.keys()
+        group = parser.add_argument_group((kind.__doc__ or "").partition("\n")[0]) if own else None
+        for name, text in own.items():
+            shown = "" if defaults[name] in ("", []) else f" [{defaults[name]}]".replace("[None]", "[null]")
+            group.add_argument(f"--{name}", type=types[name], default=defaults[name], help=text + shown)
     args = _normalised(config_class, sys.argv[1:] if args is None else args)
     namespace = parser.parse_args(args)
     cfg = config_class(**_without_config(parser.instantiate_classes(namespace)))
@@ -253,6 +272,18 @@ def parse_args(config_class: type[Config], description: str, args: list[str] | N
 
 def _fields(kind: type) -> dict[str, dataclasses.Field]:
     return {f.name: f for f in dataclasses.fields(kind)} if dataclasses.is_dataclass(kind) else {}
+
+
+def docs_of(kind: type) -> dict[str, str]:
+    """The line under each field of a dataclass, by the field's name; inherited fields are left out."""
+    if not dataclasses.is_dataclass(kind):
+        return {}
+    tree = ast.parse(textwrap.dedent(inspect.getsource(kind))).body[0]
+    return {
+        field_node.target.id: " ".join(doc.value.value.split())
+        for field_node, doc in itertools.pairwise(tree.body)
+        if isinstance(field_node, ast.AnnAssign) and isinstance(doc, ast.Expr)
+    }
 
 
 def _without_config(namespace: Any) -> dict[str, Any]:

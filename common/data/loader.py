@@ -1,9 +1,11 @@
-"""From a dataset's name to batches on the device: `open_dataset` and the one `Loader` of a run.
+"""From batch items to batches on the device: the one `Loader` of a run.
 
 The unit that travels is a whole micro-batch: the sampler yields `BatchItem`s (which images, how large, which
 crop) and a worker answers with one finished uint8 tensor. So the workers know nothing of stages, and live
 through all of them.
 """
+
+from __future__ import annotations
 
 import logging
 import math
@@ -12,10 +14,11 @@ import signal
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from time import perf_counter, sleep
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -27,13 +30,28 @@ from common.data.order import BatchItem
 from common.data.slots import Slot, Slots
 from common.data.sources.base import Source
 
+if TYPE_CHECKING:
+    from jsonargparse.typing import NonNegativeInt
+
 log = logging.getLogger(__name__)
 
+PREFETCH = 4  # batches that each worker keeps ready
 MAX_WORKERS = 16
 CGROUP_QUOTAS = (  # file of the quota, and of its period
     ("/sys/fs/cgroup/cpu.max", None),  # v2: both in one line
     ("/sys/fs/cgroup/cpu/cpu.cfs_quota_us", "/sys/fs/cgroup/cpu/cpu.cfs_period_us"),  # v1
 )
+
+
+@dataclass
+class LoaderSettings:
+    """Loading images"""
+
+    workers: NonNegativeInt | None = None
+    """Loader processes per training process; 0 = none, null = the CPUs this process may use, shared out."""
+
+    skip_unreadable: bool = False
+    """Let another image of its class stand in for one that cannot be decoded."""
 
 
 def available_workers() -> int:
@@ -51,7 +69,7 @@ def available_workers() -> int:
 class Batch(NamedTuple):
     """One micro-batch, on the device."""
 
-    images: torch.Tensor  # uint8 [B, 3, H, W], channels_last memory
+    images: torch.Tensor  # uint8 [B, 3, H, W]
     labels: torch.Tensor  # int64 [B]
     item: BatchItem
     wait_s: float  # seconds that the caller waited for it
@@ -160,7 +178,7 @@ def end_with(parent: int) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def _as_it_is(answer: _Answer) -> _Answer:
+def _identity(answer: _Answer) -> _Answer:
     return answer
 
 
@@ -173,10 +191,9 @@ class Loader:
         val: Source,
         *,
         seed: int,
-        workers: int | None = None,
-        prefetch: int = 4,
+        settings: LoaderSettings,
         device: torch.device | str = "cpu",
-        skip_unreadable: bool = False,
+        channels_last: bool = True,
     ):
         """Prepare to load; workers start with the first batch.
 
@@ -184,26 +201,26 @@ class Loader:
             train: split 0 of the items.
             val: split 1.
             seed: of the run, for random crops.
-            workers: processes; 0 decodes in this one, None takes `available_workers()`.
-            prefetch: batches that each worker keeps ready.
+            settings: number of workers, and what becomes of unreadable images.
             device: where batches go.
-            skip_unreadable: let another image of the class stand in for one that cannot be decoded.
+            channels_last: memory layout of the images; False = contiguous NCHW.
         """
         self.device = torch.device(device)
-        self.workers = available_workers() if workers is None else workers
+        self.workers = available_workers() if settings.workers is None else settings.workers
         self.unreadable: dict[str, str] = {}  # path -> why, of every image replaced so far
+        self._layout = torch.channels_last if channels_last else torch.contiguous_format
         self._sources = (train, val)
         forks = self.workers > 0 and hasattr(os, "memfd_create")
         # As many as can be waiting, and a few for the batches in the caller's hands.
-        self._slots = Slots(self.workers * prefetch + 4 if forks else 0)
+        self._slots = Slots(self.workers * PREFETCH + 4 if forks else 0)
         self._items = _Items(self._slots)
         self._loader = DataLoader(
-            _Decoder(self._sources, seed, skip_unreadable, self._slots.slots),
+            _Decoder(self._sources, seed, settings.skip_unreadable, self._slots.slots),
             batch_size=None,
-            collate_fn=_as_it_is,  # the default would turn an item's arrays into tensors
+            collate_fn=_identity,  # the default would turn an item's arrays into tensors
             sampler=self._items,
             num_workers=self.workers,
-            prefetch_factor=prefetch if self.workers else None,
+            prefetch_factor=PREFETCH if self.workers else None,
             persistent_workers=self.workers > 0,
             multiprocessing_context="fork" if forks else None,
             worker_init_fn=partial(_start_worker, os.getpid()),
@@ -223,14 +240,15 @@ class Loader:
         this = self._streams
         self._items.items = items
         answers = self._answers(iter(self._loader))
-        batches = self._ahead(answers) if self.device.type == "cuda" else answers
+        batches = self._one_ahead(answers) if self.device.type == "cuda" else answers
         while True:
             assert this == self._streams, "this stream ended when another one was begun"
             began = perf_counter()
             batch = next(batches, None)
             if batch is None:
                 return
-            yield batch._replace(wait_s=perf_counter() - began)
+            images = batch.images.contiguous(memory_format=self._layout)
+            yield batch._replace(images=images, wait_s=perf_counter() - began)
 
     def _answers(self, answers: Iterator[_Answer]) -> Iterator[Batch]:
         for answer in answers:
@@ -242,35 +260,36 @@ class Loader:
                 raise UserError(answer.failure)
             images, item = answer.images, answer.item
             if answer.slot is not None:
-                images = self._slots.images(answer.slot, item, pin=self.device.type == "cuda")
+                images = self._slots.images(answer.slot, item)
             labels = torch.from_numpy(self._sources[item.split].labels[item.indices])
+            if self.device.type == "cuda":
+                # Only from pinned memory do copies run beside the host's work. It is torch's own, which is handed
+                # out again when the copies from it are done; the slot is free at once.
+                images, labels = images.pin_memory(), labels.pin_memory()
             yield Batch(images, labels, item, 0.0)
 
-    def _ahead(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+    def _one_ahead(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         """Copy one batch ahead on a stream of its own, while the device works on the one before."""
         copies = self._copies(batches)
-        current = next(copies, None)
-        while current is not None:
+        following = next(copies, None)
+        while following is not None:
+            batch, copied = following
             following = next(copies, None)
-            batch, _, copied = current
             compute = torch.cuda.current_stream(self.device)
             compute.wait_event(copied)
             for tensor in (batch.images, batch.labels):
-                tensor.record_stream(
-                    compute
-                )  # its memory may not be used anew before compute is done with it
+                # Its memory may not be used anew before compute is done with it.
+                tensor.record_stream(compute)
             yield batch
-            copied.synchronize()  # the host's memory may be used anew
-            current = following
 
-    def _copies(self, batches: Iterator[Batch]) -> Iterator[tuple[Batch, Batch, torch.cuda.Event]]:
+    def _copies(self, batches: Iterator[Batch]) -> Iterator[tuple[Batch, torch.cuda.Event]]:
         side = torch.cuda.Stream(self.device)
-        for host in batches:
+        for batch in batches:
             with torch.cuda.stream(side):
-                images = host.images.to(self.device, non_blocking=True)
-                labels = host.labels.to(self.device, non_blocking=True)
+                images = batch.images.to(self.device, non_blocking=True)
+                labels = batch.labels.to(self.device, non_blocking=True)
                 copied = side.record_event()
-            yield host._replace(images=images, labels=labels), host, copied
+            yield batch._replace(images=images, labels=labels), copied
 
     def close(self) -> None:
         """End the workers."""

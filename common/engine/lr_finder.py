@@ -3,103 +3,165 @@
 import copy
 import csv
 import math
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
+from statistics import fmean, median
 
 from common import UserError
 from common.run.checkpoint import TrainState, rng_state, set_rng_state
-from common.run.plots import DIVERGED
+
+FEWEST = 15  # steps of a sweep; with fewer, noise decides
+DIVERGED = 4.0  # a sweep ends as soon as its smoothed loss is this many times its first
+REPORT_S = 2.0  # between two lines of progress
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """What the finder saw: learning rates, losses and smoothed losses by step, and the peak it suggests."""
+    """What the finder saw, by step, and the peak that it suggests: the fallback where there is a `problem`."""
 
     lrs: list[float]
     losses: list[float]
     smoothed: list[float]
+    threshold: list[float]  # a rise of the smoothed loss above it counts; NaN where none does
     suggested: float
+    problem: str  # why the curve cannot be trusted; empty if it can
 
     def write_csv(self, path: Path) -> None:
-        rows = zip(range(len(self.lrs)), self.lrs, self.losses, self.smoothed, strict=True)
+        steps = list(
+            zip(range(len(self.lrs)), self.lrs, self.losses, self.smoothed, self.threshold, strict=True)
+        )
         with open(path, "w", newline="") as file:
             writer = csv.writer(file)
-            writer.writerow(("step", "lr", "loss", "smoothed", "suggested"))
-            writer.writerows((*row, self.suggested) for row in rows)
+            writer.writerow(("step", "lr", "loss", "smoothed", "threshold", "suggested", "problem"))
+            # Without a step, a line tells the problem nevertheless.
+            writer.writerows((*step, self.suggested, self.problem) for step in steps or [("",) * 5])
 
 
 def find_lr(
     state: TrainState,
     train_step: Callable[[float], float],
-    iterations: int = 100,
+    iterations: int,
+    *,
+    fallback: float,
     lowest: float = 1e-5,
     highest: float = 10.0,
-    smoothing: float = 0.9,
+    report: Callable[[str], None] = lambda line: None,
 ) -> Sweep:
     """Raise the learning rate exponentially from `lowest` to `highest` and watch the loss (Smith, 2017).
 
     Args:
-        state: model, optimizer, scaler and RNG; restored bit for bit afterwards.
+        state: restored bit for bit afterwards, also when a step raises.
         train_step: takes one optimizer step at a learning rate; returns the mean loss over all processes, so that
             every process sees the same curve and stops at the same step.
+        iterations: steps to take; fewer than `FEWEST` are not taken at all.
+        fallback: the rate to take when the curve cannot be trusted.
+        report: is given a line of progress about every two seconds, and one if the curve cannot be trusted.
+
+    Raises:
+        UserError: the first loss is not finite.
     """
-    before = _remember(state)
-    lrs, losses, smoothed = [], [], []
-    average, best = 0.0, math.inf
-    try:
-        for step in range(iterations):
-            lr = lowest * (highest / lowest) ** (step / max(1, iterations - 1))
-            loss = train_step(lr)
-            average = smoothing * average + (1 - smoothing) * loss if math.isfinite(loss) else math.inf
-            corrected = average / (1 - smoothing ** (step + 1))
-            lrs.append(lr)
-            losses.append(loss)
-            smoothed.append(corrected)
-            best = min(best, corrected)
-            if not math.isfinite(loss) or (step > 10 and corrected > DIVERGED * best):
+    # At most a quarter of a decade per step: a short sweep is to look where losses do blow up.
+    lowest = max(lowest, highest / 10 ** ((iterations - 1) / 4))
+    lrs: list[float] = []
+    losses: list[float] = []
+    smoothed: list[float] = []
+    begun = reported = time.monotonic()
+    with _restored(state):
+        for step in range(iterations if iterations >= FEWEST else 0):
+            lrs.append(lowest * (highest / lowest) ** (step / (iterations - 1)))
+            losses.append(train_step(lrs[-1]))
+            smoothed = smooth(losses, iterations)
+            if not smoothed[-1] <= DIVERGED * losses[0]:
                 break
-    finally:
-        _restore(state, before)
-    return Sweep(lrs, losses, smoothed, suggest(lrs, smoothed))
+            if (now := time.monotonic()) > reported + REPORT_S:
+                reported, left_s = now, (now - begun) * (iterations / (step + 1) - 1)
+                report(f"LR finder: step {step + 1}/{iterations}, loss {losses[-1]:.3f}, ETA {left_s:.0f} s")
+    threshold = rise_threshold(losses, smoothed, iterations)
+    suggested, problem = suggest(lrs, losses, smoothed, threshold, iterations)
+    if problem:
+        suggested = fallback
+        report(f"LR finder: not trusted ({problem}); the rate is {fallback:.3g} instead, or what --lr says")
+    return Sweep(lrs, losses, smoothed, threshold, suggested, problem)
 
 
-def suggest(lrs: list[float], smoothed: list[float]) -> float:
-    """The peak for OneCycle: four fifths of the rate at which the smoothed loss begins to blow up.
+def smooth(losses: list[float], iterations: int) -> list[float]:
+    """Average exponentially over a tenth of the sweep, bias-corrected; infinite where the loss is not finite."""
+    average, smoothed = 0.0, []
+    for step, loss in enumerate(losses, 1):
+        average += 10 / iterations * (loss - average) if math.isfinite(loss) else math.inf
+        smoothed.append(average / (1 - (1 - 10 / iterations) ** step))
+    return smoothed
 
-    It has done so when it lies above its lowest value so far by a twentieth of the first loss. The lowest point itself
-    is no good guide: the curve is flat there, and noise decides. Four fifths, because half of that was worse in
-    trainings of 20 epochs at 64 and 96 px (docs/results.md); OneCycle's warm-up carries the network there.
+
+def rise_threshold(losses: list[float], smoothed: list[float], iterations: int) -> list[float]:
+    """The lowest smoothed loss so far plus a twentieth of the loss at the start, or plus 3.75 of its standard deviations.
+
+    They follow from the changes between neighbouring losses of the last quarter of the sweep (noise grows with the
+    rate), or of all if these are larger. NaN in the first third, whose rates hardly move a weight: a rise is noise.
     """
-    if not math.isfinite(smoothed[0]):
+    first, window = iterations // 3, max(12, iterations // 4)
+    changes = [b - a for a, b in pairwise(losses) if math.isfinite(b)]
+    # Of a normal distribution the median is a standard deviation / 1.4826; a blow-up hardly moves it.
+    overall = 1.4826 * median(map(abs, changes or [0.0]))
+    # A change has twice the variance of a loss, the average with weight a = 10 / iterations has a / (2 - a) of it.
+    share = math.sqrt(10 / (2 * iterations - 10) / 2)
+    threshold = [math.nan] * min(first, len(losses))
+    for step in range(first, len(losses)):
+        recent = math.sqrt(fmean(change**2 for change in changes[max(0, step - 1 - window) : step - 1]))
+        rise = max(fmean(losses[:first]) / 20, 3.75 * share * max(overall, recent))
+        threshold.append(min(smoothed[first - 1 : step]) + rise)
+    return threshold
+
+
+def suggest(
+    lrs: list[float], losses: list[float], smoothed: list[float], threshold: list[float], iterations: int
+) -> tuple[float, str]:
+    """The peak for OneCycle: four fifths of the rate at which the smoothed loss begins to blow up; or NaN and why.
+
+    A rise above the threshold counts if most losses of the next fifteenth of the sweep keep it up; it began half as
+    high, or at the twentieth. The lowest point is no guide: the curve is flat there, and noise decides. Four fifths,
+    because half of that was worse in trainings of 20 epochs at 64 and 96 px (docs/results.md).
+    """
+    first, kept = iterations // 3, max(2, iterations // 15)
+    if not losses:
+        return math.nan, f"{iterations} steps are too few, it needs {FEWEST}"
+    if not math.isfinite(losses[0]):
         raise UserError("the LR finder's first loss is not finite; check the data, or give --lr a number")
-    lowest, at_lowest = smoothed[0], 0
-    for step, loss in enumerate(smoothed):
-        if loss < lowest:
-            lowest, at_lowest = loss, step
-        if not loss < lowest + smoothed[0] / 20:
-            return 0.8 * lrs[step]
-    return 0.8 * lrs[at_lowest]
+    # A sweep that ended early had diverged, and would have gone on so.
+    onwards = [*losses, *[math.inf] * (iterations - len(losses))]
+    for step in range(first, len(losses)):
+        high = sum(not loss <= threshold[step] for loss in onwards[step : step + kept])
+        if smoothed[step] > threshold[step] and high > kept / 2:
+            start, lowest = fmean(losses[:first]), min(smoothed[first - 1 : step])
+            rise = threshold[step] - lowest
+            if rise > 0.4 * start:
+                return math.nan, f"noise hides what rises by less than {rise / start:.0%}"
+            while step > first and smoothed[step - 1] > lowest + max(start / 20, rise / 2):
+                step -= 1
+            return (
+                (0.8 * lrs[step], "") if step > first else (math.nan, "the loss rises too early in the sweep")
+            )
+    blown_up = len(losses) <= first
+    return (
+        math.nan,
+        f"the loss {'diverged already at' if blown_up else 'did not blow up until'} {lrs[-1]:.2g}",
+    )
 
 
-def _remember(state: TrainState) -> dict:
-    return {
-        "model": {name: tensor.clone() for name, tensor in state.model.state_dict().items()},
-        "optimizer": copy.deepcopy(state.optimizer.state_dict()),
-        "ema": None
-        if state.ema is None
-        else {k: v.clone() for k, v in state.ema.module.state_dict().items()},
-        "scaler": state.scaler.state_dict() if state.scaler else None,
-        "rng": rng_state(),
-    }
-
-
-def _restore(state: TrainState, before: dict) -> None:
-    state.model.load_state_dict(before["model"])
-    state.optimizer.load_state_dict(before["optimizer"])
-    state.optimizer.zero_grad(set_to_none=True)
-    if state.ema is not None:
-        state.ema.module.load_state_dict(before["ema"])
-    if state.scaler:
-        state.scaler.load_state_dict(before["scaler"])
-    set_rng_state(before["rng"])
+@contextmanager
+def _restored(state: TrainState) -> Iterator[None]:
+    """Put everything back bit for bit, whatever happens inside."""
+    ema = None if state.ema is None else state.ema.module
+    parts = [part for part in (state.model, state.optimizer, ema, state.scaler) if part is not None]
+    before, rng = [copy.deepcopy(part.state_dict()) for part in parts], rng_state()
+    try:
+        yield
+    finally:
+        for part, values in zip(parts, before, strict=True):
+            part.load_state_dict(values)
+        state.optimizer.zero_grad(set_to_none=True)
+        set_rng_state(rng)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from common import UserError
-from common.model.create import create_model
+from common.model.create import check_size, create_model
 from common.model.resnet import RESNETS
 
 
@@ -45,16 +45,13 @@ def try_size(model: nn.Module, num_classes: int, height: int, width: int) -> tup
     """
     from torch.utils.flop_counter import FlopCounterMode
 
-    try:
-        with FlopCounterMode(display=False) as counter:
-            logits = _forward(model, height, width)
-    except (AssertionError, RuntimeError, ValueError) as error:  # what models raise at sizes they cannot take
-        return math.nan, str(error)
+    if problem := check_size(model, height, width):
+        return math.nan, problem
+    with FlopCounterMode(display=False) as counter:
+        logits = _forward(model, height, width)
     good = logits.shape == (2, num_classes) and bool(logits.isfinite().all())
-    return (
-        counter.get_total_flops() / 2,
-        "" if good else f"logits {[*logits.shape]}, not all finite or expected",
-    )
+    problem = "" if good else f"logits {[*logits.shape]}, not all finite or expected"
+    return counter.get_total_flops() / 2, problem
 
 
 @torch.inference_mode()

@@ -2,7 +2,7 @@
 
 import difflib
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -12,10 +12,22 @@ from torch import Tensor, nn
 
 from common import UserError
 from common.model.freezing import classifiers, under
+from common.model.pretrained_cfg import (
+    CONFIG,
+    PretrainedCfg,
+    architecture,
+    read_pretrained_cfg,
+    size_args,
+    timm_pretrained_cfg,
+)
 from common.model.resnet import RESNETS, ResNet
 
 log = logging.getLogger(__name__)
 
+WEIGHTS = "model.safetensors"
+BODY_THAT_FITS = 0.95  # share of the tensors outside the classifier; less is another network
+# What models raise at image sizes that they cannot take.
+SIZE_ERRORS = (AssertionError, IndexError, RuntimeError, ValueError)
 # What torch.load may stumble over in a file of something else, taking its bytes for instructions.
 LOAD_ERRORS = (
     AttributeError,
@@ -29,80 +41,199 @@ LOAD_ERRORS = (
 )
 
 
-def create_model(name: str, num_classes: int) -> nn.Module:
+def create_model(name: str, num_classes: int, img_size: int | None = None) -> nn.Module:
     """Build a model with random weights; nothing is ever downloaded.
 
     Args:
         name: "resnet18", "resnet34", "resnet50" or "resnet101" for the ones written here, "timm/<name>" or
             any other timm name for timm's.
         num_classes: length of the logits.
+        img_size: side in pixels for networks that fit one size only (`check_size` tells); None = timm's default.
+            All others take images of any size, whatever stands here.
 
     Raises:
-        UserError: nobody knows the name; the message offers similar ones.
+        UserError: nobody knows the name, and the message offers similar ones; or it cannot be built for the size.
     """
     if name in RESNETS:
         return ResNet(*RESNETS[name], num_classes)
     import timm
 
     timm_name = name.removeprefix("timm/")
-    architecture, _, tag = timm_name.partition(".")
-    known = timm.is_model(architecture) and (
-        not tag or timm_name in timm.list_pretrained(f"{architecture}.*")
+    known = timm.is_model(architecture(name)) and (
+        "." not in timm_name or timm_name in timm.list_pretrained(f"{architecture(name)}.*")
     )
     if not known:
         raise UserError(f"--model {name} is unknown{did_you_mean(timm_name, timm.list_models())}")
-    model = timm.create_model(timm_name, num_classes=num_classes)
-    if isinstance(model, timm.models.VisionTransformer | timm.models.Eva):
-        # Built for one image size unless told otherwise; stages need several.
-        model = timm.create_model(timm_name, num_classes=num_classes, dynamic_img_size=True)
-    return model
+    args = size_args(architecture(name), img_size)
+    try:
+        return timm.create_model(timm_name, num_classes=num_classes, **args)
+    except SIZE_ERRORS as error:
+        if img_size is None or not args:
+            raise
+        raise UserError(f"--model {name} cannot be built for images of {img_size} px: {error}") from error
 
 
-def create_finetuned_model(name: str, num_classes: int, weights: str) -> nn.Module:
-    """Build a model and load what fits of `weights`; a head of another size stays random.
+def check_size(model: nn.Module, height: int, width: int) -> str:
+    """Why the model cannot take images of this size, in one sentence; "" if it can. Runs one blank image through it.
+
+    A real pass: a fake tensor's takes ten times as long on a CPU.
+    """
+    modes = {module: module.training for module in model.modules()}
+    device = next(model.parameters()).device
+    try:
+        with torch.no_grad():
+            model.eval().forward(torch.zeros(1, 3, height, width, device=device))
+    except SIZE_ERRORS as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        return f"the model cannot take images of {height}x{width} px: {reason}"
+    finally:
+        for module, training in modes.items():
+            module.training = training
+    return ""
+
+
+# ---------------------------------------------------------------------------------------------- from weights
+
+
+def create_finetuned_model(
+    name: str, classes: Sequence[str], weights: str, img_size: int | None = None
+) -> tuple[nn.Module, PretrainedCfg | None]:
+    """Build a model and load `weights`; the head's rows follow the names of the classes.
+
+    A class that the weights know by name keeps its row, in whatever place; the others start fresh. Where the names
+    are not known, as in a bare file of tensors, the whole head does: an equal number of classes says nothing.
 
     Args:
         name: as for `create_model`.
-        num_classes: length of the logits.
-        weights: a run folder (its best_weights.safetensors), a .safetensors file, a .pth or .pt file of
-            tensors, "timm" for timm's default weights of this model, or a timm pretrained name or tag such as
-            "resnet50.a1_in1k" or "a1_in1k" (timm downloads its weights).
+        classes: names of the classes, in the order of the logits.
+        weights: a run folder (its model/), a model folder (model.safetensors and config.json), a .safetensors,
+            .pth or .pt file of tensors, "timm" for timm's default weights of this model, or a timm pretrained name
+            or tag such as "resnet50.a1_in1k" or "a1_in1k" (timm downloads its weights).
+        img_size: as for `create_model`; timm interpolates the weights that depend on it.
+
+    Returns:
+        The model, and what the weights know about themselves: None for a bare file.
 
     Raises:
-        UserError: the weights cannot be found or read, or none of them fits the model.
+        UserError: the weights cannot be found or read, or are another network's.
     """
-    model = create_model(name, num_classes)
-    state = _pretrained_state(name, weights) if not Path(weights).exists() else _read_weights(Path(weights))
-    own = model.state_dict()
-    fitting = {key: value for key, value in state.items() if key in own and own[key].shape == value.shape}
-    if fitting.keys().isdisjoint(name for name, _ in model.named_parameters()):
-        raise UserError(f"--weights {weights}: not one tensor fits --model {name}; is it another model's?")
-    model.load_state_dict(fitting, strict=False)
-    problems = {
-        "of another shape": [key for key in state if key in own and key not in fitting],
-        "missing from the weights": [key for key in own if key not in state],
-        "not in the model": [key for key in state if key not in own],
-    }
-    listing = "; ".join(f"{what}: {', '.join(keys)}" for what, keys in problems.items() if keys)
+    model = create_model(name, len(classes), img_size)
+    state, source = _read_weights(name, weights, img_size)
     heads = classifiers(model)
-    expected = all(any(under(key, head) for head in heads) for keys in problems.values() for key in keys)
-    log.log(
-        logging.INFO if expected else logging.WARNING,  # a new head is what fine-tuning is about
-        "loaded %d of the model's %d tensors from %s; %s",
-        len(fitting),
-        len(own),
-        weights,
-        listing or "all fit",
-    )
-    return model
+
+    def in_head(key: str) -> bool:
+        return any(under(key, head) for head in heads)
+
+    own = model.state_dict()
+    body = [key for key in own if not in_head(key)]
+    fitting = {key: state[key] for key in body if key in state and state[key].shape == own[key].shape}
+    total = max(len(body), sum(not in_head(key) for key in state))
+    if len(fitting) < BODY_THAT_FITS * total:
+        advice = f"; they are of --model {source.architecture}" if source else "; are they another model's?"
+        raise UserError(f"--weights {weights}: {len(fitting)} of {total} tensors fit --model {name}{advice}")
+    head, outcome = _head_by_names(own, state, source, classes, in_head)
+    model.load_state_dict(fitting | head, strict=False)
+    log.info("loaded %d of %d tensors from %s; %s", len(fitting), total, weights, outcome)
+    problems = {
+        "of another shape": [key for key in body if key in state and key not in fitting],
+        "missing from the weights": [key for key in body if key not in state],
+        "not in the model": [key for key in state if key not in own and not in_head(key)],
+    }
+    if listing := "; ".join(f"{what}: {', '.join(keys)}" for what, keys in problems.items() if keys):
+        log.warning("%s: %s", weights, listing)
+    return model, source
 
 
-def _read_weights(path: Path) -> dict[str, Tensor]:
-    """Read a file of tensors, or a run folder's best one; wrappers' names are taken off the keys."""
-    if path.is_dir():
-        path = path / "best_weights.safetensors"
-        if not path.exists():
-            raise UserError(f"--weights {path.parent} is not the folder of a run: it has no {path.name}")
+def _head_by_names(
+    own: Mapping[str, Tensor],
+    state: Mapping[str, Tensor],
+    source: PretrainedCfg | None,
+    classes: Sequence[str],
+    in_head: Callable[[str], bool],
+) -> tuple[dict[str, Tensor], str]:
+    """The head's tensors with the rows of classes that both know, and a clause that says so."""
+    if source is None or not source.classes:
+        return {}, "the head is fresh, for the names of the weights' classes are not known"
+    rows = {name: row for row, name in enumerate(source.classes)}
+    shared = [(row, rows[name]) for row, name in enumerate(classes) if name in rows]
+    if not shared:
+        return {}, "the head is fresh, for the weights know none of the classes by name"
+    into, out_of = map(list, zip(*shared, strict=True))
+    head = {}
+    for key in filter(in_head, own):
+        if len(state[key]) != len(source.classes):
+            raise UserError(f"--weights: {key} has {len(state[key])} rows for {len(source.classes)} classes")
+        head[key] = own[key].clone()
+        head[key][into] = state[key][out_of]
+    if list(classes) == source.classes:
+        return head, "the head is kept, for the classes are the same"
+    return head, f"the head knows {len(shared)} of the {len(classes)} classes by name, the others are fresh"
+
+
+def architecture_of(weights: str) -> str | None:
+    """The `--model` that made the weights, if they tell: a run or model folder, or timm's full pretrained name.
+
+    Raises:
+        UserError: a folder that holds no model.
+    """
+    path = Path(weights)
+    if path.exists():
+        folder = _model_folder(path)
+        return read_pretrained_cfg(folder).architecture if folder else None
+    import timm
+
+    name = weights.removeprefix("timm/")
+    return architecture(name) if timm.models.is_model_pretrained(name) else None
+
+
+def _model_folder(path: Path) -> Path | None:
+    """The folder with model.safetensors and config.json that a path means; None for a file without a description."""
+    if path.is_file():
+        return path.parent if path.name == WEIGHTS and (path.parent / CONFIG).exists() else None
+    for folder in (path / "model", path):
+        if (folder / CONFIG).exists():
+            return folder
+    if (path / "best_weights.safetensors").exists():
+        raise UserError(
+            f"--weights {path} is a run of an older version, whose model does not know its classes: "
+            f"name the file {path / 'best_weights.safetensors'} instead"
+        )
+    raise UserError(f"--weights {path} is neither a run's folder nor a model's: it has no {CONFIG}")
+
+
+def _read_weights(
+    name: str, weights: str, img_size: int | None
+) -> tuple[dict[str, Tensor], PretrainedCfg | None]:
+    path = Path(weights)
+    folder = _model_folder(path) if path.exists() else None
+    if folder:
+        source = read_pretrained_cfg(folder)
+        return _load_timm(f"local-dir:{folder}", weights, size_args(source.architecture, img_size)), source
+    if path.exists():
+        return _read_file(path), None
+    timm_name = _pretrained_name(name, weights)
+    args = size_args(architecture(timm_name), img_size)
+    return _load_timm(timm_name, weights, args), timm_pretrained_cfg(timm_name)
+
+
+def _load_timm(timm_name: str, weights: str, args: dict[str, Any]) -> dict[str, Tensor]:
+    """Let timm load a model, which also fits what depends on the image size."""
+    import timm
+    from safetensors import SafetensorError
+
+    try:
+        return timm.create_model(timm_name, pretrained=True, **args).state_dict()
+    except OSError as error:
+        raise UserError(
+            f"--weights {weights}: {timm_name} cannot be downloaded; is there a connection?"
+        ) from error
+    except (*SIZE_ERRORS, SafetensorError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"--weights {weights} cannot be loaded by timm: {reason}") from error
+
+
+def _read_file(path: Path) -> dict[str, Tensor]:
+    """Read a file of tensors; wrappers' names are taken off the keys."""
     if path.suffix == ".safetensors":
         from safetensors import SafetensorError
         from safetensors.torch import load_file
@@ -130,26 +261,20 @@ def _bare(key: str) -> str:
     return key.replace("_orig_mod.", "").removeprefix("module.")
 
 
-def _pretrained_state(name: str, weights: str) -> dict[str, Tensor]:
+def _pretrained_name(name: str, weights: str) -> str:
+    """timm's full name of pretrained weights: "resnet18.a1_in1k" for the tag "a1_in1k" of --model resnet18."""
     import timm
 
-    timm_name = name.removeprefix("timm/")
-    architecture = timm_name.partition(".")[0]
-    known = timm.list_pretrained(f"{architecture}.*")
-    source = timm_name if weights == "timm" else weights.removeprefix("timm/")
-    if f"{architecture}.{source}" in known:  # only the tag was given
-        source = f"{architecture}.{source}"
+    known = timm.list_pretrained(f"{architecture(name)}.*")
+    source = name.removeprefix("timm/") if weights == "timm" else weights.removeprefix("timm/")
+    if f"{architecture(name)}.{source}" in known:
+        source = f"{architecture(name)}.{source}"
     if not timm.models.is_model_pretrained(source):
         raise UserError(
             f"--weights {weights} is neither a file, a run folder nor pretrained weights that timm has for "
             f"--model {name}{did_you_mean(source, known)}"
         )
-    try:
-        return timm.create_model(source, pretrained=True).state_dict()
-    except OSError as error:
-        raise UserError(
-            f"--weights {weights}: {source} cannot be downloaded; is there a connection?"
-        ) from error
+    return source
 
 
 def did_you_mean(name: str, known: Sequence[str]) -> str:

@@ -12,11 +12,6 @@ def under(name: str, prefix: str) -> bool:
     return name == prefix or name.startswith(f"{prefix}.")
 
 
-def classifier_prefix(model: nn.Module) -> str:
-    """Name of the module that makes the logits: "fc" for ResNets, "head" for most of timm's transformers."""
-    return classifiers(model)[0]
-
-
 def classifiers(model: nn.Module) -> list[str]:
     """Names of the modules that make logits: one, but for distilled transformers, which have two."""
     found = model.get_classifier()

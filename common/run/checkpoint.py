@@ -33,7 +33,8 @@ from common import UserError
 
 FORMAT_VERSION = 2
 MANIFEST, STATE = "manifest.json", "state.json"
-NAME = re.compile(r"step_(\d{8,})")
+# Names sort as steps do.
+NAME = re.compile(r"step_\d{8}")
 TEMPORARY = ".tmp"
 # What file systems answer that cannot flush a directory, or open one.
 NO_DIRECTORY_FSYNC = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EACCES, errno.EPERM, errno.EISDIR)
@@ -285,16 +286,10 @@ def name_of(step: int) -> str:
     return f"step_{step:08d}"
 
 
-def _step(folder: Path) -> int:
-    """The step in a checkpoint's name; -1 for other names, which an older version gave."""
-    match = NAME.fullmatch(folder.name)
-    return int(match[1]) if match else -1
-
-
 def _by_step(checkpoints: Path) -> list[Path]:
-    """A run's checkpoints, whole or not, the oldest first."""
+    """A run's checkpoints, whole or not, the oldest first; before them those that an older version named."""
     folders = (path for path in checkpoints.glob("*/") if not path.name.endswith(TEMPORARY))
-    return sorted(folders, key=_step)
+    return sorted(folders, key=lambda path: (NAME.fullmatch(path.name) is not None, path.name))
 
 
 def write(checkpoints: Path, files: Files) -> Path:
@@ -329,9 +324,9 @@ def write(checkpoints: Path, files: Files) -> Path:
             f"cannot write the checkpoint {folder}: {'the disk is full' if full else error.strerror}; "
             "the one before it is whole, set --output"
         ) from error
-    for other in _by_step(checkpoints):
-        if _step(other) > _step(folder):
-            _remove(other)
+    in_order = _by_step(checkpoints)
+    for later in in_order[in_order.index(folder) + 1 :]:
+        _remove(later)
     return folder
 
 

@@ -1,28 +1,26 @@
 """A run's folder on S3: mirrored in the background while it trains, restored on a fresh machine.
 
-The remote layout, under `s3://bucket/prefix/<run>/`:
-
-    config.yaml, training_log.csv, plots/...  every file under its own path
-    checkpoints/<id>/*                        one checkpoint; id: 16 hex digits of its manifest.json's SHA-256
-    checkpoints/index-<number>.json           {"layout": 1, "checkpoints": {"last": id, "previous": id, ...}}
+The remote layout is the local one, file for file, under `s3://bucket/prefix/<run>/`. Only temporary files
+(`*.tmp`), symbolic links and unfinished checkpoints stay behind.
 
 S3 replaces an object as a whole but knows no transactions, so the order of writing keeps a run restorable
 wherever the machine dies: first the plain files (a CSV is never older than the checkpoint it belongs to),
-then a checkpoint's files, its manifest, the index, and only then are checkpoints deleted that the index no
-longer names. Names live in the index alone, so renaming `last` to `previous` sends a few bytes.
+then a checkpoint's files and its manifest, and only then are checkpoints deleted that the folder no longer
+has, manifest first.
 
-A request that timed out may yet be carried out, after those that followed it. So an index is never
-overwritten and the highest number counts, and plain files are compared with S3's listing after each new set
-of checkpoints.
+A request that timed out may yet be carried out, after those that followed it. That does no harm to a
+checkpoint, whose files never change; plain files are compared with S3's listing after each pass.
 
-What the mirror asks of the modules that write into the folder: a file is either replaced by a rename (from a
-`*.tmp` name) or appended to in whole lines; a checkpoint is a flat folder that gets its name when complete.
+What the mirror asks of the modules that write into the folder: a plain file is either replaced by a rename
+(from a `*.tmp` name) or appended to in whole lines; `checkpoint.prune` keeps what `uploading` names.
 What it asks of the bucket: s3:ListBucket, GetObject, PutObject and, to clear old checkpoints, DeleteObject.
+Another server than Amazon's is named by AWS_ENDPOINT_URL, which boto3 reads.
 """
 
 import base64
+import contextlib
 import hashlib
-import json
+import io
 import logging
 import os
 import random
@@ -31,37 +29,43 @@ import shutil
 import stat
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 from common import UserError
+from common.run.checkpoint import MANIFEST, NAME, TEMPORARY
 
 log = logging.getLogger(__name__)
 
-PART_BYTES = 8 << 20  # files from this size on go up in parts of it, one of which is in memory at a time
+# Files from this size on go up in parts of it.
+PART_BYTES = 8 << 20
 CONNECT_TIMEOUT_S, READ_TIMEOUT_S = 10.0, 30.0
 FIRST_RETRY_S, LONGEST_RETRY_S, CLOSING_RETRY_S = 1.0, 60.0, 5.0
-CLOSING_TRIES = (
-    15  # in vain and one after the other, about a minute of them: then training's end waits no longer
-)
+# In vain and one after the other, about a minute of them: then training's end waits no longer.
+CLOSING_TRIES = 15
 RESTORE_ATTEMPTS = 6
+# A file that every run has from its first second; it tells a run's address from any other.
+MARKER = "config.yaml"
 
-_SPOOL = ".s3-spool"
-_INDEX = re.compile(r"checkpoints/index-(\d{8})\.json")
-_LAYOUT = 1
-_ID = re.compile(r"[0-9a-f]{16}")
+# What stat tells of a file's content: inode, size, modification time.
+Version = tuple[int, int, int]
 
 
 @dataclass(frozen=True)
 class Report:
-    """What a mirror did. Names are relative to the run's folder, and a checkpoint is one name."""
+    """What a mirror did. Names are relative to the run's folder, and a checkpoint is one name.
+
+    Attributes:
+        pending: (name, why it is not on S3).
+        bytes: sent, repeated versions of a file included.
+    """
 
     url: str
     uploaded: list[str]
-    pending: list[tuple[str, str]]  # (name, why it is not on S3)
-    bytes: int  # sent, repeated versions of a file included
+    pending: list[tuple[str, str]]
+    bytes: int
 
     def __str__(self) -> str:
         done = f"S3: {len(self.uploaded)} files and checkpoints, {self.bytes / 1e6:.1f} MB, are at {self.url}"
@@ -75,7 +79,6 @@ class Report:
 class Stored(NamedTuple):
     """An object on S3; `etag` changes with its content."""
 
-    key: str
     bytes: int
     etag: str
 
@@ -92,211 +95,153 @@ class S3Mirror:
     """Copies what changes in `run_dir` to `<url>/<name of run_dir>` from one daemon thread.
 
     There is no queue to overflow: the thread compares the folder with what it has sent, so ten changes of a
-    file during an outage cost one upload. Only checkpoints are held at once, as hard links in `.s3-spool`,
-    because the next save moves them: no byte is copied, and the disk holds at most the set being sent beside
-    the current one.
+    file during an outage cost one upload.
 
     Raises UserError if the address, the bucket or the credentials are wrong, or if the address already holds
     checkpoints while `run_dir` has none. A server out of reach is a warning: it is retried for ever.
     """
 
-    def __init__(self, run_dir: Path, url: str, endpoint: str | None = None) -> None:
+    def __init__(self, run_dir: Path, url: str) -> None:
         self.run_dir = Path(run_dir)
         self._bucket, prefix = _parse_url(url, "--s3")
-        self._prefix = f"{prefix}/{self.run_dir.name}".lstrip("/")
-        self.url = f"s3://{self._bucket}/{self._prefix}"
-        self._client = _client(endpoint, "--s3", attempts=1)  # retries are ours, for close() to hurry
-        self._starts_afresh = not any(self.run_dir.glob("checkpoints/*/manifest.json"))
+        self._prefix = f"{prefix}/{self.run_dir.name}/".lstrip("/")
+        self.url = f"s3://{self._bucket}/{self._prefix}".rstrip("/")
+        # One attempt: retries are ours, for close() to hurry.
+        self._client = _client("--s3", attempts=1)
+        self._starts_afresh = not self._manifests()
+        self._changed, self._closing, self._stopped = (threading.Event() for _ in range(3))
 
-        self._lock = threading.Condition()  # guards what submit() and close() share with the thread:
-        self._asked = self._done = 0  # submissions made; the latest of them that S3 has in full
-        self._wanted: dict[str, str] = {}  # checkpoint name -> id, as the folder has them
-        self._sending: dict[str, str] = {}  # the same, as it was when the pass under way began
-        self._complete: set[str] = set()  # ids of which S3 has every file
-        self._unlinked: dict[str, str] = {}  # checkpoint name -> why it could not be linked
-        self._closing = self._stopped = self._ended = False
-        self._failures = 0  # passes that sent nothing, one after the other
-
-        self._index: dict[str, str] | None = None  # the remote index; None until S3 has answered
-        self._index_number = 0
-        self._index_is_certain = True  # False after a failed attempt to write the next one
-        self._tidied_for: dict[str, str] | None = None  # what was wanted when _tidy last looked
-        self._sent: dict[str, tuple[int, int, int]] = {}  # plain file -> the version that S3 has, see _scan
-        self._etags: dict[str, str] = {}  # and what S3 calls it
-        self._reasons: dict[str, str] = {}  # name -> why its last upload failed
-        self._refused: str | None = None  # the last of those that S3 is to blame for
-        self._trouble: str | None = None  # why the last pass was not complete
-        self._uploaded: dict[str, None] = {}  # an ordered set
+        # What follows is the thread's own, once it runs. S3's objects by name; None until it has answered.
+        self._stored: dict[str, Stored] | None = None
+        # By name: what has been sent and what S3 calls it. A checkpoint is sent when its manifest is.
+        self._sent: dict[str, tuple[Version, str]] = {}
+        self._uploading: set[str] = set()
+        # Name -> why its last upload failed, and the last of those that S3 is to blame for.
+        self._reasons: dict[str, str] = {}
+        self._refused: str | None = None
+        # Why the last pass was not complete.
+        self._trouble: str | None = None
+        self._all_sent = False
+        self._may_delete = True
+        # An ordered set.
+        self._uploaded: dict[str, None] = {}
         self._bytes = 0
         self._report: Report | None = None
 
-        self._make_spool()
         self._check_at_start()
-        threading.Thread(target=self._work, name="s3-mirror", daemon=True).start()
+        self._thread = threading.Thread(target=self._work, name="s3-mirror", daemon=True)
+        self._thread.start()
 
     def submit(self) -> None:
-        """Say that the folder has changed; returns at once, whatever the network does.
+        """Say that the folder has changed; returns at once, whatever the network does."""
+        self._changed.set()
 
-        To be called from the thread that saves checkpoints, when a save is complete.
-        """
-        with self._lock:
-            wanted: dict[str, str] = {}
-            self._unlinked = {}
-            for folder in sorted((self.run_dir / "checkpoints").glob("*/")):
-                if _is_temporary(folder.name):
-                    continue
-                try:
-                    wanted[folder.name] = self._hold(folder)
-                except FileNotFoundError:
-                    continue  # without a manifest it is not a checkpoint
-                except OSError as error:
-                    log.warning("S3: cannot hold %s for uploading: %s", folder, error.strerror)
-                    self._unlinked[folder.name] = error.strerror or str(error)
-                    if folder.name in self._wanted:  # S3 keeps what it has under that name
-                        wanted[folder.name] = self._wanted[folder.name]
-            self._wanted = wanted
-            self._drop_superseded()
-            self._asked += 1
-            self._lock.notify_all()
+    def uploading(self) -> set[str]:
+        """Names of the checkpoints that must stay in the folder, else slow uploads might never get to an end."""
+        return self._uploading
 
     def close(self, timeout_s: float = 300) -> Report:
         """Upload what is left, for at most `timeout_s` seconds or `CLOSING_TRIES`; say what is and is not on S3."""
-        if self._report is not None:
-            return self._report
-        log.info("S3: uploading what is left to %s, for at most %.0f s", self.url, timeout_s)
-        with self._lock:
-            self._closing, self._failures = True, 0
-            self.submit()
-            self._lock.wait_for(self._nothing_more_to_expect, timeout_s)
-            self._stopped = True
-            self._lock.notify_all()
-            pending = self._pending()
-        if not pending:
-            shutil.rmtree(self._spool, ignore_errors=True)  # else the next mirror of this folder does it
-        self._report = Report(self.url, list(self._uploaded), pending, self._bytes)
+        if self._report is None:
+            log.info("S3: uploading what is left to %s, for at most %.0f s", self.url, timeout_s)
+            self._closing.set()
+            self._changed.set()
+            self._thread.join(timeout_s)
+            self._stopped.set()
+            self._report = Report(self.url, list(self._uploaded), self._pending(), self._bytes)
         return self._report
 
     # In the thread that trains
 
-    def _nothing_more_to_expect(self) -> bool:
-        return self._done == self._asked or self._ended or self._failures >= CLOSING_TRIES
-
-    def _make_spool(self) -> None:
-        shutil.rmtree(self._spool, ignore_errors=True)  # the links of a process that was killed
-        self._spool.mkdir(parents=True)
-        probe = self._spool / "probe"
-        probe.touch()
-        try:
-            os.link(probe, self._spool / "link")
-        except OSError as error:
-            message = f"--s3 needs hard links, which {self.run_dir}'s file system lacks ({error.strerror})"
-            raise UserError(message) from error
-
-    @property
-    def _spool(self) -> Path:
-        return self.run_dir / _SPOOL
-
     def _check_at_start(self) -> None:
         from botocore.exceptions import BotoCoreError, ClientError
 
+        marker = self.run_dir / MARKER
         try:
             self._attach()
-        except (BotoCoreError, ClientError) as error:
+            if marker.exists():  # shows, too, that we may write
+                _upload(self._client, marker, self._bucket, self._prefix + MARKER)
+        except (BotoCoreError, ClientError, UploadError) as error:
             if not _is_transient(error):
                 raise UserError(_refusal(error, f"--s3 {self.url}", self._bucket)) from None
             self._trouble = _reason(error)
             log.warning("S3: %s is out of reach (%s); training goes on", self.url, self._trouble)
 
-    def _hold(self, folder: Path) -> str:
-        """Link a checkpoint's files into the spool, unless S3 has them; returns the checkpoint's id."""
-        inode = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)  # remains this folder even if it is renamed now
-        try:
-            with open(os.open("manifest.json", os.O_RDONLY, dir_fd=inode), "rb") as manifest:
-                checkpoint = hashlib.sha256(manifest.read()).hexdigest()[:16]
-            held = self._spool / checkpoint
-            if checkpoint not in self._complete and not held.exists():
-                partial = held.with_suffix(".partial")
-                shutil.rmtree(partial, ignore_errors=True)
-                partial.mkdir(parents=True)
-                for name in os.listdir(inode):
-                    os.link(name, partial / name, src_dir_fd=inode)
-                partial.rename(held)
-            return checkpoint
-        finally:
-            os.close(inode)
-
-    def _drop_superseded(self) -> None:
-        """Empty the spool, with the lock held, of checkpoints that were replaced before their turn came."""
-        keep = {*self._wanted.values(), *self._sending.values()}
-        for path in self._spool.glob("*/"):
-            if path.name not in keep:
-                shutil.rmtree(path, ignore_errors=True)
-
     def _pending(self) -> list[tuple[str, str]]:
-        """What of the last submission S3 does not have, and why."""
+        """What of the folder S3 does not have, and why."""
         pending = dict(self._reasons)
-        if self._done != self._asked:  # compare with the folder, so that nothing can be forgotten
-            why = "the upload thread died" if self._ended else self._trouble or "not reached in time"
-            index = self._index or {}
-            names = [f"checkpoints/{name}" for name, id_ in self._wanted.items() if index.get(name) != id_]
-            names += [name for name, version in self._scan().items() if self._sent.get(name) != version]
-            pending = {name: self._reasons.get(name, why) for name in names}
-        pending |= {f"checkpoints/{name}": reason for name, reason in self._unlinked.items()}
+        if not self._all_sent:  # compare with the folder, so that nothing can be forgotten
+            for name, version in {**self._manifests(), **self._plain_files()}.items():
+                if not self._has(name, version):
+                    pending.setdefault(_label(name), self._trouble or "not reached in time")
         return list(pending.items())
 
-    def _scan(self) -> dict[str, tuple[int, int, int]]:
-        """The run's plain files, name -> version as far as stat can tell: inode, size, modification time.
+    def _has(self, name: str, version: Version) -> bool:
+        return name in self._sent and self._sent[name][0] == version
 
-        Symbolic links are left out, as they may point to what is not the run's.
-        """
-        found = {}
+    def _manifests(self) -> dict[str, Version]:
+        """The manifests of the folder's checkpoints, name -> version, the newest first."""
+        paths = (self.run_dir / "checkpoints").glob(f"*/{MANIFEST}")
+        return self._versions(sorted((p for p in paths if NAME.fullmatch(p.parent.name)), reverse=True))
+
+    def _plain_files(self) -> dict[str, Version]:
+        """The run's other files, name -> version."""
+        paths: list[Path] = []
         for folder, subfolders, names in os.walk(self.run_dir):
-            hidden = (_SPOOL, "checkpoints") if Path(folder) == self.run_dir else ()
-            subfolders[:] = [name for name in subfolders if name not in hidden and not _is_temporary(name)]
-            for name in names:
-                path = Path(folder, name)
-                try:
-                    status = path.lstat()
-                except FileNotFoundError:
-                    continue
-                if stat.S_ISREG(status.st_mode) and not _is_temporary(name):
+            hidden = "checkpoints" if Path(folder) == self.run_dir else None
+            subfolders[:] = [name for name in subfolders if name != hidden and not name.endswith(TEMPORARY)]
+            paths += (Path(folder, name) for name in names if not name.endswith(TEMPORARY))
+        return self._versions(sorted(paths))
+
+    def _versions(self, paths: Iterable[Path]) -> dict[str, Version]:
+        """By name; without symbolic links, as they may point to what is not the run's."""
+        versions = {}
+        for path in paths:
+            with contextlib.suppress(FileNotFoundError):  # deleted meanwhile
+                status = path.lstat()
+                if stat.S_ISREG(status.st_mode):
                     version = (status.st_ino, status.st_size, status.st_mtime_ns)
-                    found[path.relative_to(self.run_dir).as_posix()] = version
-        return dict(sorted(found.items()))
+                    versions[path.relative_to(self.run_dir).as_posix()] = version
+        return versions
 
     # In the thread that uploads
 
     def _work(self) -> None:
+        failures, was_closing = 0, False
+        while not self._stopped.is_set():
+            self._changed.wait()
+            self._changed.clear()
+            closing, sent_before = self._closing.is_set(), self._bytes
+            trouble = self._try()
+            self._tell(trouble)
+            if trouble is None:
+                failures = 0
+                if closing and not self._changed.is_set():
+                    self._all_sent = not self._stopped.is_set()
+                    return
+                continue
+            failures = 1 if self._bytes > sent_before or closing != was_closing else failures + 1
+            was_closing = closing
+            if closing and failures >= CLOSING_TRIES:
+                return
+            # close() cuts a long wait short.
+            until, longest_s = (
+                (self._stopped, CLOSING_RETRY_S) if closing else (self._closing, LONGEST_RETRY_S)
+            )
+            until.wait(_retry_s(failures, longest_s))
+            self._changed.set()
+
+    def _try(self) -> str | None:
+        """One pass; returns why it was not complete."""
         from botocore.exceptions import BotoCoreError, ClientError
 
         try:
-            while True:
-                with self._lock:
-                    self._lock.wait_for(lambda: self._asked != self._done or self._closing)
-                    if self._stopped or self._asked == self._done:
-                        return
-                    asked, self._sending = self._asked, self._wanted
-                    self._drop_superseded()
-                sent = self._bytes
-                try:
-                    trouble = self._sync(self._sending)
-                except (BotoCoreError, ClientError) as error:
-                    trouble = _reason(error)
-                except (UserError, OSError) as error:  # S3 answers, but refuses us; or our disk is full
-                    trouble = str(error)
-                self._tell(trouble)
-                with self._lock:
-                    if trouble is None:
-                        self._failures, self._done = 0, asked
-                    else:
-                        self._failures = 1 if self._bytes > sent else self._failures + 1
-                    self._lock.notify_all()
-                    if trouble is not None:
-                        self._back_off()
-        finally:
-            with self._lock:
-                self._ended = self._asked != self._done
-                self._lock.notify_all()
+            self._sync()
+        except (BotoCoreError, ClientError) as error:
+            return _reason(error)
+        except (UserError, OSError) as error:  # S3 answers, but refuses us; or our disk is in trouble
+            return str(error)
+        return self._refused
 
     def _tell(self, trouble: str | None) -> None:
         """Log when trouble begins, changes and ends, not at every attempt."""
@@ -306,175 +251,154 @@ class S3Mirror:
             log.info("S3: uploads work again")
         self._trouble = trouble
 
-    def _back_off(self) -> None:
-        """Wait, with the lock held; close() cuts a long wait short, once."""
-        if self._closing:
-            self._lock.wait_for(lambda: self._stopped, _retry_s(self._failures, CLOSING_RETRY_S))
-        else:
-            self._lock.wait_for(lambda: self._closing, _retry_s(self._failures, LONGEST_RETRY_S))
-
-    def _sync(self, wanted: dict[str, str]) -> str | None:
-        """One pass over what S3 lacks, in the order the module promises; returns what S3 refused, if any.
+    def _sync(self) -> None:
+        """One pass over what S3 lacks, in the order the module promises.
 
         Raises ClientError or BotoCoreError where it is pointless to go on with the next file.
         """
         self._reasons, self._refused = {}, None
-        if self._index is None:
+        if self._stored is None:
             self._attach()
-        for name, version in self._scan().items():
-            if self._sent.get(name) != version and (stored := self._send(name, self.run_dir / name, name)):
-                self._sent[name], self._etags[name] = version, stored.etag
-                self._uploaded[name] = None
-        for name in sorted(wanted, key=lambda name: name != "last"):  # what a resume needs comes first
-            checkpoint = wanted[name]
-            if self._index.get(name) != checkpoint and self._send_checkpoint(name, checkpoint):
-                self._write_index({**self._index, name: checkpoint})
-                self._uploaded[f"checkpoints/{name}"] = None
-        if wanted and self._complete.issuperset(wanted.values()):
-            self._write_index(wanted)  # without the names that are gone
-        if wanted != self._tidied_for or self._closing:
-            self._tidy()
-            self._tidied_for = wanted
-        return self._refused
-
-    def _send_checkpoint(self, name: str, checkpoint: str) -> bool:
-        if checkpoint in self._complete:
-            return True
-        folder = self._spool / checkpoint
-        for link in sorted(folder.iterdir(), key=lambda link: (link.name == "manifest.json", link.name)):
-            if not self._send(f"checkpoints/{name}", link, f"checkpoints/{checkpoint}/{link.name}"):
-                return False
-            link.unlink()  # so that a retry goes on here
-        folder.rmdir()
-        with self._lock:
-            self._complete.add(checkpoint)
-        return True
-
-    def _send(self, name: str, path: Path, relative_key: str) -> Stored | None:
-        """Upload one file; None if it is unreadable or S3 refuses it alone, which spares the others."""
-        from botocore.exceptions import BotoCoreError, ClientError
-
-        if self._stopped:
-            return None
-        if not _is_safe(relative_key):
-            self._reasons[name] = "restoring refuses such a name"
-            return None
-        key = f"{self._prefix}/{relative_key}"
-        try:
-            stored = upload_file_to_s3(self._client, path, self._bucket, key)
-        except FileNotFoundError:
-            return None  # deleted since the scan
-        except BotoCoreError:  # before OSError, which some of botocore's timeouts are as well
-            raise
-        except OSError as error:
-            self._reasons[name] = error.strerror or str(error)
-            return None
-        except (ClientError, UploadError) as error:
-            if _is_transient(error):
-                raise
-            self._reasons[name] = _reason(error)
-            self._refused = f"{name}: {_reason(error)}"
-            return None
-        self._bytes += stored.bytes
-        return stored
+        # Looked for before the plain files are, so that none is newer than its row in the CSV.
+        manifests = self._manifests()
+        for name, version in self._plain_files().items():
+            self._send(name, version)
+        lacking = [name for name, version in manifests.items() if not self._has(name, version)]
+        # One that was begun is finished first, else many short outages might let none get to its end.
+        for name in sorted(lacking, key=lambda name: _checkpoint(name) not in self._uploading):
+            self._uploading = {_checkpoint(name)}
+            self._send_checkpoint(name)
+            if self._changed.is_set():  # there may be a newer one, for the next pass
+                break
+        self._uploading = set()
+        self._compare()
+        self._delete_old()
 
     def _attach(self) -> None:
-        """Read the remote index, or write an empty one, which also shows that we may write."""
-        number, index = _read_index(self._client, self._bucket, self._prefix) or (0, None)
-        if index and self._starts_afresh:
+        """See what S3 has. Checkpoints that are there already need not be sent again."""
+        stored = _list(self._client, self._bucket, self._prefix)
+        if self._starts_afresh and any(map(_is_manifest, stored)):
             raise UserError(
                 f"--s3 {self.url} already holds checkpoints and {self.run_dir} had none, so pass"
                 f" --resume {self.url} to go on from them, or another --run_name"
             )
-        self._index_number = number
-        if index is None:
-            self._write_index({})
-        else:
-            with self._lock:
-                self._index, self._complete = index, set(index.values())
+        for name, version in self._manifests().items():
+            if name in stored:
+                head = self._client.head_object(Bucket=self._bucket, Key=self._prefix + name)
+                digest = hashlib.sha256((self.run_dir / name).read_bytes()).hexdigest()
+                if head["Metadata"].get("sha256") == digest:
+                    self._sent[name] = (version, stored[name].etag)
+        self._stored = stored
 
-    def _write_index(self, index: dict[str, str]) -> None:
-        if index != self._index or not self._index_is_certain:
-            self._index_number, self._index_is_certain = self._index_number + 1, False
-            key = f"{self._prefix}/checkpoints/index-{self._index_number:08}.json"
-            body = json.dumps({"layout": _LAYOUT, "checkpoints": index}, indent=1, sort_keys=True).encode()
-            self._client.put_object(Bucket=self._bucket, Key=key, Body=body, ChecksumAlgorithm="SHA256")
-            self._index, self._index_is_certain = index, True
+    def _send_checkpoint(self, manifest: str) -> None:
+        """Upload a checkpoint's files, the manifest last and only if all others have arrived."""
+        # That of another course, which `--resume` of an older checkpoint has left.
+        if manifest in self._stored:
+            self._client.delete_object(Bucket=self._bucket, Key=self._prefix + manifest)
+            del self._stored[manifest]
+        files = self._versions((self.run_dir / manifest).parent.glob("*"))
+        version = files.pop(manifest, None)
+        if version is not None and all(self._send(name, files[name]) for name in sorted(files)):
+            self._send(manifest, version)
 
-    def _tidy(self) -> None:
-        """Look at what S3 holds: have plain files sent again that differ, and delete what no name leads to.
+    def _send(self, name: str, version: Version) -> bool:
+        """Upload one file, unless S3 has it; False if it is unreadable or S3 refuses it alone, which spares the others."""
+        from botocore.exceptions import BotoCoreError, ClientError
 
-        Nameless are the checkpoints and indices that were replaced, and what a dead machine left half sent.
+        if self._has(name, version):
+            return True
+        if self._stopped.is_set():
+            return False
+        if not _is_safe(name):
+            self._reasons[_label(name)] = "restoring refuses such a name"
+            return False
+        try:
+            stored = _upload(self._client, self.run_dir / name, self._bucket, self._prefix + name)
+        except FileNotFoundError:
+            return False  # deleted since the scan
+        except BotoCoreError:  # before OSError, which some of botocore's timeouts are as well
+            raise
+        except OSError as error:
+            self._reasons[_label(name)] = error.strerror or str(error)
+            return False
+        except (ClientError, UploadError) as error:
+            if _is_transient(error):
+                raise
+            self._reasons[_label(name)] = _reason(error)
+            self._refused = f"{name}: {_reason(error)}"
+            return False
+        self._bytes += stored.bytes
+        self._sent[name] = (version, stored.etag)
+        if _checkpoint(name) is None or _is_manifest(name):
+            self._uploaded[_label(name)] = None
+        return True
+
+    def _compare(self) -> None:
+        """Have files sent again that S3 does not have as they were sent."""
+        self._stored = _list(self._client, self._bucket, self._prefix)
+        for name, (_version, etag) in list(self._sent.items()):
+            if name not in self._stored or self._stored[name].etag != etag:
+                del self._sent[name]
+                self._refused = f"{name}: S3 holds another version"
+
+    def _delete_old(self) -> None:
+        """Delete the checkpoints that the folder no longer has, and what a dead machine left half sent.
+
+        The newest stays: the highest step that this mirror has sent or, before it has sent any, that S3 has.
         """
         from botocore.exceptions import ClientError
 
-        with self._lock:
-            keep = {*self._index.values(), *self._wanted.values(), *self._sending.values()}
-            self._complete &= keep
-        objects = _list(self._client, self._bucket, f"{self._prefix}/")
-        stored = {item.key.removeprefix(f"{self._prefix}/"): item for item in objects}
-        for name, etag in list(self._etags.items()):
-            if name not in stored or stored[name].etag != etag:
-                del self._sent[name], self._etags[name]
-                self._refused = f"{name}: S3 holds another version"
-        if not self._index_is_certain:
-            return  # the one that counts may name what ours does not
-        nameless = []
-        for name in stored:
-            index, checkpoint = _INDEX.fullmatch(name), re.match(r"checkpoints/([0-9a-f]{16})/", name)
-            if (index and int(index[1]) < self._index_number) or (checkpoint and checkpoint[1] not in keep):
-                nameless.append(name)
-        nameless.sort(key=lambda name: not name.endswith("/manifest.json"))  # what was sent last goes first
+        whole = [_checkpoint(name) for name in self._stored if _is_manifest(name)]
+        sent = [name for name in whole if f"checkpoints/{name}" in self._uploaded]
+        keep = {max(sent or whole, default=None), *map(_checkpoint, self._manifests())}
+        old = [name for name in self._stored if _checkpoint(name) not in {None, *keep}]
         try:
-            for name in nameless:
-                self._client.delete_object(Bucket=self._bucket, Key=stored[name].key)
+            for name in sorted(old, key=_is_manifest, reverse=True) if self._may_delete else ():
+                self._client.delete_object(Bucket=self._bucket, Key=self._prefix + name)
+                self._sent.pop(name, None)
         except ClientError as error:
             if _is_transient(error):
                 raise
+            self._may_delete = False
             log.warning("S3: old checkpoints stay in %s (%s)", self.url, _reason(error))
 
 
-def upload_file_to_s3(client: Any, path: Path, bucket: str, key: str) -> Stored:
-    """Upload a file and compare what S3 then holds.
+def _upload(client: Any, path: Path, bucket: str, key: str) -> Stored:
+    """Upload a file as it is when the call begins, and compare what S3 then holds.
 
-    The file may grow meanwhile: the object is the file as it was when the call began. Its SHA-256 travels in
-    the object's metadata (`sha256`), which `restore` checks.
+    The whole file is in memory meanwhile, as it was when a checkpoint was written. Its SHA-256 travels in the
+    object's metadata (`sha256`), which `restore` checks.
 
     Raises UploadError if size or checksum differ afterwards, OSError if the file cannot be read, and
     botocore's ClientError and BotoCoreError.
     """
     from boto3.s3.transfer import TransferConfig
 
-    with path.open("rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        whole, parts = hashlib.sha256(), []
-        for start in range(0, size, PART_BYTES):
-            part = file.read(min(PART_BYTES, size - start))
-            whole.update(part)
-            parts.append(hashlib.sha256(part).digest())
-        file.seek(0)
-        config = TransferConfig(
-            multipart_threshold=PART_BYTES,
-            multipart_chunksize=PART_BYTES,
-            use_threads=False,  # s3transfer's threads would hold up the interpreter's exit while S3 is away
-            preferred_transfer_client="classic",
-        )
-        extra = {"ChecksumAlgorithm": "SHA256", "Metadata": {"sha256": whole.hexdigest()}}
-        client.upload_fileobj(_FirstBytes(file, size), bucket, key, Config=config, ExtraArgs=extra)
+    content = path.read_bytes()
+    digest = hashlib.sha256(content)
+    config = TransferConfig(
+        multipart_threshold=PART_BYTES,
+        multipart_chunksize=PART_BYTES,
+        use_threads=False,  # s3transfer's threads would hold up the interpreter's exit while S3 is away
+        preferred_transfer_client="classic",
+    )
+    extra = {"ChecksumAlgorithm": "SHA256", "Metadata": {"sha256": digest.hexdigest()}}
+    client.upload_fileobj(io.BytesIO(content), bucket, key, Config=config, ExtraArgs=extra)
 
     head = client.head_object(Bucket=bucket, Key=key, ChecksumMode="ENABLED")
-    if head["ContentLength"] != size or head["Metadata"].get("sha256") != whole.hexdigest():
+    if head["ContentLength"] != len(content) or head["Metadata"].get("sha256") != digest.hexdigest():
         raise UploadError("S3 holds another version")
-    if size < PART_BYTES:
-        checksum = base64.b64encode(whole.digest()).decode()
-    else:  # S3 gives the checksum of the parts' checksums, and their number
+    checksum = base64.b64encode(digest.digest()).decode()
+    if len(content) >= PART_BYTES:  # S3 gives the checksum of the parts' checksums, and their number
+        starts = range(0, len(content), PART_BYTES)
+        parts = [hashlib.sha256(content[start : start + PART_BYTES]).digest() for start in starts]
         checksum = f"{base64.b64encode(hashlib.sha256(b''.join(parts)).digest()).decode()}-{len(parts)}"
     if head.get("ChecksumSHA256", checksum) != checksum:  # some compatible servers do not report it
         raise UploadError("the checksum differs after uploading")
-    return Stored(key, size, head["ETag"].strip('"'))
+    return Stored(len(content), head["ETag"].strip('"'))
 
 
-def restore(url: str, run_dir: Path, endpoint: str | None = None, flag: str = "--resume") -> Path:
+def restore(url: str, run_dir: Path, flag: str = "--resume") -> Path:
     """Download the run at `url` (`s3://bucket/prefix/<run>`) into `run_dir`, which must be absent or empty.
 
     The folder gets its name when everything is there, so an interrupted restore leaves nothing that looks
@@ -489,25 +413,21 @@ def restore(url: str, run_dir: Path, endpoint: str | None = None, flag: str = "-
     run_dir = Path(run_dir)
     if run_dir.exists() and any(run_dir.iterdir()):
         raise UserError(f"{flag} {url}: {run_dir} is not empty, so resume from that folder or move it away")
-    partial = run_dir.with_name(f"{run_dir.name}.restore.tmp")
-    client = _client(endpoint, flag, attempts=RESTORE_ATTEMPTS)
+    partial = run_dir.with_name(f"{run_dir.name}.restore{TEMPORARY}")
+    client = _client(flag, attempts=RESTORE_ATTEMPTS)
     try:
-        found = _read_index(client, bucket, prefix)
-        if found is None:
-            raise NothingStored(f"{flag} {url}: there is no run at this address")
-        _number, index = found
-        files = list(_plan_restore(_list(client, bucket, f"{prefix}/"), prefix, index))
+        files = _choose(_list(client, bucket, f"{prefix}/"), f"{flag} {url}")
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        free, needed = shutil.disk_usage(partial).free, sum(size for _key, _name, size in files)
+        free, needed = shutil.disk_usage(partial).free, sum(item.bytes for item in files.values())
         if needed > free:
             raise UserError(f"{flag} {url} needs {needed} bytes of disk and {run_dir.parent} has {free}")
-        for key, name, size in files:
+        for name, item in files.items():
             path = partial / name
             path.parent.mkdir(parents=True, exist_ok=True)
-            if not _download(client, bucket, key, path, size):
+            if not _download(client, bucket, f"{prefix}/{name}", path, item.bytes):
                 path.unlink()
-                log.warning("S3: s3://%s/%s does not match its checksum and is left out", bucket, key)
+                log.warning("S3: %s/%s does not match its checksum and is left out", url.rstrip("/"), name)
         partial.rename(run_dir)
     except (BotoCoreError, ClientError) as error:
         raise UserError(_refusal(error, f"{flag} {url}", bucket)) from None
@@ -516,23 +436,29 @@ def restore(url: str, run_dir: Path, endpoint: str | None = None, flag: str = "-
     return run_dir
 
 
-def _plan_restore(
-    objects: Iterable[Stored], prefix: str, index: dict[str, str]
-) -> Iterator[tuple[str, str, int]]:
-    """What to download: (key, path in the run's folder, size). A key that would leave it is a UserError."""
-    for key, size, _etag in objects:
-        name = key.removeprefix(f"{prefix}/")
-        if _INDEX.fullmatch(name) or (name.endswith("/") and size == 0):  # consoles mark a folder so
-            continue
+def _choose(stored: dict[str, Stored], what: str) -> dict[str, Stored]:
+    """What of a run to download: all but checkpoints that lack their manifest.
+
+    Raises UserError: no run is there, it is of an older format, or a key would leave the folder.
+    """
+    whole = {_checkpoint(name) for name in stored if _is_manifest(name)}
+    if not whole and MARKER not in stored:
+        raise NothingStored(f"{what}: there is no run at this address")
+    # Consoles mark a folder by an empty object.
+    names = [name for name, item in stored.items() if item.bytes or not name.endswith("/")]
+    for name in names:
         if not _is_safe(name):
-            raise UserError(f"--resume: the key {key!r} would leave the run's folder")
-        match = re.fullmatch(r"checkpoints/([^/]*)/?(.*)", name)
-        if match is None:
-            yield key, name, size
-            continue
-        for checkpoint, id_ in index.items():
-            if id_ == match[1]:
-                yield key, f"checkpoints/{checkpoint}/{match[2]}", size
+            raise UserError(f"{what}: the key {name!r} would leave the run's folder")
+    if not all(map(NAME.fullmatch, whole)):
+        raise UserError(
+            f"{what} holds checkpoints of an older format: go on with the version that wrote them, or choose"
+            " another --run_name"
+        )
+    return {
+        name: stored[name]
+        for name in names
+        if not name.startswith("checkpoints/") or _checkpoint(name) in whole
+    }
 
 
 def _download(client: Any, bucket: str, key: str, path: Path, size: int) -> bool:
@@ -560,36 +486,11 @@ def _download(client: Any, bucket: str, key: str, path: Path, size: int) -> bool
     raise AssertionError("the last attempt returns or raises")
 
 
-class _FirstBytes:
-    """The first `size` bytes of an open file: hides what is appended during the upload."""
-
-    def __init__(self, file: BinaryIO, size: int) -> None:
-        self._file, self._size = file, size
-
-    def read(self, amount: int | None = -1) -> bytes:
-        left = max(0, self._size - self._file.tell())
-        return self._file.read(left if amount is None or amount < 0 else min(amount, left))
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        if whence == os.SEEK_END:
-            return self._file.seek(self._size + offset)
-        return self._file.seek(offset, whence)
-
-    def tell(self) -> int:
-        return self._file.tell()
-
-    def close(self) -> None:
-        self._file.close()
-
-
-def _client(endpoint: str | None, flag: str, attempts: int) -> Any:
+def _client(flag: str, attempts: int) -> Any:
     import boto3
     from botocore.config import Config
     from botocore.exceptions import BotoCoreError
 
-    if endpoint is not None and not re.fullmatch(r"https?://[^\s/@]+/?", endpoint):
-        # Not echoed, as it may hold a password.
-        raise UserError("--s3_endpoint takes http(s)://host[:port], without a user, a password or a path")
     for name in ("boto3", "botocore", "s3transfer", "urllib3"):
         logger = logging.getLogger(name)
         logger.setLevel(max(logging.INFO, logger.level))  # at DEBUG they log the session token, in headers
@@ -597,11 +498,11 @@ def _client(endpoint: str | None, flag: str, attempts: int) -> Any:
         connect_timeout=CONNECT_TIMEOUT_S,
         read_timeout=READ_TIMEOUT_S,
         retries={"total_max_attempts": attempts, "mode": "standard"},
-        s3={"addressing_style": "path"} if endpoint else {},  # bucket.host is a name only at Amazon
     )
     try:
-        return boto3.session.Session().client("s3", endpoint_url=endpoint, config=config)
-    except BotoCoreError as error:
+        return boto3.session.Session().client("s3", config=config)
+    except (BotoCoreError, ValueError) as error:
+        # Its text is not repeated, as it may hold an endpoint's password.
         raise UserError(f"{flag}: boto3 refuses its own configuration ({type(error).__name__})") from None
 
 
@@ -612,42 +513,34 @@ def _parse_url(url: str, flag: str) -> tuple[str, str]:
     return match[1], match[2] or ""
 
 
-def _read_index(client: Any, bucket: str, prefix: str) -> tuple[int, dict[str, str]] | None:
-    """The index that counts: its number, checkpoint name -> id; None if no run was mirrored there.
-
-    Raises UserError for an index that is not ours.
-    """
-    keys = [item.key for item in _list(client, bucket, f"{prefix}/checkpoints/index-")]
-    matches = [match for key in keys if (match := _INDEX.fullmatch(key.removeprefix(f"{prefix}/")))]
-    if not matches:
-        return None
-    newest = max(matches, key=lambda match: int(match[1]))
-    body = client.get_object(Bucket=bucket, Key=f"{prefix}/{newest[0]}")["Body"].read(1 << 20)
-    try:
-        content = json.loads(body)
-        index = content["checkpoints"]
-        names_are_safe = all(_is_safe(name) and "/" not in name for name in index)
-        is_ours = content["layout"] == _LAYOUT and names_are_safe and all(map(_ID.fullmatch, index.values()))
-    except (ValueError, KeyError, TypeError, AttributeError):
-        is_ours = False
-    if not is_ours:
-        raise UserError(f"s3://{bucket}/{prefix}/{newest[0]} is not an index that this version can read")
-    return int(newest[1]), index
-
-
-def _list(client: Any, bucket: str, prefix: str) -> Iterator[Stored]:
+def _list(client: Any, bucket: str, prefix: str) -> dict[str, Stored]:
+    """The objects under a prefix, by their names without it."""
+    found = {}
     for page in client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix):
         for item in page.get("Contents", []):
-            yield Stored(item["Key"], item["Size"], item["ETag"].strip('"'))  # not all servers quote it here
+            # Not all servers quote the ETag here.
+            found[item["Key"].removeprefix(prefix)] = Stored(item["Size"], item["ETag"].strip('"'))
+    return found
+
+
+def _checkpoint(name: str) -> str | None:
+    """The name of the checkpoint that a file belongs to, if any."""
+    match = re.fullmatch(r"checkpoints/([^/]+)/.+", name)
+    return match and match[1]
+
+
+def _is_manifest(name: str) -> bool:
+    return _checkpoint(name) is not None and name == f"checkpoints/{_checkpoint(name)}/{MANIFEST}"
+
+
+def _label(name: str) -> str:
+    """What a report calls a file: itself, or its checkpoint."""
+    return name if _checkpoint(name) is None else f"checkpoints/{_checkpoint(name)}"
 
 
 def _is_safe(name: str) -> bool:
     """Whether a relative path stays in its folder, on any system."""
     return name.isprintable() and "\\" not in name and not {"", ".", ".."} & set(name.split("/"))
-
-
-def _is_temporary(name: str) -> bool:
-    return name.endswith(".tmp")
 
 
 def _retry_s(failures: int, longest: float) -> float:

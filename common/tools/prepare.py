@@ -10,8 +10,9 @@ The result is a dataset of Arrow files that `--data_dir` takes and `datasets.loa
     label                            class number, with the names
     height, width                    of the original, upright
 
-Work gathers in `<out>.partial`, which gets its name when it is whole. A run that was killed goes on after its
-last finished shard when the same command is given again; the result is the same to the byte.
+Work gathers in `<out>.partial`, which gets its name when it is whole. A shard under its final name is done,
+so a run that was killed goes on after it when the same command is given again; the result is the same to
+the byte. `sha256sum --check sha256.txt`, given in the finished folder, verifies every shard.
 """
 
 import argparse
@@ -23,32 +24,33 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import closing, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TextIO
 
 import numpy as np
 import pyarrow as pa
 import torch
-import torchvision.io
-from PIL import Image, ImageOps
+from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from common import UserError
-from common.data.decode import DecodeError, read_header
+from common.data.decode import DecodeError, decode_batch, read_header
 from common.data.loader import available_workers, end_with
+from common.data.order import BatchItem, View
 from common.data.sources.folder import FolderSource, MissingSplit, Source, open_source
+from common.run.checkpoint import write_durably
 
 FORMAT = 1
 SPLITS = {"train": "train", "val": "validation"}  # our names, and those of `datasets`
-PIECE = 64  # images a worker encodes at a time
-BATCH_ROWS = 1024  # rows of a record batch: its bytes stay far below the 2 GiB that 32-bit offsets reach
+PIECE = 16  # images a worker encodes at a time
+BATCH_PIECES = 64  # of a record batch: its bytes stay far below the 2 GiB that 32-bit offsets reach
 SAMPLE = 256  # images encoded to estimate the disk space
 NOTES = ".prepare"  # bookkeeping inside the unfinished folder
 
@@ -70,16 +72,7 @@ class Settings:
             raise UserError(f"--shard_size must be at least 1 image, not {self.shard_size}")
 
 
-# --- one image ------------------------------------------------------------------------------------
-
-
-class Row(NamedTuple):
-    """An image in all its sizes."""
-
-    copies: list[bytes | None]  # one per level
-    label: int
-    height: int  # of the original, upright
-    width: int
+# --- encoding -------------------------------------------------------------------------------------
 
 
 def encode_levels(encoded: np.ndarray, settings: Settings) -> tuple[list[bytes | None], int, int]:
@@ -97,151 +90,46 @@ def encode_levels(encoded: np.ndarray, settings: Settings) -> tuple[list[bytes |
     Raises:
         DecodeError: cannot be decoded.
     """
-    header = read_header(encoded)
-    try:
-        image = _upright(encoded, header.fast)
-    except (OSError, RuntimeError, SyntaxError, ValueError) as error:
-        raise DecodeError(str(error).splitlines()[0] if str(error) else type(error).__name__) from error
-    width, height = image.size
+    height, width, fast = read_header(encoded)
+    # The training's own decoder, asked for the whole image at its own size: pixels, upright.
+    pixels = torch.empty((1, 3, height, width), dtype=torch.uint8, memory_format=torch.channels_last)
+    whole = BatchItem(0, np.zeros(1, np.int64), height, width, 0, View(scale=None, crop_pct=1.0))
+    decode_batch([encoded], whole, 0, pixels)
+    image = Image.fromarray(pixels[0].permute(1, 2, 0).numpy())
+    if (pixels == pixels[:, :1]).all():
+        # One channel says as much, in less space.
+        image = image.convert("L")
     short = min(width, height)
     own = max((place for place, level in enumerate(settings.levels) if level >= short), default=-1)
     copies: list[bytes | None] = [None] * len(settings.levels)
     for place, level in enumerate(settings.levels):
-        if place == own:
-            copies[place] = _jpeg(image, settings.quality)
-            if header.fast and len(encoded) <= len(copies[place]) and _is_upright(encoded):
-                copies[place] = encoded.tobytes()
-        elif place > own:
+        if place > own:
             # From the level above, and from large originals by way of a box filter: faster at equal PSNR.
             size = [max(1, round(side * level / short)) for side in (width, height)]
             image = image.resize(size, Image.Resampling.LANCZOS, reducing_gap=3)
-            copies[place] = _jpeg(image, settings.quality)
+        if place >= own:
+            out = io.BytesIO()
+            image.save(out, "JPEG", quality=settings.quality, subsampling="4:2:0", optimize=True)
+            copies[place] = out.getvalue()
+    if own >= 0 and fast and len(encoded) <= len(copies[own]):
+        with Image.open(io.BytesIO(encoded)) as opened:
+            if opened.getexif().get(0x0112, 1) == 1:
+                copies[own] = encoded.tobytes()
     return copies, height, width
 
 
-def _upright(encoded: np.ndarray, fast: bool) -> Image.Image:
-    """Decode to RGB, or to grey where the original is; apply the EXIF orientation."""
-    if fast:
-        mode = torchvision.io.ImageReadMode.UNCHANGED
-        pixels = torchvision.io.decode_jpeg(torch.from_numpy(encoded), mode, apply_exif_orientation=True)
-        return Image.fromarray((pixels[0] if len(pixels) == 1 else pixels.permute(1, 2, 0)).numpy())
-    with Image.open(io.BytesIO(encoded)) as opened:
-        image = ImageOps.exif_transpose(opened)
-        if image.mode.startswith("I"):  # 16 bits of grey, which Pillow would clip
-            return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-        if image.mode in ("1", "L", "LA", "F"):
-            return image.convert("L")
-        if image.mode in ("P", "PA"):  # the colour that is marked transparent keeps its own value
-            image = image.convert("RGBA")
-        return image.convert("RGB")
-
-
-def _jpeg(image: Image.Image, quality: int) -> bytes:
-    out = io.BytesIO()
-    image.save(out, "JPEG", quality=quality, subsampling="4:2:0", optimize=True)
-    return out.getvalue()
-
-
-def _is_upright(encoded: np.ndarray) -> bool:
-    with Image.open(io.BytesIO(encoded)) as opened:
-        return opened.getexif().get(0x0112, 1) == 1
-
-
-# --- many images, in worker processes -------------------------------------------------------------
-
-
-class Piece(NamedTuple):
-    """A run of images, one worker's portion."""
-
-    split: str
-    begin: int
-    end: int
-    step: int = 1
+Piece = tuple[str, range]  # split, and which of its images
 
 
 class Encoded(NamedTuple):
-    """A worker's answer."""
+    """A worker's answer: some images in all their sizes."""
 
-    rows: list[Row]
+    rows: pa.RecordBatch
     failures: list[tuple[str, str]]  # image, why
     bytes_read: int
 
 
-class _Encoder(Dataset):
-    def __init__(self, sources: dict[str, Source], settings: Settings):
-        self.sources, self.settings = sources, settings
-
-    def __getitem__(self, piece: Piece) -> Encoded:
-        source = self.sources[piece.split]
-        rows, failures, bytes_read = [], [], 0
-        for index in range(piece.begin, piece.end, piece.step):
-            try:
-                encoded = source.read(index, max(self.settings.levels))
-                copies, height, width = encode_levels(encoded, self.settings)
-            except (DecodeError, OSError) as error:
-                why = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-                failures.append((source.describe(index), why))
-            else:
-                rows.append(Row(copies, int(source.labels[index]), height, width))
-                bytes_read += len(encoded)
-        return Encoded(rows, failures, bytes_read)
-
-
-def _encode(encoder: _Encoder, pieces: list[Piece], workers: int) -> Iterator[Encoded]:
-    """Encode pieces in worker processes; the answers come in order."""
-    loader = DataLoader(
-        encoder,
-        batch_size=None,
-        sampler=pieces,
-        num_workers=workers,
-        prefetch_factor=4 if workers else None,
-        collate_fn=as_it_is,
-        worker_init_fn=partial(start_worker, os.getpid()),
-    )
-    try:
-        yield from loader
-    except RuntimeError as error:
-        if "exited unexpectedly" not in str(error) and "killed by signal" not in str(error):
-            raise
-        raise UserError("a worker process was killed, maybe for want of memory; lower --workers") from error
-
-
-def as_it_is(answer):
-    return answer  # the default would turn arrays into tensors
-
-
-def start_worker(parent: int, worker: int) -> None:
-    torch.set_num_threads(1)
-    end_with(parent)
-
-
-# --- shards ---------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Shard:
-    name: str  # train-00003-of-00129.arrow
-    split: str
-    begin: int
-    end: int
-
-    def pieces(self) -> list[Piece]:
-        starts = range(self.begin, self.end, PIECE)
-        return [Piece(self.split, start, min(start + PIECE, self.end)) for start in starts]
-
-
-def list_shards(sources: dict[str, Source], shard_size: int) -> list[Shard]:
-    shards = []
-    for split, source in sources.items():
-        total = -(-len(source) // shard_size)
-        for number in range(total):
-            name = f"{SPLITS[split]}-{number:05d}-of-{total:05d}.arrow"
-            end = min((number + 1) * shard_size, len(source))
-            shards.append(Shard(name, split, number * shard_size, end))
-    return shards
-
-
-def _schema(source: Source, settings: Settings) -> pa.Schema:
+def schema_of(source: Source, settings: Settings) -> pa.Schema:
     from datasets import ClassLabel, Features, Image, Value
 
     columns: dict[str, Any] = {f"image_{level}": Image() for level in settings.levels}
@@ -252,30 +140,122 @@ def _schema(source: Source, settings: Settings) -> pa.Schema:
     return schema.with_metadata({**schema.metadata, b"pyramid": json.dumps(about).encode()})
 
 
-def _record_batch(rows: list[Row], schema: pa.Schema) -> pa.RecordBatch:
-    columns: list[pa.Array] = []
-    for copies in zip(*(row.copies for row in rows), strict=True):
-        absent = pa.array([copy is None for copy in copies])
-        parts = [pa.array(copies, pa.binary()), pa.nulls(len(copies), pa.string())]
-        columns.append(pa.StructArray.from_arrays(parts, ["bytes", "path"], mask=absent))
-    for name in ("label", "height", "width"):
-        columns.append(pa.array([getattr(row, name) for row in rows], schema.field(name).type))
-    return pa.RecordBatch.from_arrays(columns, schema=schema)
+def encode_piece(
+    sources: dict[str, Source], schemas: dict[str, pa.Schema], settings: Settings, piece: Piece
+) -> Encoded:
+    """Encode the images of a piece."""
+    split, indices = piece
+    source, rows, failures, bytes_read = sources[split], [], [], 0
+    for index in indices:
+        try:
+            encoded = source.read(index, max(settings.levels))
+            copies, height, width = encode_levels(encoded, settings)
+        except (DecodeError, OSError) as error:
+            failures.append((source.describe(index), getattr(error, "strerror", None) or str(error)))
+            continue
+        bytes_read += len(encoded)
+        row = {"label": int(source.labels[index]), "height": height, "width": width}
+        for level, copy in zip(settings.levels, copies, strict=True):
+            row[f"image_{level}"] = None if copy is None else {"bytes": copy, "path": None}
+        rows.append(row)
+    return Encoded(pa.RecordBatch.from_pylist(rows, schemas[split]), failures, bytes_read)
 
 
-def _write_shard(path: Path, schema: pa.Schema, rows: Iterable[Row]) -> None:
-    """Write an Arrow file, uncompressed to be memory-mapped; it gets its name when it is safe on the disk."""
+class _Calls(Dataset):
+    def __init__(self, function: Callable):
+        self.function = function
+
+    def __getitem__(self, argument):
+        return self.function(argument)
+
+
+def _start_worker(parent: int, _worker: int) -> None:
+    end_with(parent)
+
+
+def map_in_workers(function: Callable, arguments: Sequence, workers: int) -> Iterator:
+    """Call a function of one argument in worker processes; the answers come in order.
+
+    Few answers are kept ready, so a slow taker does not fill the memory. Arrays in an answer would become
+    tensors. UserError: a worker was killed.
+    """
+    loader = DataLoader(
+        _Calls(function),
+        batch_size=None,
+        sampler=arguments,
+        num_workers=min(workers, len(arguments)),
+        worker_init_fn=partial(_start_worker, os.getpid()),
+    )
+    try:
+        yield from loader
+    except RuntimeError as error:
+        if "exited unexpectedly" not in str(error) and "killed by signal" not in str(error):
+            raise
+        raise UserError("a worker process was killed, maybe for want of memory; lower --workers") from error
+
+
+# --- shards ---------------------------------------------------------------------------------------
+
+
+def cut(split: str, indices: range) -> list[Piece]:
+    return [(split, indices[start : start + PIECE]) for start in range(0, len(indices), PIECE)]
+
+
+def list_shards(sources: dict[str, Source], shard_size: int) -> dict[str, list[Piece]]:
+    """The pieces of every shard, by names like train-00003-of-00129.arrow."""
+    shards = {}
+    for split, source in sources.items():
+        starts = range(0, len(source), shard_size)
+        for number, start in enumerate(starts):
+            name = f"{SPLITS[split]}-{number:05d}-of-{len(starts):05d}.arrow"
+            shards[name] = cut(split, range(start, min(start + shard_size, len(source))))
+    return shards
+
+
+def write_shard(
+    path: Path, note: Path, schema: pa.Schema, answers: Iterator[Encoded], skip: bool
+) -> dict[str, Any]:
+    """Write an Arrow file, uncompressed to be memory-mapped, and what there is to know of it in `note`.
+
+    The file gets its name when both are safe on the disk. Returns the note.
+    UserError: an image cannot be decoded, and `skip` does not allow to leave it out.
+    """
     temporary = path.with_suffix(".tmp")
-    rows = iter(rows)
+    entry: dict[str, Any] = {"rows": 0, "read": 0, "skipped": []}
     try:
         with open(temporary, "wb") as file:
             with pa.ipc.new_file(file, schema) as writer:
-                while batch := list(islice(rows, BATCH_ROWS)):
-                    writer.write_batch(_record_batch(batch, schema))
+                while batch := list(islice(answers, BATCH_PIECES)):
+                    entry["skipped"] += [failure for answer in batch for failure in answer.failures]
+                    if entry["skipped"] and not skip:
+                        image, why = entry["skipped"][0]
+                        raise UserError(f"cannot decode {image}: {why}; remove it, or pass --skip_unreadable")
+                    rows = pa.Table.from_batches([answer.rows for answer in batch]).combine_chunks()
+                    writer.write_table(rows)
+                    entry["rows"] += len(rows)
+                    entry["read"] += sum(answer.bytes_read for answer in batch)
             os.fsync(file.fileno())
+        entry |= {"sha256": _checksum(temporary), "bytes": temporary.stat().st_size}
+        write_durably(note, json.dumps(entry).encode())
         temporary.rename(path)
+        return entry
     finally:
-        temporary.unlink(missing_ok=True)  # a full disk is given back what this took
+        # A full disk is given back what this took.
+        temporary.unlink(missing_ok=True)
+
+
+def read_notes(partial_dir: Path) -> dict[str, dict[str, Any]]:
+    """The notes on all finished shards by name; a shard that is not what it was is named and removed."""
+    entries = {}
+    shards = sorted((partial_dir / "data").glob("*.arrow"))
+    for path in tqdm(shards, desc="verifying finished shards", unit="shard", delay=1, leave=False):
+        entry = json.loads((partial_dir / NOTES / f"{path.name}.json").read_text())
+        if _checksum(path) == entry["sha256"]:
+            entries[path.name] = entry
+        else:
+            tell(f"{path} is damaged; it is made again")
+            path.unlink()
+    return entries
 
 
 def _checksum(path: Path) -> str:
@@ -283,126 +263,90 @@ def _checksum(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-# --- the unfinished pyramid, and what is known about it -------------------------------------------
+# --- the unfinished pyramid -----------------------------------------------------------------------
 
 
-class Workplace:
-    """`<out>.partial`: the shards so far, and in `.prepare` the notes by which a later run goes on."""
+def occupy(partial_dir: Path) -> TextIO:
+    """Make the unfinished pyramid's folder, and keep other processes out as long as the file returned is open.
 
-    def __init__(self, out: Path):
-        self.out, self.folder = out, out.with_name(out.name + ".partial")
-        self.notes, self.data = self.folder / NOTES, self.folder / "data"
+    Raises:
+        UserError: another is there, or something else is.
+    """
+    notes = partial_dir / NOTES
+    if partial_dir.exists() and not notes.is_dir() and os.listdir(partial_dir):
+        raise UserError(f"{partial_dir} is in the way and no unfinished pyramid; choose another --out")
+    notes.mkdir(parents=True, exist_ok=True)
+    (partial_dir / "data").mkdir(exist_ok=True)
+    lock = (notes / "lock").open("w")
+    try:
+        # A POSIX lock is this process's own and ends with it; workers that outlive it do not hold it.
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise UserError(f"another process is preparing {partial_dir} right now") from error
+    return lock
 
-    @contextmanager
-    def occupied(self) -> Iterator[None]:
-        """Make the folder, and keep other processes out of it.
 
-        Raises:
-            UserError: one is there, or something else is.
-        """
-        if self.folder.exists() and not self.notes.is_dir() and os.listdir(self.folder):
-            raise UserError(f"{self.folder} is in the way and no unfinished pyramid; choose another --out")
-        self.notes.mkdir(parents=True, exist_ok=True)
-        self.data.mkdir(exist_ok=True)
-        with open(self.notes / "lock", "w") as lock:
-            try:
-                # A POSIX lock is this process's own and ends with it; workers that outlive it do not hold it.
-                fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                if error.errno not in (errno.EACCES, errno.EAGAIN):
-                    raise
-                raise UserError(f"another process is preparing {self.out} right now") from error
-            yield
+def agree(partial_dir: Path, data_dir: str, settings: Settings, sources: dict[str, Source]) -> None:
+    """Write down what is done here from which images; if that is written down already, compare.
 
-    def agree(self, data_dir: str, settings: Settings, sources: dict[str, Source]) -> None:
-        """Write down what is done here from which images; if that is written down already, compare.
-
-        Raises:
-            UserError: settings or source differ; the sentence names the first file that has changed.
-        """
-        chosen = {**asdict(settings), "levels": list(settings.levels)}
-        images = {split: [len(source), source.fingerprint] for split, source in sources.items()}
-        if not (self.notes / "plan.json").exists():
-            for split, source in sources.items():
-                np.save(self.notes / f"{split}.npy", _stamps(source))
-            temporary = self.notes / "plan.tmp"
-            temporary.write_text(json.dumps({"settings": chosen, "images": images}))
-            temporary.rename(self.notes / "plan.json")
-            return
-        begun = json.loads((self.notes / "plan.json").read_text())
-        anew = f"remove {self.folder} to start anew"
-        for name, value in begun["settings"].items():
-            if value != chosen[name]:
-                raise UserError(f"{self.folder} was begun with --{name} {value}; take that, or {anew}")
-        if images != begun["images"]:
-            then, now = (sum(count for count, _ in known.values()) for known in (begun["images"], images))
+    Raises:
+        UserError: settings or source differ; the sentence names the first file that has changed.
+    """
+    notes, anew = partial_dir / NOTES, f"remove {partial_dir} to start anew"
+    names = {split: source.fingerprint for split, source in sources.items()}
+    stamps = {split: _stamps(source) for split, source in sources.items()}
+    if not (notes / "plan.json").exists():
+        for split, values in stamps.items():
+            np.save(notes / f"{split}.npy", values)
+        write_durably(notes / "plan.json", json.dumps([asdict(settings), names]).encode())
+        return
+    begun, names_then = json.loads((notes / "plan.json").read_text())
+    for name, value in asdict(settings).items():
+        if json.dumps(value) != json.dumps(begun[name]):
+            raise UserError(f"{partial_dir} was begun with --{name} {begun[name]}; take that, or {anew}")
+    if names != names_then:
+        raise UserError(f"--data_dir {data_dir} has got or lost images since {partial_dir} was begun; {anew}")
+    for split, source in sources.items():
+        changed = np.flatnonzero(np.load(notes / f"{split}.npy") != stamps[split])
+        if len(changed):
+            example = source.describe(int(changed[0]))
             raise UserError(
-                f"--data_dir {data_dir} has changed since {self.folder} was begun "
-                f"({then} images then, {now} now); {anew}"
+                f"{example} ({len(changed)} in all) changed since {partial_dir} was begun; {anew}"
             )
-        for split, source in sources.items():
-            changed = np.flatnonzero(np.load(self.notes / f"{split}.npy") != _stamps(source))
-            if len(changed):
-                path = source.describe(int(changed[0])) + (
-                    f" and {len(changed) - 1} more" if len(changed) > 1 else ""
-                )
-                raise UserError(f"{path} changed since {self.folder} was begun; {anew}")
-
-    def finished(self) -> dict[str, dict[str, Any]]:
-        """What is noted about the shards that are whole; those that are not what they were are named."""
-        entries: dict[str, dict[str, Any]] = {}
-        journal = self.notes / "shards.jsonl"
-        for line in journal.read_bytes().splitlines() if journal.exists() else ():
-            try:
-                entry = json.loads(line)
-            except ValueError:  # the last line, if the process was killed while writing it
-                continue
-            entries[entry["shard"]] = entry
-        for name in tqdm(list(entries), desc="verifying finished shards", unit="shard", delay=1, leave=False):
-            path = self.data / name
-            if not path.exists() or _checksum(path) != entries[name]["sha256"]:
-                tell(f"{path} is damaged or gone; it is made again")
-                del entries[name]
-        return entries
-
-    def note(self, entry: dict[str, Any]) -> None:
-        with open(self.notes / "shards.jsonl", "ab") as file:
-            # The newline comes first, to part this line from a half one that a kill may have left.
-            file.write(b"\n" + json.dumps(entry).encode())
-            file.flush()
-            os.fsync(file.fileno())
-
-    def complete(self, entries: dict[str, dict[str, Any]]) -> None:
-        """Give the pyramid its name."""
-        lines = (f"{entries[name]['sha256']}  data/{name}\n" for name in sorted(entries))
-        (self.folder / "sha256.txt").write_text("".join(lines))
-        skipped = [f"{path}: {why}\n" for name in sorted(entries) for path, why in entries[name]["skipped"]]
-        if skipped:
-            (self.folder / "skipped.txt").write_text("".join(skipped))
-        for path in self.data.iterdir():
-            if path.name not in entries:
-                path.unlink()  # the temporary file of a run that was killed
-        self.folder.rename(self.out)
-        shutil.rmtree(self.out / NOTES)
 
 
 def _stamps(source: Source) -> np.ndarray:
     """Size and modification time of each image's file as one number, uint64 [N]; [0] if they are no files."""
     if not isinstance(source, FolderSource):
-        return np.zeros(0, np.uint64)  # the fingerprint of Arrow and Parquet files says it already
+        # The fingerprint of Arrow and Parquet files says it already.
+        return np.zeros(0, np.uint64)
+
     stamps = np.zeros(len(source), np.uint64)
 
-    def stamp(begin: int) -> None:
-        for index in range(begin, min(begin + 1024, len(source))):
-            try:
+    def stamp(indices: range) -> None:
+        for index in indices:
+            with suppress(FileNotFoundError):
                 status = os.stat(source.describe(index))
-            except FileNotFoundError:
-                continue
-            stamps[index] = (status.st_mtime_ns * 0x9E3779B1 + status.st_size) % (1 << 64)
+                stamps[index] = (status.st_mtime_ns * 0x9E3779B1 + status.st_size) % (1 << 64)
 
-    with ThreadPoolExecutor(16) as pool:  # on a network disk the time goes into waiting
-        list(pool.map(stamp, range(0, len(source), 1024)))
+    # Threads, because on a network disk the time goes into waiting.
+    with ThreadPoolExecutor(16) as pool:
+        list(pool.map(stamp, (range(n, len(source), 1024) for n in range(min(1024, len(source))))))
     return stamps
+
+
+def complete(partial_dir: Path, out: Path, entries: dict[str, dict[str, Any]]) -> None:
+    """Give the pyramid its name."""
+    lines = (f"{entries[name]['sha256']}  data/{name}\n" for name in sorted(entries))
+    (partial_dir / "sha256.txt").write_text("".join(lines))
+    skipped = [f"{path}: {why}\n" for name in sorted(entries) for path, why in entries[name]["skipped"]]
+    if skipped:
+        (partial_dir / "skipped.txt").write_text("".join(skipped))
+    for temporary in (partial_dir / "data").glob("*.tmp"):
+        # Of a run that was killed.
+        temporary.unlink()
+    partial_dir.rename(out)
+    shutil.rmtree(out / NOTES)
 
 
 # --- the whole ------------------------------------------------------------------------------------
@@ -413,21 +357,22 @@ def tell(sentence: str) -> None:
 
 
 def prepare(
-    data_dir: str, out: Path, settings: Settings, workers: int | None = None, skip_unreadable: bool = False
+    data_dir: str, out: Path, settings: Settings, workers: int, skip_unreadable: bool = False
 ) -> None:
     """Write the pyramid of `data_dir` to `out`, or finish one that was begun.
 
     Args:
         data_dir: whatever the training scripts read; one split is enough.
         out: a folder that does not exist yet.
-        workers: processes; None takes one per CPU that may be used.
+        workers: processes; 0 works in this one.
         skip_unreadable: leave out images that cannot be decoded, listed in `skipped.txt`.
 
     Raises:
         UserError: an image cannot be decoded, the disk is too small, the source changed meanwhile, ...
     """
     settings.validate()
-    if (out / NOTES).is_dir():  # killed between its very last two steps
+    if (out / NOTES).is_dir():
+        # Killed between its very last two steps.
         shutil.rmtree(out / NOTES)
         tell(f"{out} is whole")
         return
@@ -435,80 +380,36 @@ def prepare(
         raise UserError(f"--out {out} exists already; choose another name")
     if Path(data_dir).is_dir() and out.resolve().is_relative_to(Path(data_dir).resolve()):
         raise UserError(f"--out {out} lies inside --data_dir {data_dir}; choose a place outside")
-    workers = available_workers() if workers is None else workers
-    sources = _open_splits(data_dir)
-    place = Workplace(out)
+    sources = open_splits(data_dir)
+    if any(source.prepared for source in sources.values()):
+        raise UserError(f"--data_dir {data_dir} is a pyramid already")
+    partial_dir = out.with_name(out.name + ".partial")
     try:
-        with place.occupied():
-            place.agree(data_dir, settings, sources)
-            entries = place.finished()
-            _write_missing(place, _Encoder(sources, settings), entries, workers, skip_unreadable)
-            if Path(data_dir).is_dir():  # a hub dataset lies in a cache and does not change
-                place.agree(data_dir, settings, _open_splits(data_dir))
-            place.complete(entries)
+        with occupy(partial_dir):
+            agree(partial_dir, data_dir, settings, sources)
+            entries = read_notes(partial_dir)
+            _write_missing(partial_dir, sources, settings, entries, workers, skip_unreadable)
+            # A hub dataset lies in a cache and does not change.
+            if Path(data_dir).is_dir():
+                agree(partial_dir, data_dir, settings, open_splits(data_dir))
+            complete(partial_dir, out, entries)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             why = "no space is left on the disk"
             then = "make room and give the same command again, finished shards are kept"
         else:
             why, then = error.strerror or str(error), "the same command goes on from here"
-        raise UserError(f"cannot write {error.filename or place.folder}: {why}; {then}") from error
+        raise UserError(f"cannot write {error.filename or partial_dir}: {why}; {then}") from error
     images, written, read = (
         sum(entry[key] for entry in entries.values()) for key in ("rows", "bytes", "read")
     )
     tell(f"{out}: {images:,} images, {_size(written)}, {written / max(read, 1):.1%} of the originals")
     if skipped := sum(len(entry["skipped"]) for entry in entries.values()):
-        tell(f"{skipped} unreadable images are left out; {out / 'skipped.txt'} lists them")
+        tell(f"unreadable and left out: {skipped}; {out / 'skipped.txt'} lists them")
 
 
-def _write_missing(
-    place: Workplace,
-    encoder: _Encoder,
-    entries: dict[str, dict[str, Any]],
-    workers: int,
-    skip_unreadable: bool,
-) -> None:
-    """Write the shards that have no entry yet, and their entries."""
-    sources, settings = encoder.sources, encoder.settings
-    todo = [shard for shard in list_shards(sources, settings.shard_size) if shard.name not in entries]
-    if not todo:
-        return
-    images = sum(len(source) for source in sources.values())
-    left = sum(shard.end - shard.begin for shard in todo)
-    _announce(encoder, place.out, images, left, workers)
-    schemas = {split: _schema(source, settings) for split, source in sources.items()}
-    pieces = [piece for shard in todo for piece in shard.pieces()]
-    with (
-        closing(_encode(encoder, pieces, workers)) as answers,
-        tqdm(total=images, initial=images - left, desc="prepare", unit="image", smoothing=0.05) as bar,
-    ):
-        for shard in todo:
-            entry: dict[str, Any] = {"shard": shard.name, "rows": 0, "read": 0, "skipped": []}
-            rows = _rows(islice(answers, len(shard.pieces())), entry, skip_unreadable, bar)
-            path = place.data / shard.name
-            _write_shard(path, schemas[shard.split], rows)
-            entry |= {"sha256": _checksum(path), "bytes": path.stat().st_size}
-            place.note(entry)
-            entries[shard.name] = entry
-
-
-def _rows(
-    answers: Iterable[Encoded], entry: dict[str, Any], skip_unreadable: bool, bar: tqdm
-) -> Iterator[Row]:
-    """The rows of one shard; what else the workers say is noted in its entry."""
-    for answer in answers:
-        for path, why in answer.failures:
-            if not skip_unreadable:
-                raise UserError(f"cannot decode {path}: {why}; remove it, or pass --skip_unreadable")
-            entry["skipped"].append([path, why])
-            bar.write(f"left out: {path}: {why}", sys.stderr)
-        entry["rows"] += len(answer.rows)
-        entry["read"] += answer.bytes_read
-        bar.update(len(answer.rows) + len(answer.failures))
-        yield from answer.rows
-
-
-def _open_splits(data_dir: str) -> dict[str, Source]:
+def open_splits(data_dir: str) -> dict[str, Source]:
+    """Open train and val of a dataset, or the one that is there. MissingSplit: neither is."""
     sources: dict[str, Source] = {}
     for split in SPLITS:
         try:
@@ -517,119 +418,83 @@ def _open_splits(data_dir: str) -> dict[str, Source]:
             missing = error
     if not sources:
         raise missing
-    if any(source.prepared for source in sources.values()):
-        raise UserError(f"--data_dir {data_dir} is a pyramid already")
     return sources
 
 
-def _announce(encoder: _Encoder, out: Path, images: int, left: int, workers: int) -> None:
-    """Say how much disk space it takes, by a sample.
+def _write_missing(
+    partial_dir: Path,
+    sources: dict[str, Source],
+    settings: Settings,
+    entries: dict[str, dict[str, Any]],
+    workers: int,
+    skip_unreadable: bool,
+) -> None:
+    """Write the shards that have no entry yet, and add their entries; say beforehand what disk space it takes."""
+    shards = list_shards(sources, settings.shard_size)
+    todo = {name: pieces for name, pieces in shards.items() if name not in entries}
+    if not todo:
+        return
+    schemas = {split: schema_of(source, settings) for split, source in sources.items()}
+    encode = partial(encode_piece, sources, schemas, settings)
 
-    Raises:
-        UserError: there is not as much.
-    """
-    step = max(1, images // SAMPLE)
-    pieces = [
-        Piece(split, begin, min(begin + 16 * step, len(source)), step)
-        for split, source in encoder.sources.items()
-        for begin in range(0, len(source), 16 * step)
+    images = sum(len(source) for source in sources.values())
+    sample = [
+        piece
+        for split, source in sources.items()
+        for piece in cut(split, range(0, len(source), max(1, images // SAMPLE)))
     ]
-    answers = list(_encode(encoder, pieces, workers))
-    rows = [row for answer in answers for row in answer.rows]
-    written = sum(len(copy) for row in rows for copy in row.copies if copy) + 64 * len(rows)
-    share = written / max(1, sum(answer.bytes_read for answer in answers))
-    whole = written / max(1, len(rows)) * images
-    needed, free = whole * left / images, shutil.disk_usage(out.parent).free
-    kept = f", {_size(needed)} of it still to be written" if left < images else ""
-    levels = ", ".join(map(str, encoder.settings.levels))
+    encoded = list(map_in_workers(encode, sample, workers))
+    written = sum(answer.rows.nbytes for answer in encoded)
+    share = written / max(1, sum(answer.bytes_read for answer in encoded))
+    whole = written / max(1, sum(len(answer.rows) for answer in encoded)) * images
+    pieces = [piece for pieces in todo.values() for piece in pieces]
+    needed = whole * sum(len(indices) for _, indices in pieces) / images
+    free = shutil.disk_usage(partial_dir).free
     tell(
-        f"{images:,} images at short sides {levels}: about {_size(whole)}, {share:.0%} of the "
-        f"originals{kept}; {_size(free)} free; {workers} workers"
+        f"{images:,} images at short sides {', '.join(map(str, settings.levels))}: about {_size(whole)}, "
+        f"{share:.0%} of the originals; {_size(needed)} still to be written, {_size(free)} free"
     )
     if needed > free:
-        raise UserError(f"--out {out} needs about {_size(needed)} and its disk has {_size(free)} free")
+        raise UserError(f"--out needs about {_size(needed)} and its disk has {_size(free)} free")
+
+    with (
+        closing(map_in_workers(encode, pieces, workers)) as answers,
+        tqdm(answers, "prepare", total=len(pieces), unit="image", unit_scale=PIECE) as bar,
+    ):
+        shown = iter(bar)
+        for name, own in todo.items():
+            path, note = partial_dir / "data" / name, partial_dir / NOTES / f"{name}.json"
+            answers_of_shard = islice(shown, len(own))
+            entries[name] = write_shard(path, note, schemas[own[0][0]], answers_of_shard, skip_unreadable)
 
 
 def _size(count: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.3g} TB"
-
-
-def check(folder: Path) -> int:
-    """Compare each shard of a finished pyramid with its checksum; return how many there are.
-
-    Raises:
-        UserError: names the damaged ones.
-    """
-    try:
-        lines = (folder / "sha256.txt").read_text().splitlines()
-    except OSError as error:
-        raise UserError(f"--check {folder}: no pyramid there ({error.filename}: {error.strerror})") from error
-    sums = {name: digest for digest, name in (line.split("  ", 1) for line in lines)}
-    damaged = [
-        name
-        for name, digest in tqdm(sums.items(), desc="verifying", unit="shard", delay=1)
-        if not (folder / name).exists() or _checksum(folder / name) != digest
-    ]
-    if damaged:
-        raise UserError(
-            f"damaged or gone in {folder}: {', '.join(damaged)}; remove the folder and prepare it again"
-        )
-    return len(sums)
+    return f"{count / 1e6:,.3g} MB" if count < 1e9 else f"{count / 1e9:,.3g} GB"
 
 
 def main(args: list[str] | None = None) -> None:
-    defaults = Settings()
     parser = argparse.ArgumentParser(
         prog="python -m common.tools.prepare",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    add = parser.add_argument
-    add(
-        "--data_dir",
-        help="folder with train/<class>/ and val/<class>/, Parquet or Arrow files, or hub dataset org/name",
-    )
+    add, defaults = parser.add_argument, Settings()
+    where = "folder with train/<class>/ and val/<class>/, Parquet or Arrow files, or hub dataset org/name"
+    add("--data_dir", help=where)
     add("--out", type=Path, help="folder to write; must not exist yet")
-    add(
-        "--levels",
-        type=int,
-        nargs="+",
-        default=defaults.levels,
-        metavar="PIXELS",
-        help="short sides to store (default: 256 146 73)",
-    )
+    sides = "short sides to store (default: 256 146 73)"
+    add("--levels", type=int, nargs="+", default=defaults.levels, metavar="PIXELS", help=sides)
     add("--quality", type=int, default=defaults.quality, help="of the JPEGs, 1 to 100 (default: 90)")
-    add("--workers", type=int, help="processes (default: one per CPU that may be used)")
-    add(
-        "--shard_size",
-        type=int,
-        default=defaults.shard_size,
-        metavar="IMAGES",
-        help="per file (default: 10000)",
-    )
-    add(
-        "--skip_unreadable",
-        action="store_true",
-        help="leave out images that cannot be decoded, and list them",
-    )
-    add(
-        "--check",
-        type=Path,
-        metavar="DIR",
-        help="verify the checksums of a finished pyramid, and nothing else",
-    )
+    each = "processes (default: one per CPU that may be used)"
+    add("--workers", type=int, default=available_workers(), help=each)
+    add("--shard_size", type=int, default=defaults.shard_size, help="images per file (default: 10000)")
+    leave = "leave out images that cannot be decoded, and list them"
+    add("--skip_unreadable", action="store_true", help=leave)
     options = parser.parse_args(args)
     try:
-        if options.check:
-            print(f"{options.check}: all {check(options.check)} shards are as they were written")
-            return
         if not (options.data_dir and options.out):
             raise UserError("--data_dir and --out are both needed")
-        if options.workers is not None and options.workers < 0:
+        if options.workers < 0:
             raise UserError(f"--workers must not be negative, not {options.workers}")
         levels = tuple(sorted(options.levels, reverse=True))
         settings = Settings(levels, options.quality, options.shard_size)

@@ -6,31 +6,17 @@ import pytest
 from PIL import Image
 
 from common import UserError
-from common.data import sample as sample_data
+from common.data import sample
 from common.data.sample import CLASSES, IMAGES_PER_CLASS, ensure_sample_data, render
 
 
 @pytest.fixture
 def few(monkeypatch):
-    monkeypatch.setattr(sample_data, "IMAGES_PER_CLASS", {"train": 2, "val": 1})
-    monkeypatch.setattr(sample_data, "_pool", _same_process)
+    monkeypatch.setattr(sample, "IMAGES_PER_CLASS", {"train": 2, "val": 1})
 
 
-class _same_process:
-    """A stand-in for the pool: spawned processes would not see what is patched, and cost seconds."""
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        return None
-
-    def submit(self, function, *args):
-        function(*args)
-        return self
-
-    def result(self):
-        return None
+def picture(split: str, label: int, number: int) -> Image.Image:
+    return Image.open(io.BytesIO(render(split, label, number)))
 
 
 def test_a_picture_is_a_pure_function_of_its_name():
@@ -38,16 +24,35 @@ def test_a_picture_is_a_pure_function_of_its_name():
     assert len({render(split, label, 0) for split in IMAGES_PER_CLASS for label in range(3)}) == 6
 
 
-def test_sizes_and_modes_vary_as_photographs_do():
-    pictures = [Image.open(io.BytesIO(render("train", n % 10, n))) for n in range(120)]
+def test_there_are_ten_classes_and_2500_pictures():
+    assert len(CLASSES) == 10
+    assert {split: len(CLASSES) * count for split, count in IMAGES_PER_CLASS.items()} == {
+        "train": 2000,
+        "val": 500,
+    }
+
+
+def test_sizes_vary_so_that_batches_of_other_shapes_are_worth_it():
+    pictures = [picture("train", n % 10, n) for n in range(120)]
     ratios = np.array([picture.width / picture.height for picture in pictures])
     shorts = np.array([min(picture.size) for picture in pictures])
-    assert ratios.min() < 0.6 < 1.7 < ratios.max()
-    assert ratios.min() >= 0.49
-    assert ratios.max() <= 2.01
-    assert shorts.min() >= 96
-    assert shorts.max() <= 140
-    assert 0.01 < np.mean([picture.mode == "L" for picture in pictures]) < 0.15
+    assert 0.55 < ratios.min() < 0.7
+    assert 1.4 < ratios.max() < 1.8
+    assert shorts.min() >= 72
+    assert shorts.max() <= 96
+
+
+def test_every_outline_lies_in_its_square_and_is_no_other_classs():
+    masks = []
+    for outline in sample.OUTLINES.values():
+        assert np.abs(outline).max() <= 1.2
+        mask = Image.new("L", (65, 65))
+        sample.ImageDraw.Draw(mask).polygon([*map(tuple, np.array(outline) * 30 + 32)], 1)
+        masks.append(np.asarray(mask, bool))
+        assert 0.1 < masks[-1].mean() < 0.75
+    for place, one in enumerate(masks):
+        for other in masks[:place]:
+            assert (one & other).sum() / (one | other).sum() < 0.87
 
 
 def test_colour_alone_does_not_tell_the_class():
@@ -56,13 +61,7 @@ def test_colour_alone_does_not_tell_the_class():
     def colours(split: str, count: int) -> np.ndarray:
         """Mean RGB, float [classes, count, 3]."""
         return np.array(
-            [
-                [
-                    np.asarray(Image.open(io.BytesIO(render(split, label, n))).convert("RGB")).mean((0, 1))
-                    for n in range(count)
-                ]
-                for label in range(len(CLASSES))
-            ]
+            [[np.asarray(picture(split, label, n)).mean((0, 1)) for n in range(count)] for label in range(10)]
         )
 
     means = colours("train", 15).mean(1)
@@ -75,35 +74,36 @@ def test_colour_alone_does_not_tell_the_class():
 def test_the_folder_is_an_image_folder_and_is_made_once(tmp_path: Path, monkeypatch):
     folder = ensure_sample_data(tmp_path)
     assert sorted(path.name for path in folder.iterdir()) == ["train", "val"]
-    for split, count in sample_data.IMAGES_PER_CLASS.items():
+    for split, count in sample.IMAGES_PER_CLASS.items():
         assert sorted(path.name for path in (folder / split).iterdir()) == sorted(CLASSES)
         assert len(list((folder / split).glob("*/*.jpg"))) == count * len(CLASSES)
-    monkeypatch.setattr(sample_data, "_pool", None)  # whoever wants to draw again fails
+    # Whoever wants to draw again fails.
+    monkeypatch.setattr(sample, "_draw_all", None)
     assert ensure_sample_data(tmp_path) == folder
     assert [path.name for path in tmp_path.iterdir()] == [folder.name]
 
 
-@pytest.mark.usefixtures("few")
 def test_nothing_half_made_is_left_behind(tmp_path: Path, monkeypatch):
-    def fail(*_):
+    def fail(folder: Path):
+        (folder / "train").mkdir()
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(sample_data, "_write_class", fail)
-    with pytest.raises(UserError, match=r"cannot write the sample data to .*sample-v1: No space left"):
+    monkeypatch.setattr(sample, "_draw_all", fail)
+    with pytest.raises(UserError, match=r"cannot write the sample data to .*sample-v2: No space left"):
         ensure_sample_data(tmp_path)
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.usefixtures("few")
 def test_a_faster_process_is_no_error(tmp_path: Path, monkeypatch):
-    write = sample_data._write_class
+    draw = sample._draw_all
 
-    def write_while_another_finishes(folder: Path, split: str, label: int) -> None:
-        write(folder, split, label)
-        (tmp_path / sample_data.VERSION / split).mkdir(parents=True, exist_ok=True)
+    def draw_while_another_finishes(folder: Path) -> None:
+        draw(folder)
+        (tmp_path / sample.VERSION / "train").mkdir(parents=True)
 
-    monkeypatch.setattr(sample_data, "_write_class", write_while_another_finishes)
-    assert ensure_sample_data(tmp_path) == tmp_path / sample_data.VERSION
+    monkeypatch.setattr(sample, "_draw_all", draw_while_another_finishes)
+    assert ensure_sample_data(tmp_path) == tmp_path / sample.VERSION
     assert len(list(tmp_path.iterdir())) == 1
 
 
@@ -116,4 +116,4 @@ def test_a_cache_that_cannot_be_written_is_one_sentence(tmp_path: Path):
 @pytest.mark.usefixtures("few")
 def test_the_default_place_is_the_users_cache(tmp_path: Path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert ensure_sample_data() == tmp_path / "image-classification-training" / "sample-v1"
+    assert ensure_sample_data() == tmp_path / "image-classification-training" / "sample-v2"

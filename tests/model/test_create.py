@@ -1,4 +1,6 @@
 import logging
+import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,8 +10,9 @@ from safetensors.torch import save_file
 
 from common import UserError
 from common.model import create_finetuned_model, create_model
+from common.model.create import architecture_of, check_size
 from common.model.resnet import ResNet
-from tests.model.models import IMAGES, randomise
+from tests.model.models import CLASSES, IMAGES, cfg, randomise, write_model
 
 # ------------------------------------------------------------------------------------------------ by name
 
@@ -18,9 +21,6 @@ def test_timm_models_by_name():
     assert isinstance(create_model("resnet18", 7), ResNet)
     assert isinstance(create_model("timm/resnet18", 7), timm.models.ResNet)
     assert create_model("resnet18.a1_in1k", 7).fc.out_features == 7
-    vit = create_model("vit_tiny_patch16_224", 7).eval()
-    with torch.inference_mode():
-        assert vit(IMAGES).shape == (4, 7)  # not only at the size it is named after
 
 
 def test_creating_a_model_downloads_nothing(monkeypatch):
@@ -41,7 +41,61 @@ def test_unknown_models_name_the_flag(name):
     assert "hf-hub" in name or "resnet50" in str(error.value).partition("did you mean")[2]
 
 
-# ---------------------------------------------------------------------------------------------- fine-tuning
+# ---------------------------------------------------------------------------------------------- image sizes
+
+
+# Sizes that each network takes of 56, 64, 112 and 224; all that are not here take all four.
+TAKEN = {
+    "test_coatnet": (),
+    "test_maxvit": (),
+    "test_vit": (64, 112, 224),
+    "test_vit2": (64, 112, 224),
+    "test_vit3": (64, 112, 224),
+    "test_vit4": (64, 112, 224),
+    "test_vit_relpos": (),
+    "vit_tiny_patch16_224": (64, 112, 224),
+}
+LARGER = [
+    "vit_tiny_patch16_224",
+    "swin_tiny_patch4_window7_224",
+    "convnext_atto",
+    "efficientnet_b0",
+    "mobilenetv4_conv_small",
+]
+
+
+@pytest.mark.parametrize("name", [*timm.list_models("test_*"), *LARGER])
+def test_every_model_runs_or_is_refused_in_one_sentence(name):
+    model = create_model(name, 7)
+    for size in (56, 64, 112, 224):
+        problem = check_size(model, size, size)
+        assert (problem == "") == (size in TAKEN.get(name, (56, 64, 112, 224))), problem
+        assert "\n" not in problem
+        assert f"{size}x{size}" in problem or not problem
+    if name not in LARGER:  # half a minute for all
+        assert check_size(create_model(name, 7, img_size=64), 64, 64) == ""
+
+
+def test_checking_a_size_leaves_no_trace():
+    model = create_model("resnet18", 7)
+    model.layer1.eval()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    generator = torch.get_rng_state()
+    assert check_size(model, 64, 96) == ""
+    assert model.training
+    assert not model.layer1[0].bn1.training
+    assert model.layer2[0].bn1.training
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), generator)
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_a_size_that_a_network_cannot_be_built_for_names_it():
+    with pytest.raises(UserError, match="--model nest_tiny cannot be built for images of 56 px"):
+        create_model("nest_tiny", 7, img_size=56)
+
+
+# ---------------------------------------------------------------------------------------------- from weights
 
 
 @pytest.fixture(scope="module")
@@ -49,14 +103,48 @@ def trained():
     return randomise(create_model("resnet18", 5))
 
 
-@pytest.mark.parametrize("kind", ["run", "safetensors", "pth", "state_dict", "model", "model_state", "ddp"])
-def test_weights_from_files(kind, trained, tmp_path):
+@pytest.fixture
+def run(trained, tmp_path):
+    return write_model(tmp_path / "run" / "model", trained, cfg("resnet18")).parent
+
+
+@pytest.mark.parametrize("kind", ["run", "model", "file"])
+def test_the_head_of_the_same_classes_is_kept(kind, trained, run, caplog):
+    path = {"run": run, "model": run / "model", "file": run / "model" / "model.safetensors"}[kind]
+    with caplog.at_level(logging.INFO):
+        model, source = create_finetuned_model("resnet18", CLASSES, str(path))
+    assert source == cfg("resnet18")
+    state = model.state_dict()
+    assert all(torch.equal(state[key], value) for key, value in trained.state_dict().items())
+    assert "the head is kept" in caplog.text
+    assert {record.levelname for record in caplog.records} == {"INFO"}
+
+
+def test_rows_of_the_head_follow_names(trained, run, caplog):
+    classes = ["wolf", CLASSES[3], "fox", CLASSES[0], CLASSES[1]]  # as many, in another order
+    with caplog.at_level(logging.INFO):
+        model, _ = create_finetuned_model("resnet18", classes, str(run))
+    for key in ("weight", "bias"):
+        new, old = getattr(model.fc, key), getattr(trained.fc, key)
+        assert torch.equal(new[[1, 3, 4]], old[[3, 0, 1]])
+        assert not any(torch.equal(new[row], each) for row in (0, 2) for each in old)
+    assert torch.equal(model.conv1.weight, trained.conv1.weight)
+    assert "knows 3 of the 5 classes by name" in caplog.text
+
+
+def test_a_head_of_strangers_is_fresh(trained, run, caplog):
+    with caplog.at_level(logging.INFO):
+        model, _ = create_finetuned_model("resnet18", list("vwxyz"), str(run))
+    assert not torch.equal(model.fc.weight, trained.fc.weight)
+    assert torch.equal(model.conv1.weight, trained.conv1.weight)
+    assert "none of the classes by name" in caplog.text
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "pth", "state_dict", "model", "model_state", "ddp"])
+def test_a_bare_file_gives_the_body_and_a_fresh_head(kind, trained, tmp_path, caplog):
     state = trained.state_dict()
     path = tmp_path / ("w.safetensors" if kind == "safetensors" else "w.pth")
-    if kind == "run":
-        path = tmp_path
-        save_file(state, tmp_path / "best_weights.safetensors")
-    elif kind == "safetensors":
+    if kind == "safetensors":
         save_file(state, path)
     elif kind == "pth":
         torch.save(state, path)
@@ -64,30 +152,54 @@ def test_weights_from_files(kind, trained, tmp_path):
         torch.save({"state_dict": {f"module._orig_mod.{key}": value for key, value in state.items()}}, path)
     else:
         torch.save({"epoch": 3, kind: state}, path)
-    same = create_finetuned_model("resnet18", 5, str(path)).state_dict()
-    assert all(torch.equal(same[key], value) for key, value in state.items())
-    other = create_finetuned_model("resnet18", 9, str(path)).state_dict()
-    assert all(torch.equal(other[key], value) for key, value in state.items() if not key.startswith("fc."))
-    assert other["fc.weight"].shape == (9, 512)
-
-
-def test_a_new_head_is_normal_and_other_gaps_are_listed(trained, tmp_path, caplog):
-    state = trained.state_dict()
-    torch.save(state, tmp_path / "w.pth")
     with caplog.at_level(logging.INFO):
-        create_finetuned_model("resnet18", 9, str(tmp_path / "w.pth"))
-    assert [record.levelname for record in caplog.records] == ["INFO"]
-    assert "fc.weight, fc.bias" in caplog.text
+        model, source = create_finetuned_model("resnet18", CLASSES, str(path))
+    assert source is None
+    loaded = {key for key, value in model.state_dict().items() if torch.equal(value, state[key])}
+    assert set(state) - loaded == {"fc.weight", "fc.bias"}
+    assert "the head is fresh, for the names of the weights' classes are not known" in caplog.text
 
-    caplog.clear()
+
+def test_gaps_in_the_body_are_listed(trained, tmp_path, caplog):
+    state = trained.state_dict()
     del state["layer1.0.conv1.weight"]
     state["extra"] = torch.zeros(1)
     torch.save(state, tmp_path / "w.pth")
     with caplog.at_level(logging.INFO):
-        create_finetuned_model("resnet18", 5, str(tmp_path / "w.pth"))
-    assert [record.levelname for record in caplog.records] == ["WARNING"]
+        create_finetuned_model("resnet18", CLASSES, str(tmp_path / "w.pth"))
+    assert [record.levelname for record in caplog.records] == ["INFO", "WARNING"]
     assert "missing from the weights: layer1.0.conv1.weight" in caplog.text
     assert "not in the model: extra" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours", "count"),
+    [
+        ("test_resnet", "resnet18", "9 of 120"),
+        ("resnet18", "resnet34", "120 of 216"),
+        ("resnet34", "resnet18", "120 of 216"),
+    ],
+)
+def test_another_network_is_refused_and_named(theirs, ours, count, tmp_path):
+    run = write_model(tmp_path / "run" / "model", create_model(theirs, 5), cfg(theirs)).parent
+    with pytest.raises(UserError, match=f"{count} tensors fit --model {ours}; they are of --model {theirs}$"):
+        create_finetuned_model(ours, CLASSES, str(run))
+    torch.save(create_model(theirs, 5).state_dict(), tmp_path / "w.pth")
+    with pytest.raises(UserError, match="another model's"):
+        create_finetuned_model(ours, CLASSES, str(tmp_path / "w.pth"))
+
+
+@pytest.mark.parametrize("name", ["test_vit", "test_vit_relpos", "test_coatnet"])
+def test_weights_that_depend_on_the_image_size_are_interpolated(name, tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    trained = create_model(name, 5, img_size=160)
+    run = write_model(tmp_path / "run" / "model", trained, cfg(name, img_size=160)).parent
+    model, _ = create_finetuned_model(name, CLASSES, str(run), img_size=64)
+    assert check_size(model, 64, 64) == ""
+    body = len(model.state_dict()) - 2
+    assert f"loaded {body} of {body} tensors" in caplog.text
+    same, _ = create_finetuned_model(name, CLASSES, str(run), img_size=160)
+    assert all(torch.equal(same.state_dict()[key], value) for key, value in trained.state_dict().items())
 
 
 class Malice:
@@ -100,31 +212,57 @@ class Malice:
         return Path.touch, (self.trace,)
 
 
-def test_bad_weights_name_the_flag(trained, tmp_path):
-    torch.save({"some": torch.zeros(3)}, tmp_path / "nothing_fits.pth")
-    torch.save([1, 2], tmp_path / "no_dict.pth")
-    torch.save({"w": torch.zeros(3), "code": Malice(tmp_path / "trace")}, tmp_path / "code.pth")
-    (tmp_path / "text.pth").write_text("hello")
-    (tmp_path / "empty.pth").touch()
-    (tmp_path / "text.safetensors").write_text("hello")
-    (tmp_path / "no_run").mkdir()
-    names = [
-        "nothing_fits.pth",
-        "no_dict.pth",
-        "code.pth",
-        "text.pth",
-        "empty.pth",
-        "text.safetensors",
-        "no_run",
-    ]
-    for name in [*names, "missing.pth"]:
-        with pytest.raises(UserError, match="--weights") as error:
-            create_finetuned_model("resnet18", 5, str(tmp_path / name))
-        assert name in str(error.value)
-        assert "\n" not in str(error.value)
-    assert not (tmp_path / "trace").exists()
-    with pytest.raises(UserError, match=r"did you mean resnet18\.a1_in1k"):
-        create_finetuned_model("resnet18", 5, "resnet18.a1_in2k")
+@pytest.fixture(scope="module")
+def bad_weights(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bad")
+    torch.save({"some": torch.zeros(3)}, folder / "nothing_fits.pth")
+    torch.save([1, 2], folder / "no_dict.pth")
+    torch.save({"w": torch.zeros(3), "code": Malice(folder / "trace")}, folder / "code.pth")
+    (folder / "text.pth").write_text("hello")
+    (folder / "empty.pth").touch()
+    (folder / "text.safetensors").write_text("hello")
+    for name in ("no_run", "old_run", "no_json", "other_json", "no_tensors", "bad_tensors"):
+        (folder / name).mkdir()
+    (folder / "old_run" / "best_weights.safetensors").touch()
+    (folder / "no_json" / "config.json").write_text("{")
+    (folder / "other_json" / "config.json").write_text("[1]")
+    write_model(folder / "no_tensors", create_model("resnet18", 5), cfg("resnet18"))
+    (folder / "no_tensors" / "model.safetensors").unlink()
+    write_model(folder / "bad_tensors", create_model("resnet18", 5), cfg("resnet18"))
+    (folder / "bad_tensors" / "model.safetensors").write_text("hello")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [
+        ("nothing_fits.pth", "0 of 120 tensors fit --model resnet18"),
+        ("no_dict.pth", "no dictionary of named tensors"),
+        ("code.pth", "cannot be read as a file of tensors only"),
+        ("text.pth", "cannot be read as a file of tensors only"),
+        ("empty.pth", "cannot be read as a file of tensors only"),
+        ("text.safetensors", "not a readable safetensors file"),
+        ("no_run", "neither a run's folder nor a model's"),
+        ("old_run", "a run of an older version"),
+        ("no_json", "config.json is not the description of a timm model"),
+        ("other_json", "config.json is not the description of a timm model"),
+        ("no_tensors", "cannot be loaded by timm"),
+        ("bad_tensors", "cannot be loaded by timm"),
+        ("missing.pth", "neither a file, a run folder nor pretrained weights"),
+    ],
+)
+def test_bad_weights_are_refused_in_one_sentence(name, sentence, bad_weights):
+    with pytest.raises(UserError, match=re.escape(sentence)) as error:
+        create_finetuned_model("resnet18", CLASSES, str(bad_weights / name))
+    assert name in str(error.value)
+    assert "\n" not in str(error.value)
+    assert not (bad_weights / "trace").exists()
+
+
+def test_a_head_of_another_length_than_its_names_is_refused(trained, tmp_path):
+    folder = write_model(tmp_path, trained, replace(cfg("resnet18"), classes=CLASSES[:4]))
+    with pytest.raises(UserError, match="--weights"):
+        create_finetuned_model("resnet18", CLASSES, str(folder))
 
 
 @pytest.mark.parametrize(
@@ -136,19 +274,22 @@ def test_bad_weights_name_the_flag(trained, tmp_path):
         ("resnet18", "timm/resnet18.a1_in1k", "resnet18.a1_in1k"),
     ],
 )
-def test_pretrained_weights_come_from_timm(name, weights, asked, trained, monkeypatch):
+def test_pretrained_weights_come_from_timm(name, weights, asked, monkeypatch):
     real, calls = timm.create_model, []
+    imagenet = randomise(create_model("resnet18", 1000))
 
     def fake(name, pretrained=False, **options):
         if not pretrained:
             return real(name, **options)
         calls.append(name)
-        return trained
+        return imagenet
 
     monkeypatch.setattr(timm, "create_model", fake)
-    model = create_finetuned_model(name, 9, weights)
+    model, source = create_finetuned_model(name, ["n01443537", "unknown"], weights)
     assert calls == [asked]
-    assert torch.equal(model.conv1.weight, trained.conv1.weight)
+    assert torch.equal(model.conv1.weight, imagenet.conv1.weight)
+    assert torch.equal(model.fc.weight[0], imagenet.fc.weight[1])  # the second of ImageNet's classes
+    assert (source.architecture, source.test_size, source.interpolation) == ("resnet18", 288, "bicubic")
 
 
 def test_no_connection_is_one_sentence(monkeypatch):
@@ -157,4 +298,26 @@ def test_no_connection_is_one_sentence(monkeypatch):
 
     monkeypatch.setattr(timm, "create_model", offline)
     with pytest.raises(UserError, match=r"--weights timm: resnet18 cannot be downloaded"):
-        create_finetuned_model("resnet18", 9, "timm")
+        create_finetuned_model("resnet18", CLASSES, "timm")
+
+
+def test_similar_pretrained_weights_are_offered():
+    with pytest.raises(UserError, match=r"did you mean resnet18\.a1_in1k"):
+        create_finetuned_model("resnet18", CLASSES, "resnet18.a1_in2k")
+
+
+def test_weights_tell_their_architecture(run, trained, tmp_path):
+    assert architecture_of(str(run)) == "resnet18"
+    assert architecture_of(str(run / "model")) == "resnet18"
+    assert architecture_of("timm/resnet50.a1_in1k") == "resnet50"
+    torch.save(trained.state_dict(), tmp_path / "w.pth")
+    for unknown in (str(tmp_path / "w.pth"), "timm", "a1_in1k"):
+        assert architecture_of(unknown) is None
+    with pytest.raises(UserError, match="--weights"):
+        architecture_of(str(tmp_path))
+
+
+def test_a_forward_pass_is_the_same_after_a_round_trip(trained, run):
+    model, _ = create_finetuned_model("timm/resnet18", CLASSES, str(run))
+    with torch.inference_mode():
+        torch.testing.assert_close(model.eval()(IMAGES), trained(IMAGES))

@@ -1,9 +1,7 @@
 """The mirror against a real S3 server: what arrives, what outages and deaths leave, what comes back."""
 
-import errno
 import functools
 import hashlib
-import json
 import logging
 import os
 import re
@@ -17,57 +15,79 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from common import UserError
+from common.run import checkpoint
 from common.run import s3 as storage
-from common.run.s3 import S3Mirror, Stored, restore
+from common.run.s3 import NothingStored, S3Mirror, Stored, restore
 from tests.conftest import S3Server
 
-OUTAGE_S = float(os.environ.get("S3_OUTAGE_S", "3"))  # plus 3 s for the restart; try S3_OUTAGE_S=30, too
-FILES = 4  # of a checkpoint
+# Plus 3 s for the restart; try S3_OUTAGE_S=30, too.
+OUTAGE_S = float(os.environ.get("S3_OUTAGE_S", "1"))
+# Of a checkpoint.
+FILES = 4
 Handler = Callable[[str, dict[str, Any]], None]
+
+_make_client = storage._client
+_handlers: list[Handler] = []
+
+
+@functools.cache
+def _cached_client(flag: str, attempts: int, *settings: object) -> Any:
+    """boto3 needs a tenth of a second to make a client."""
+    client = _make_client(flag, attempts)
+
+    def before_call(model: Any, params: dict[str, Any], **_: Any) -> None:
+        for handler in _handlers:
+            handler(model.name, params)
+
+    client.meta.events.register("before-call.s3", before_call)
+    return client
 
 
 @pytest.fixture(autouse=True)
-def _fast_retries(monkeypatch: pytest.MonkeyPatch) -> None:
+def _fast(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    def client(flag: str, attempts: int) -> Any:
+        environment = [item for item in os.environ.items() if item[0].startswith("AWS_")]
+        return _cached_client(flag, attempts, storage.READ_TIMEOUT_S, *sorted(environment))
+
+    monkeypatch.setattr(storage, "_client", client)
     monkeypatch.setattr(storage, "FIRST_RETRY_S", 0.05)
     monkeypatch.setattr(storage, "LONGEST_RETRY_S", 0.2)
     monkeypatch.setattr(storage, "CLOSING_RETRY_S", 0.2)
     monkeypatch.setattr(storage, "CLOSING_TRIES", 10_000)
+    yield
+    _handlers.clear()
 
 
 @pytest.fixture
-def address(s3: S3Server, request: pytest.FixtureRequest) -> str:
-    """A prefix of this test's own."""
+def intercept() -> Callable[[Handler], None]:
+    """Have a function called with (operation, request) before every request of storage; it may raise."""
+    return _handlers.append
+
+
+@pytest.fixture
+def address(s3: S3Server, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A prefix of this test's own, on the server that boto3 finds in the environment."""
+    monkeypatch.setenv("AWS_ENDPOINT_URL", s3.endpoint)
     return f"s3://{s3.bucket}/{re.sub('[^a-z0-9]+', '-', request.node.name.lower())}"
 
 
 @pytest.fixture
-def intercept(monkeypatch: pytest.MonkeyPatch) -> Callable[[Handler], None]:
-    """Have a function called with (operation, request) before every request of storage; it may raise."""
-    real, handlers = functools.cache(storage._client), []  # a client takes boto3 a tenth of a second
-
-    def hooked(*args: Any, **kwargs: Any) -> Any:
-        client = real(*args, **kwargs)
-
-        def before_call(model: Any, params: dict[str, Any], **_: Any) -> None:
-            for handler in handlers:
-                handler(model.name, params)
-
-        client.meta.events.register("before-call.s3", before_call, unique_id="intercept")
-        return client
-
-    monkeypatch.setattr(storage, "_client", hooked)
-    return handlers.append
+def nobody(s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> str:
+    """An address on a server that is not there."""
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    return f"s3://{s3.bucket}/absent"
 
 
 def make_run(folder: Path) -> Path:
-    """A run with a file of each kind, one checkpoint under two names, and what must not be mirrored."""
+    """A run with a file of each kind, two checkpoints, and what must not be mirrored."""
     files = {
         "config.yaml": b"model: resnet50\n",
-        "training_log.csv": b"epoch,val_top1\n1,10.0\n",
+        "training_log.csv": b"epoch,val_top1\n",
         "training_log.txt": b"",
-        "logs/process_0.log": b"hello\n" * 1000,
+        "logs/rank0.log": b"hello\n" * 1000,
         "plots/accuracy_live.png": os.urandom(20_000),
         "best_weights.safetensors": os.urandom(100_000),
         "name with späces+%&.txt": b"x",
@@ -78,76 +98,75 @@ def make_run(folder: Path) -> Path:
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content)
-    save_checkpoint(folder, step=1)
-    shutil.copytree(folder / "checkpoints/last", folder / "checkpoints/best")
-    (folder / "checkpoints/last.tmp").mkdir()
-    (folder / "checkpoints/last.tmp/model.safetensors").write_bytes(b"half a checkpoint")
+    save_checkpoint(folder, 1)
+    save_checkpoint(folder, 2)
+    half = folder / "checkpoints/step_00000003.tmp"
+    half.mkdir()
+    (half / "model.safetensors").write_bytes(b"half a checkpoint")
     return folder
 
 
-def save_checkpoint(folder: Path, step: int, size: int = 50_000) -> None:
-    """What a training loop does: a CSV row, a new folder under a temporary name, then two renames."""
+def save_checkpoint(folder: Path, step: int, size: int = 50_000, mirror: S3Mirror | None = None) -> None:
+    """What a training loop does: a CSV row, a new checkpoint, the old ones deleted, and a word to the mirror."""
     folder.mkdir(exist_ok=True)
     with (folder / "training_log.csv").open("a") as file:
         file.write(f"{step},{step}.5\n")
-    new, last, previous = (folder / "checkpoints" / name for name in ("new.tmp", "last", "previous"))
-    new.mkdir(parents=True)
-    (new / "model.safetensors").write_bytes(step.to_bytes(4, "big") * (size // 4))
-    (new / "ema.safetensors").write_bytes(bytes([step]) * 1000)
-    (new / "state.json").write_text(json.dumps({"step": step}))
-    (new / "manifest.json").write_text(json.dumps({file.name: sha256(file) for file in new.iterdir()}))
-    shutil.rmtree(previous, ignore_errors=True)
-    if last.exists():
-        last.rename(previous)
-    new.rename(last)
+    weights = {"w": torch.full((size,), step, dtype=torch.uint8)}
+    files = {
+        "model.safetensors": weights,
+        "ema.safetensors": {"w": weights["w"][:1000]},
+        "state.json": {"progress": {"step": step}},
+    }
+    checkpoint.write(folder / "checkpoints", files)
+    also = mirror.uploading() if mirror else ()
+    checkpoint.prune(folder / "checkpoints", also=also)
+    if mirror:
+        mirror.submit()
 
 
-def sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def is_whole(checkpoint: Path) -> bool:
-    manifest = json.loads((checkpoint / "manifest.json").read_text())
-    files = {file.name: sha256(file) for file in checkpoint.iterdir() if file.name != "manifest.json"}
-    return files == manifest
-
-
-def step_of(checkpoint: Path) -> int:
-    return json.loads((checkpoint / "state.json").read_text())["step"]
+def steps(folder: Path) -> list[int]:
+    """The checkpoints of a run's folder, all of which must be whole."""
+    found = sorted((folder / "checkpoints").glob("step_????????"))
+    for path in found:
+        checkpoint.verify(path)
+    return [int(path.name.removeprefix("step_")) for path in found]
 
 
 def tree(folder: Path) -> dict[str, bytes]:
-    """Path -> content of what belongs to a run, i.e. is neither temporary nor the mirror's own."""
+    """Path -> content of what belongs to a run, i.e. is not temporary."""
     files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
-    ours = re.compile(r"(^|/)[^/]*\.tmp(/|$)|^\.s3-spool/")
-    return {name: path.read_bytes() for name, path in files.items() if not ours.search(name)}
+    return {name: path.read_bytes() for name, path in files.items() if ".tmp" not in name}
+
+
+def prefix_of(s3: S3Server, url: str) -> str:
+    return url.removeprefix(f"s3://{s3.bucket}/")
+
+
+def names(s3: S3Server, url: str) -> list[str]:
+    """Of every object of a run."""
+    prefix = f"{prefix_of(s3, url)}/"
+    pages = s3.client.get_paginator("list_objects_v2").paginate(Bucket=s3.bucket, Prefix=prefix)
+    return [item["Key"].removeprefix(prefix) for page in pages for item in page.get("Contents", [])]
 
 
 def remote(s3: S3Server, url: str) -> dict[str, bytes]:
     """Name -> content of every object of a run, each checked against the SHA-256 in its metadata."""
-    bucket, prefix = url.removeprefix("s3://").split("/", 1)
-    client, found = s3.client, {}
-    for page in client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=f"{prefix}/"):
-        for item in page.get("Contents", []):
-            answer = client.get_object(Bucket=bucket, Key=item["Key"])
-            content, name = answer["Body"].read(), item["Key"].removeprefix(f"{prefix}/")
-            assert len(content) == item["Size"]
-            if not is_index(name):
-                assert answer["Metadata"]["sha256"] == hashlib.sha256(content).hexdigest(), name
-            found[name] = content
+    found = {}
+    for name in names(s3, url):
+        answer = s3.client.get_object(Bucket=s3.bucket, Key=f"{prefix_of(s3, url)}/{name}")
+        found[name] = answer["Body"].read()
+        assert answer["Metadata"]["sha256"] == hashlib.sha256(found[name]).hexdigest(), name
     return found
 
 
-def is_index(name: str) -> bool:
-    return name.startswith("checkpoints/index-")
+def remote_steps(s3: S3Server, url: str) -> list[int]:
+    """The checkpoints that S3 has a manifest of."""
+    manifests = re.findall(r"checkpoints/step_(\d+)/manifest.json", "\n".join(names(s3, url)))
+    return sorted(map(int, manifests))
 
 
-def index_of(objects: dict[str, bytes]) -> dict[str, str]:
-    return json.loads(objects[max(filter(is_index, objects))])["checkpoints"]
-
-
-def is_plain(name: str) -> bool:
-    return not name.startswith("checkpoints/")
+def put(s3: S3Server, url: str, name: str, body: bytes, **more: Any) -> None:
+    s3.client.put_object(Bucket=s3.bucket, Key=f"{prefix_of(s3, url)}/{name}", Body=body, **more)
 
 
 def wait_until(condition: Callable[[], bool], timeout_s: float = 10) -> None:
@@ -157,46 +176,55 @@ def wait_until(condition: Callable[[], bool], timeout_s: float = 10) -> None:
         time.sleep(0.01)
 
 
+def is_done(mirror: S3Mirror) -> bool:
+    return mirror._pending() == []
+
+
 # What arrives
 
 
 def test_everything_arrives_and_comes_back_byte_identical(s3: S3Server, address: str, tmp_path: Path) -> None:
     run = make_run(tmp_path / "run-1")
-    mirror = S3Mirror(run, address, s3.endpoint)
+    mirror = S3Mirror(run, address)
     mirror.submit()
-    save_checkpoint(run, step=2)
-    mirror.submit()
+    save_checkpoint(run, 3, mirror=mirror)
     report = mirror.close(timeout_s=30)
 
     assert report.pending == []
-    assert {"training_log.csv", "checkpoints/last", "checkpoints/best"} <= set(report.uploaded)
+    assert {"training_log.csv", "checkpoints/step_00000002", "checkpoints/step_00000003"} <= set(
+        report.uploaded
+    )
     assert "nothing is left" in str(report)
-    assert not (run / ".s3-spool").exists()
-    objects = remote(s3, f"{address}/run-1")
-    index = index_of(objects)
-    assert index["best"] == index["previous"] != index["last"]  # one copy serves both names
     local = tree(run)
-    assert report.bytes >= sum(len(content) for name, content in local.items() if "previous" not in name)
-    assert set(filter(is_plain, objects)) == set(filter(is_plain, local))
-    assert len(objects) == sum(map(is_plain, local)) + 2 * FILES + 1
-
-    fresh = restore(f"{address}/run-1", tmp_path / "elsewhere" / "run-1", s3.endpoint)
+    assert report.bytes >= sum(map(len, local.values()))
+    assert remote(s3, f"{address}/run-1") == local
+    fresh = restore(f"{address}/run-1", tmp_path / "elsewhere" / "run-1")
     assert tree(fresh) == local
     assert [path.name for path in fresh.parent.iterdir()] == ["run-1"]
-    assert is_whole(fresh / "checkpoints/last")
+    assert steps(fresh)[-2:] == [2, 3]
 
 
 def test_a_restored_run_sends_only_what_is_new(s3: S3Server, address: str, tmp_path: Path) -> None:
     first = make_run(tmp_path / "a" / "run-1")
-    S3Mirror(first, address, s3.endpoint).close(timeout_s=30)
-    second = restore(f"{address}/run-1", tmp_path / "b" / "run-1", s3.endpoint)
-    mirror = S3Mirror(second, address, s3.endpoint)
-    save_checkpoint(second, step=2)
-    save_checkpoint(second, step=3)
+    S3Mirror(first, address).close(timeout_s=30)
+    second = restore(f"{address}/run-1", tmp_path / "b" / "run-1")
+    mirror = S3Mirror(second, address)
+    save_checkpoint(second, 3)
     report = mirror.close(timeout_s=30)
-    assert "checkpoints/best" not in report.uploaded  # S3 had it
-    third = restore(f"{address}/run-1", tmp_path / "c" / "run-1", s3.endpoint)
-    assert tree(third) == tree(second)
+    assert [name for name in report.uploaded if "step" in name] == ["checkpoints/step_00000003"]
+    assert remote(s3, f"{address}/run-1") == tree(second)
+    assert tree(restore(f"{address}/run-1", tmp_path / "c" / "run-1")) == tree(second)
+
+
+def test_two_runs_in_one_bucket_keep_apart(s3: S3Server, address: str, tmp_path: Path) -> None:
+    runs = [make_run(tmp_path / name) for name in ("run-1", "run-10")]
+    mirrors = [S3Mirror(run, address) for run in runs]
+    save_checkpoint(runs[0], 3, mirror=mirrors[0])
+    for mirror in mirrors:
+        assert mirror.close(timeout_s=30).pending == []
+    for run in runs:
+        assert remote(s3, f"{address}/{run.name}") == tree(run)
+        assert tree(restore(f"{address}/{run.name}", tmp_path / "fresh" / run.name)) == tree(run)
 
 
 def test_a_large_file_goes_up_in_parts(
@@ -208,58 +236,96 @@ def test_a_large_file_goes_up_in_parts(
     sizes = {"below": (5 << 20) - 1, "one_part": 5 << 20, "three_parts": (10 << 20) + 1, "empty": 0}
     for name, size in sizes.items():
         (run / name).write_bytes(os.urandom(size))
-    assert S3Mirror(run, address, s3.endpoint).close(timeout_s=30).pending == []
-    objects = remote(s3, f"{address}/run-1")
-    assert {name: objects[name] for name in sizes} == tree(run)
-    key = f"{address}/run-1/three_parts".removeprefix(f"s3://{s3.bucket}/")
+    assert S3Mirror(run, address).close(timeout_s=30).pending == []
+    assert remote(s3, f"{address}/run-1") == tree(run)
+    key = f"{prefix_of(s3, address)}/run-1/three_parts"
     assert s3.client.head_object(Bucket=s3.bucket, Key=key)["ETag"].endswith('-3"')
 
 
-def test_replaced_checkpoints_are_deleted_from_s3(s3: S3Server, address: str, tmp_path: Path) -> None:
-    run = tmp_path / "run-1"
-    mirror = S3Mirror(run, address, s3.endpoint)
+def test_checkpoints_that_the_folder_no_longer_has_are_deleted(
+    s3: S3Server, address: str, tmp_path: Path
+) -> None:
+    run, url = tmp_path / "run-1", f"{address}/run-1"
+    mirror = S3Mirror(run, address)
     for step in range(1, 6):
-        save_checkpoint(run, step)
-        mirror.submit()
-        wait_until(lambda: mirror._done == mirror._asked)
+        save_checkpoint(run, step, mirror=mirror)
+        wait_until(lambda: is_done(mirror))
+    assert mirror.close(timeout_s=30).pending == []
+    assert remote(s3, url) == tree(run)
+    assert remote_steps(s3, url) == [4, 5]
+
+
+def test_the_newest_on_s3_is_never_deleted(s3: S3Server, address: str, tmp_path: Path) -> None:
+    run, url = make_run(tmp_path / "run-1"), f"{address}/run-1"
+    S3Mirror(run, address).close(timeout_s=30)
+    shutil.rmtree(run / "checkpoints/step_00000002")
+    S3Mirror(run, address).close(timeout_s=30)
+    assert remote_steps(s3, url) == [1, 2]
+    mirror = S3Mirror(run, address)
+    shutil.rmtree(run / "checkpoints/step_00000001")
     mirror.close(timeout_s=30)
-    objects = remote(s3, f"{address}/run-1")
-    assert len({name.split("/")[1] for name in objects if name.endswith("manifest.json")}) == 2
-    fresh = restore(f"{address}/run-1", tmp_path / "b", s3.endpoint)
-    assert [step_of(fresh / "checkpoints" / name) for name in ("previous", "last")] == [4, 5]
+    assert remote_steps(s3, url) == [2]
+
+
+def test_another_course_from_an_older_checkpoint_takes_the_place_of_the_first(
+    s3: S3Server, address: str, tmp_path: Path
+) -> None:
+    run, url = tmp_path / "run-1", f"{address}/run-1"
+    for step in (1, 3, 5):
+        save_checkpoint(run, step)
+    S3Mirror(run, address).close(timeout_s=30)
+    # After --resume of step 3, the save of step 4 deletes step 5.
+    mirror = S3Mirror(run, address)
+    save_checkpoint(run, 4)
+    mirror.close(timeout_s=30)
+    assert remote(s3, url) == tree(run)
+    assert remote_steps(s3, url) == [3, 4]
+    # The same step with other content.
+    shutil.rmtree(run / "checkpoints/step_00000004")
+    save_checkpoint(run, 4, size=60_000)
+    assert S3Mirror(run, address).close(timeout_s=30).pending == []
+    assert remote(s3, url) == tree(run)
 
 
 # Nothing torn
 
 
-def test_a_checkpoint_replaced_in_mid_upload_arrives_as_it_was(
-    s3: S3Server, address: str, tmp_path: Path, intercept: Callable[[Handler], None]
+@pytest.mark.parametrize("kept", [True, False], ids=["kept", "pruned"])
+def test_saves_during_a_slow_upload(
+    s3: S3Server, address: str, tmp_path: Path, intercept: Callable[[Handler], None], kept: bool
 ) -> None:
-    run = tmp_path / "run-1"
+    run, url = tmp_path / "run-1", f"{address}/run-1"
     uploading, go_on = threading.Event(), threading.Event()
 
     def hold(operation: str, request: dict[str, Any]) -> None:
-        if operation == "PutObject" and "model.safetensors" in request["url"]:
+        if operation == "PutObject" and "step_00000001/ema" in request["url"]:
             uploading.set()
             assert go_on.wait(20)
 
     intercept(hold)
-    mirror = S3Mirror(run, address, s3.endpoint)
-    save_checkpoint(run, step=1)
-    mirror.submit()
+    mirror = S3Mirror(run, address)
+    save_checkpoint(run, 1, mirror=mirror)
     assert uploading.wait(10)
-    for step in (2, 3, 4):  # step 1 is gone from the folder while it is being sent
-        save_checkpoint(run, step)
-        mirror.submit()
-    links = [link.stat().st_nlink for link in (run / ".s3-spool").rglob("model.safetensors")]
-    assert sorted(links) == [1, 2, 2]  # 1 costs disk space, 3 and 4 are in the folder as well, 2 is dropped
-    assert is_whole(run / "checkpoints/last")
+    for step in (2, 3, 4):
+        save_checkpoint(run, step, mirror=mirror if kept else None)
+    mirror.submit()
+    assert mirror.uploading() == {"step_00000001"}
+    assert steps(run) == ([1, 3, 4] if kept else [3, 4])
+    manifests = []
+    intercept(
+        lambda _, request: (
+            manifests.append(request["url"])
+            if "PUT" in request["method"] and "manifest" in request["url"]
+            else None
+        )
+    )
     go_on.set()
+    wait_until(lambda: mirror.uploading() == set())
+    save_checkpoint(run, 5, mirror=mirror)
     assert mirror.close(timeout_s=30).pending == []
-    for name, content in remote(s3, f"{address}/run-1").items():
-        assert "model" not in name or len(content) == 50_000
-    fresh = restore(f"{address}/run-1", tmp_path / "b", s3.endpoint)
-    assert tree(fresh) == tree(run)
+    assert remote(s3, url) == tree(run)
+    assert ("step_00000001" in manifests[0]) == kept
+    assert steps(restore(url, tmp_path / "b"))[-1] == 5
 
 
 @pytest.mark.parametrize("size", [4, 6 << 20], ids=["at_once", "in_parts"])
@@ -272,23 +338,24 @@ def test_a_log_that_grows_in_mid_upload_arrives_as_it_was(
     size: int,
 ) -> None:
     monkeypatch.setattr(storage, "PART_BYTES", 5 << 20)
-    run = tmp_path / "run-1"
+    run, url = tmp_path / "run-1", f"{address}/run-1"
     run.mkdir()
     first = b"1,1\n" * (size // 4)
-    (run / "training_log.csv").write_bytes(first)
+    log = run / "training_log.csv"
+    log.write_bytes(first)
 
     def append(operation: str, request: dict[str, Any]) -> None:
-        if operation in ("PutObject", "CreateMultipartUpload") and "training_log.csv" in request["url"]:
-            with (run / "training_log.csv").open("a") as file:
+        if operation in ("PutObject", "CreateMultipartUpload") and log.name in request["url"]:
+            with log.open("a") as file:
                 file.write("2,2\n")
 
     intercept(append)
-    mirror = S3Mirror(run, address, s3.endpoint)
+    mirror = S3Mirror(run, address)
     mirror.submit()
-    wait_until(lambda: mirror._done == mirror._asked)
-    assert remote(s3, f"{address}/run-1")["training_log.csv"] == first
+    wait_until(lambda: log.name in mirror._sent)
+    assert remote(s3, url)[log.name] == first
     assert mirror.close(timeout_s=30).pending == []  # what came after close() is not its business
-    assert remote(s3, f"{address}/run-1")["training_log.csv"] == first + b"2,2\n"
+    assert remote(s3, url)[log.name] == first + b"2,2\n"
 
 
 def test_death_between_any_two_requests_leaves_a_whole_checkpoint_and_its_log(
@@ -296,7 +363,7 @@ def test_death_between_any_two_requests_leaves_a_whole_checkpoint_and_its_log(
 ) -> None:
     from botocore.exceptions import EndpointConnectionError
 
-    requests_left = [0]
+    requests_left = [10_000]
 
     def cut(operation: str, request: dict[str, Any]) -> None:
         requests_left[0] -= 1
@@ -305,42 +372,36 @@ def test_death_between_any_two_requests_leaves_a_whole_checkpoint_and_its_log(
 
     intercept(cut)
     run, url = tmp_path / "run-1", f"{address}/run-1"
-    save_checkpoint(run, step=1)
-    save_checkpoint(run, step=2)
-    requests_left[0] = 10_000
-    assert S3Mirror(run, address, s3.endpoint).close(timeout_s=10).pending == []
+    save_checkpoint(run, 1)
+    save_checkpoint(run, 2)
+    assert S3Mirror(run, address).close(timeout_s=10).pending == []
     arrived = []
-    for requests in range(2, 100):  # two open the mirror
-        step = requests + 1
+    for requests in range(100):
+        step = requests + 3
         requests_left[0] = requests
-        mirror = S3Mirror(run, address, s3.endpoint)
-        save_checkpoint(run, step)
-        mirror.submit()
-        wait_until(lambda mirror=mirror: requests_left[0] < 0 or mirror._done == mirror._asked)
+        mirror = S3Mirror(run, address)
+        save_checkpoint(run, step, mirror=mirror)
+        while requests_left[0] >= 0 and not (is_done(mirror) and remote_steps(s3, url)[0] == step - 1):
+            time.sleep(0.01)
         report = mirror.close(timeout_s=0)
+        mirror._thread.join(5)
         was_cut, requests_left[0] = requests_left[0] < 0, 10_000
 
-        fresh = restore(url, tmp_path / f"fresh-{requests}", s3.endpoint)
-        checkpoints = list((fresh / "checkpoints").iterdir())
-        assert len(checkpoints) == 2
-        assert all(is_whole(checkpoint) for checkpoint in checkpoints)
-        newest = step_of(fresh / "checkpoints/last")
-        assert newest == max(step_of(checkpoint) for checkpoint in checkpoints)
+        stored = names(s3, url)
+        for step_there in remote_steps(s3, url):
+            assert sum(f"step_{step_there:08}/" in name for name in stored) == FILES
+        fresh = restore(url, tmp_path / f"fresh-{requests}")
+        newest = steps(fresh)[-1]
         assert newest in (step - 1, step)
+        assert len(steps(fresh)) >= 2
         arrived.append(newest == step)
         assert report.pending or newest == step  # the report promises no more than what is there
         assert f"\n{newest}," in (fresh / "training_log.csv").read_text()
-        objects = remote(s3, url)
-        for manifest in (name for name in objects if name.endswith("manifest.json")):
-            others = [name for name in objects if Path(name).parent == Path(manifest).parent]
-            assert len(others) == FILES  # nor does a manifest
 
-        S3Mirror(run, address, s3.endpoint).close(timeout_s=10)  # the next process brings it all
-        objects = remote(s3, url)
-        assert len(objects) == 1 + 2 * FILES + 1  # CSV, checkpoints, index: the leftovers are gone
-        assert objects["training_log.csv"] == (run / "training_log.csv").read_bytes()
-        manifests = (run / "checkpoints").glob("*/manifest.json")
-        assert index_of(objects) == {file.parent.name: sha256(file)[:16] for file in manifests}
+        S3Mirror(run, address).close(
+            timeout_s=10
+        )  # the next process brings it all, and the leftovers are gone
+        assert remote(s3, url) == tree(run)
         if not was_cut:
             break
     else:
@@ -375,27 +436,25 @@ def test_a_server_that_dies_in_mid_upload_and_returns_loses_nothing(
 
     intercept(die_at_the_third_part)
     run = make_run(tmp_path / "run-1")
-    mirror = S3Mirror(run, address, s3.endpoint)
-    save_checkpoint(run, step=2, size=20 << 20)
-    mirror.submit()
+    mirror = S3Mirror(run, address)
+    save_checkpoint(run, 3, size=20 << 20, mirror=mirror)
     wait_until(lambda: not s3.is_running)
-    save_checkpoint(run, step=3, size=20 << 20)  # training goes on meanwhile
-    mirror.submit()
+    save_checkpoint(run, 4, size=20 << 20, mirror=mirror)  # training goes on meanwhile
     report = mirror.close(timeout_s=OUTAGE_S + 30)
     restart.join()
     assert report.pending == []
     assert len(parts) > 8  # the file was begun anew
-    assert tree(restore(f"{address}/run-1", tmp_path / "b", s3.endpoint)) == tree(run)
+    assert tree(restore(f"{address}/run-1", tmp_path / "b")) == tree(run)
     messages = [record.getMessage() for record in caplog.records if record.name == storage.__name__]
     assert sum("uploads are retried" in message for message in messages) <= 3  # not one for each attempt
     assert "S3: uploads work again" in messages
 
 
 def test_without_a_server_training_ends_well_and_hears_what_is_missing(
-    s3: S3Server, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    nobody: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     run = make_run(tmp_path / "run-1")
-    mirror = S3Mirror(run, f"s3://{s3.bucket}/absent", "http://127.0.0.1:9")  # nobody listens there
+    mirror = S3Mirror(run, nobody)
     assert "training goes on" in caplog.text
     mirror.submit()
     start = time.monotonic()
@@ -403,20 +462,20 @@ def test_without_a_server_training_ends_well_and_hears_what_is_missing(
     assert 0.9 < time.monotonic() - start < 2
     assert report.uploaded == []
     assert {name for name, _why in report.pending} == {
-        *filter(is_plain, tree(run)),
-        "checkpoints/last",
-        "checkpoints/best",
+        *(name for name in tree(run) if not name.startswith("checkpoints/")),
+        "checkpoints/step_00000001",
+        "checkpoints/step_00000002",
     }
     assert f"{len(report.pending)} NOT uploaded" in str(report)
-    assert "config.yaml (EndpointConnectionError)" in str(report)
+    assert ("config.yaml", "EndpointConnectionError") in report.pending
     assert mirror.close() is report
 
 
 def test_the_end_of_training_does_not_wait_long_for_a_server_that_is_away(
-    s3: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    nobody: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(storage, "CLOSING_TRIES", 3)
-    mirror = S3Mirror(make_run(tmp_path / "run-1"), f"s3://{s3.bucket}/absent", "http://127.0.0.1:9")
+    mirror = S3Mirror(make_run(tmp_path / "run-1"), nobody)
     start = time.monotonic()
     assert mirror.close(timeout_s=60).pending
     assert time.monotonic() - start < 10
@@ -425,11 +484,11 @@ def test_the_end_of_training_does_not_wait_long_for_a_server_that_is_away(
 def test_a_server_that_comes_late_is_found(s3: S3Server, address: str, tmp_path: Path) -> None:
     s3.stop()
     run = make_run(tmp_path / "run-1")
-    mirror = S3Mirror(run, address, s3.endpoint)
+    mirror = S3Mirror(run, address)
     mirror.submit()
     s3.start()
     assert mirror.close(timeout_s=30).pending == []
-    assert tree(restore(f"{address}/run-1", tmp_path / "b", s3.endpoint)) == tree(run)
+    assert tree(restore(f"{address}/run-1", tmp_path / "b")) == tree(run)
 
 
 def test_submit_never_waits_and_only_the_newest_goes_up(
@@ -448,63 +507,82 @@ def test_submit_never_waits_and_only_the_newest_goes_up(
 
     intercept(count)
     run = tmp_path / "run-1"
-    mirror = S3Mirror(run, address, s3.endpoint)
+    mirror = S3Mirror(run, address)
     times = []
     with s3.paused():
-        for step in range(1, 31):
-            save_checkpoint(run, step)
+        for step in range(1, 16):
+            save_checkpoint(run, step, mirror=mirror)
             start = time.perf_counter()
             mirror.submit()
             times.append(time.perf_counter() - start)
-            time.sleep(0.05)
+            time.sleep(0.03)
         assert max(times) < 0.1
-        held = len(list((run / ".s3-spool").glob("*/model.safetensors")))
-        assert 2 <= held <= 4  # what was replaced during the outage is dropped
-        threading.Timer(1.5, s3.resume).start()  # after timeouts, to be told from files that cannot be read
+        assert len(steps(run)) <= 3  # what was replaced during the outage is not held
+        threading.Timer(0.8, s3.resume).start()  # after timeouts, to be told from files that cannot be read
         assert mirror.close(timeout_s=60).pending == []
-    assert len(manifests) <= 5  # of 30
-    fresh = restore(f"{address}/run-1", tmp_path / "b", s3.endpoint)
+    assert len(manifests) <= 4  # of 15
+    fresh = restore(f"{address}/run-1", tmp_path / "b")
     assert tree(fresh) == tree(run)
-    assert step_of(fresh / "checkpoints/last") == 30
+    assert steps(fresh)[-1] == 15
 
 
 def test_requests_that_are_carried_out_late_do_no_harm(
     s3: S3Server, address: str, tmp_path: Path, intercept: Callable[[Handler], None]
 ) -> None:
-    run = tmp_path / "run-1"
-    prefix = f"{address}/run-1".removeprefix(f"s3://{s3.bucket}/")
+    run, url = tmp_path / "run-1", f"{address}/run-1"
     late = {  # what timed out an hour ago
         "training_log.csv": b"old",
-        "checkpoints/index-00000001.json": b'{"layout": 1, "checkpoints": {"last": "0000000000000000"}}',
-        "checkpoints/0000000000000000/manifest.json": b"{}",
+        "checkpoints/step_00000001/manifest.json": b"{}",
+        "checkpoints/step_00000001/ema.safetensors": b"?",
     }
 
     def carry_out(operation: str, request: dict[str, Any]) -> None:
-        while operation == "ListObjectsV2" and "index-" not in request["url"] and late:
-            name, body = late.popitem()
-            s3.client.put_object(Bucket=s3.bucket, Key=f"{prefix}/{name}", Body=body)
+        while operation == "ListObjectsV2" and late:
+            put(s3, url, *late.popitem())
 
-    mirror = S3Mirror(run, address, s3.endpoint)
+    mirror = S3Mirror(run, address)
     intercept(carry_out)
-    save_checkpoint(run, step=1)
+    for step in (2, 3):
+        save_checkpoint(run, step)
     assert mirror.close(timeout_s=30).pending == []
     assert not late
-    assert len(remote(s3, f"{address}/run-1")) == 1 + FILES + 1
-    assert tree(restore(f"{address}/run-1", tmp_path / "b", s3.endpoint)) == tree(run)
+    assert remote(s3, url) == tree(run)
+
+
+def test_a_manifest_whose_answer_was_lost_is_sent_again(
+    s3: S3Server, address: str, tmp_path: Path, intercept: Callable[[Handler], None]
+) -> None:
+    from botocore.exceptions import ReadTimeoutError
+
+    run, url, lost = tmp_path / "run-1", f"{address}/run-1", []
+
+    def lose(operation: str, request: dict[str, Any]) -> None:
+        if operation == "PutObject" and "step_00000002/manifest" in request["url"] and not lost:
+            lost.append(request["url"])
+            put(s3, url, "checkpoints/step_00000002/manifest.json", request["body"].read())
+            raise ReadTimeoutError(endpoint_url="", error="")
+
+    intercept(lose)
+    mirror = S3Mirror(run, address)
+    for step in (1, 2):
+        save_checkpoint(run, step, mirror=mirror)
+    assert mirror.close(timeout_s=30).pending == []
+    assert lost
+    assert remote(s3, url) == tree(run)
 
 
 def test_a_process_that_forgets_to_close_still_exits(s3: S3Server, address: str, tmp_path: Path) -> None:
     code = """
 import pathlib, sys, time
 from common.run.s3 import S3Mirror
-mirror = S3Mirror(pathlib.Path(sys.argv[1]), sys.argv[2], sys.argv[3])
+mirror = S3Mirror(pathlib.Path(sys.argv[1]), sys.argv[2])
 print("started", flush=True)
 sys.stdin.readline()
 mirror.submit()
 time.sleep(0.5)
 """
     run = make_run(tmp_path / "run-1")
-    command = [sys.executable, "-c", code, str(run), address, s3.endpoint]
+    command = [sys.executable, "-c", code, str(run), address]
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2]
     ) as process:
@@ -537,6 +615,7 @@ GOOD = "s3://training-runs/x"
 )
 def test_a_wrong_start_is_one_sentence_without_a_secret(
     s3: S3Server,
+    address: str,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
@@ -548,7 +627,7 @@ def test_a_wrong_start_is_one_sentence_without_a_secret(
     for name, value in change.items():
         monkeypatch.setenv(name, value) if value is not None else monkeypatch.delenv(name)
     with pytest.raises(UserError) as caught:
-        S3Mirror(tmp_path / "run-1", url, s3.endpoint)
+        S3Mirror(tmp_path / "run-1", url)
     sentence = str(caught.value)
     assert says in sentence
     assert sentence.startswith("--s3 ") or sentence.startswith("--s3:")
@@ -557,100 +636,120 @@ def test_a_wrong_start_is_one_sentence_without_a_secret(
         assert secret not in sentence + caplog.text
 
 
-def test_a_compatible_server_is_not_asked_for_a_host_per_bucket(s3: S3Server) -> None:
-    client = storage._client("http://minio.example:9000", "--s3", attempts=1)
+def test_a_compatible_server_is_not_asked_for_a_host_per_bucket(
+    s3: S3Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://minio.example:9000")
+    client = storage._client("--s3", attempts=1)
     url = client.generate_presigned_url("get_object", Params={"Bucket": "bucket", "Key": "key"})
     assert url.startswith("http://minio.example:9000/bucket/key?")
 
 
-def test_an_endpoint_with_a_password_is_refused_and_not_repeated(s3: S3Server, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="--s3_endpoint") as caught:
-        S3Mirror(tmp_path / "run-1", "s3://training-runs/x", "http://user:hunter2@127.0.0.1")
-    assert "hunter2" not in str(caught.value)
+@pytest.mark.parametrize(
+    "endpoint", ["http://user:hunter2@127.0.0.1:9", "user:hunter2@127.0.0.1", "http://user:hunter2 @x"]
+)
+def test_an_endpoints_password_is_not_repeated(
+    s3: S3Server,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    endpoint: str,
+) -> None:
+    caplog.set_level(logging.DEBUG)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
+    said = ""
+    try:
+        said = str(S3Mirror(tmp_path / "run-1", "s3://training-runs/x").close(timeout_s=0.3))
+    except UserError as error:
+        said = str(error)
+        assert said.startswith("--s3: boto3 refuses its own configuration")
+    assert said
+    assert "hunter2" not in said + caplog.text
 
 
 def test_another_runs_checkpoints_are_not_overwritten(s3: S3Server, address: str, tmp_path: Path) -> None:
-    run = make_run(tmp_path / "a" / "run-1")
-    S3Mirror(run, address, s3.endpoint).close(timeout_s=30)
-    before = remote(s3, f"{address}/run-1")
-    with pytest.raises(UserError, match=f"already holds checkpoints .* pass --resume {address}/run-1"):
-        S3Mirror(tmp_path / "b" / "run-1", address, s3.endpoint)
+    run, url = make_run(tmp_path / "a" / "run-1"), f"{address}/run-1"
+    S3Mirror(run, address).close(timeout_s=30)
+    before = remote(s3, url)
+    with pytest.raises(UserError, match=f"already holds checkpoints .* pass --resume {url}"):
+        S3Mirror(tmp_path / "b" / "run-1", address)
     # The same run's own folder may go on, of course.
-    S3Mirror(run, address, s3.endpoint).close(timeout_s=30)
-    assert remote(s3, f"{address}/run-1") == before
+    S3Mirror(run, address).close(timeout_s=30)
+    assert remote(s3, url) == before
+
+
+def test_a_bucket_that_may_not_be_written_is_noticed_at_the_start(
+    address: str, tmp_path: Path, intercept: Callable[[Handler], None]
+) -> None:
+    intercept(functools.partial(refuse, "PutObject", "", "AccessDenied", 403))
+    with pytest.raises(UserError, match=r"--s3 .* are refused \(PutObject answered AccessDenied\)"):
+        S3Mirror(make_run(tmp_path / "run-1"), address)
+
+
+def refuse(what: str, where: str, code: str, status: int, operation: str, request: dict[str, Any]) -> None:
+    from botocore.exceptions import ClientError
+
+    if operation == what and where in request["url"]:
+        answer = {"Error": {"Code": code}, "ResponseMetadata": {"HTTPStatusCode": status}}
+        raise ClientError(answer, operation)
+
+
+def test_without_the_right_to_delete_old_checkpoints_stay(
+    s3: S3Server,
+    address: str,
+    tmp_path: Path,
+    intercept: Callable[[Handler], None],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    intercept(functools.partial(refuse, "DeleteObject", "", "AccessDenied", 403))
+    run, url = tmp_path / "run-1", f"{address}/run-1"
+    mirror = S3Mirror(run, address)
+    for step in range(1, 6):
+        save_checkpoint(run, step, mirror=mirror)
+        wait_until(lambda: is_done(mirror))
+    assert mirror.close(timeout_s=30).pending == []
+    assert remote_steps(s3, url) == [1, 2, 3, 4, 5]
+    assert caplog.text.count("old checkpoints stay") == 1
 
 
 def test_one_file_that_cannot_be_sent_does_not_hold_up_the_others(
     s3: S3Server, address: str, tmp_path: Path, intercept: Callable[[Handler], None]
 ) -> None:
-    from botocore.exceptions import ClientError
-
-    def refuse(operation: str, request: dict[str, Any]) -> None:
-        if "refused.txt" in request["url"]:
-            answer = {"Error": {"Code": "EntityTooLarge"}, "ResponseMetadata": {"HTTPStatusCode": 400}}
-            raise ClientError(answer, operation)
-
-    intercept(refuse)
+    intercept(functools.partial(refuse, "PutObject", "refused.txt", "EntityTooLarge", 400))
+    intercept(functools.partial(refuse, "PutObject", "step_00000002/model", "EntityTooLarge", 400))
     run = make_run(tmp_path / "run-1")
     (run / "refused.txt").write_text("x")
     (run / "back\\slash.txt").write_text("x")
     (run / "outside.txt").symlink_to("/etc/hostname")
-    report = S3Mirror(run, address, s3.endpoint).close(timeout_s=1)
-    reasons = dict(report.pending)
-    assert reasons == {
+    report = S3Mirror(run, address).close(timeout_s=1)
+    assert dict(report.pending) == {
         "refused.txt": "PutObject answered EntityTooLarge",
+        "checkpoints/step_00000002": "PutObject answered EntityTooLarge",
         "back\\slash.txt": "restoring refuses such a name",
     }
     objects = remote(s3, f"{address}/run-1")
     assert set(objects) & {"refused.txt", "back\\slash.txt", "outside.txt"} == set()
     assert "config.yaml" in objects
-    assert set(index_of(objects)) == {"last", "best"}
-
-
-def test_a_checkpoint_that_cannot_be_linked_is_reported_and_training_goes_on(
-    s3: S3Server, address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def no_link(*args: Any, **kwargs: Any) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    run = tmp_path / "run-1"
-    save_checkpoint(run, step=1)
-    mirror = S3Mirror(run, address, s3.endpoint)
-    mirror.submit()
-    wait_until(lambda: mirror._done == mirror._asked)
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "link", no_link)
-        save_checkpoint(run, step=2)
-        report = mirror.close(timeout_s=30)
-    assert report.pending == [("checkpoints/last", "No space left on device")]
-    fresh = restore(f"{address}/run-1", tmp_path / "b", s3.endpoint)
-    assert step_of(fresh / "checkpoints/last") == 1  # S3 keeps what it has
-    monkeypatch.setattr(os, "link", no_link)
-    with pytest.raises(UserError, match="--s3 needs hard links"):
-        S3Mirror(run, address, s3.endpoint)
+    assert remote_steps(s3, f"{address}/run-1") == [1]
 
 
 def test_an_object_that_arrives_different_is_sent_again(
-    s3: S3Server,
-    address: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    intercept: Callable[[Handler], None],
+    s3: S3Server, address: str, tmp_path: Path, intercept: Callable[[Handler], None]
 ) -> None:
-    real, operations = storage._FirstBytes.read, []
-    intercept(lambda operation, request: operations.append(operation))
+    operations = []
 
-    def read(self: Any, amount: int | None = -1) -> bytes:  # wrong until S3 is asked what it has got
-        data = real(self, amount)
-        return data if "HeadObject" in operations else data.replace(b"important", b"imported!")
+    def alter(operation: str, request: dict[str, Any]) -> None:
+        operations.append(operation)
+        if operation == "HeadObject" and operations.count("HeadObject") == 1:
+            put(s3, f"{address}/run-1", "file", b"imported!")
 
-    monkeypatch.setattr(storage._FirstBytes, "read", read)
+    intercept(alter)
     run = tmp_path / "run-1"
     run.mkdir()
     (run / "file").write_bytes(b"important")
-    assert S3Mirror(run, address, s3.endpoint).close(timeout_s=10).pending == []
+    assert S3Mirror(run, address).close(timeout_s=10).pending == []
     assert operations.count("HeadObject") == 2
-    assert remote(s3, f"{address}/run-1")["file"] == b"important"
+    assert remote(s3, f"{address}/run-1") == {"file": b"important"}
 
 
 def test_a_timeout_is_not_taken_for_a_file_that_cannot_be_read(
@@ -662,60 +761,13 @@ def test_a_timeout_is_not_taken_for_a_file_that_cannot_be_read(
     errors = [cls(endpoint_url="", error="") for cls in (ConnectTimeoutError, ReadTimeoutError, SSLError)]
 
     def fail(operation: str, request: dict[str, Any]) -> None:
-        if "config.yaml" in request["url"] and errors:
+        if "training_log.csv" in request["url"] and errors:
             raise errors.pop()
 
     intercept(fail)
     run = make_run(tmp_path / "run-1")
-    assert S3Mirror(run, address, s3.endpoint).close(timeout_s=10).pending == []
+    assert S3Mirror(run, address).close(timeout_s=10).pending == []
     assert errors == []
-
-
-@pytest.mark.parametrize("then", ["forward", "back"])
-def test_an_index_of_unknown_fate_is_not_relied_on(
-    s3: S3Server, address: str, tmp_path: Path, intercept: Callable[[Handler], None], then: str
-) -> None:
-    from botocore.exceptions import ClientError, ReadTimeoutError
-
-    run, checkpoints = tmp_path / "run-1", tmp_path / "run-1" / "checkpoints"
-    failures: list[str] = []
-    named: set[str] = set()
-
-    def fail(operation: str, request: dict[str, Any]) -> None:
-        """Write the third index but lose the answer, move on, and refuse three files."""
-        if operation != "PutObject":
-            return
-        if "index-00000003" in request["url"] and not failures:
-            key = request["url_path"].removeprefix(f"/{s3.bucket}/")
-            s3.client.put_object(Bucket=s3.bucket, Key=key, Body=request["body"])
-            failures.append(key)
-            if then == "forward":
-                save_checkpoint(run, step=3)
-                save_checkpoint(run, step=4)
-            else:
-                shutil.rmtree(checkpoints / "last")
-                (checkpoints / "previous").rename(checkpoints / "last")
-            mirror.submit()
-            raise ReadTimeoutError(endpoint_url="", error="")
-        if 1 <= len(failures) < 4 and then == "forward":
-            failures.append(request["url"])
-            answer = {"Error": {"Code": "AccessDenied"}, "ResponseMetadata": {"HTTPStatusCode": 403}}
-            raise ClientError(answer, operation)
-        if failures and not named:
-            objects = remote(s3, f"{address}/run-1")
-            named.update(f"checkpoints/{id_}/manifest.json" for id_ in index_of(objects).values())
-            assert named <= set(objects)
-
-    intercept(fail)
-    mirror = S3Mirror(run, address, s3.endpoint)
-    for step in (1, 2):
-        save_checkpoint(run, step)
-        mirror.submit()
-        wait_until(lambda: mirror._done == mirror._asked)
-    assert mirror.close(timeout_s=30).pending == []
-    assert failures
-    assert named
-    assert tree(restore(f"{address}/run-1", tmp_path / "b", s3.endpoint)) == tree(run)
 
 
 # What restoring refuses
@@ -725,60 +777,46 @@ def test_a_key_that_would_leave_the_folder_is_refused(
     s3: S3Server, address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make_run(tmp_path / "run-1")
-    S3Mirror(tmp_path / "run-1", address, s3.endpoint).close(timeout_s=30)
-    prefix = f"{address}/run-1".removeprefix(f"s3://{s3.bucket}/")
+    S3Mirror(tmp_path / "run-1", address).close(timeout_s=30)
     real = storage._list  # the test's server refuses to store such keys, others do not
     for name in ("../x", "/etc/x", "a/../../x", "a//x", "./x", "..", "a\\..\\x", "a\0x", "checkpoints/../x"):
-        key = f"{prefix}/{name}"
-        monkeypatch.setattr(storage, "_list", lambda *args, key=key: [*real(*args), Stored(key, 1, "")])
+        monkeypatch.setattr(storage, "_list", lambda *args, name=name: {**real(*args), name: Stored(1, "")})
         with pytest.raises(UserError, match="would leave the run's folder"):
-            restore(f"{address}/run-1", tmp_path / "b" / "run-1", s3.endpoint)
+            restore(f"{address}/run-1", tmp_path / "b" / "run-1")
         assert not (tmp_path / "b").exists()
 
 
-@pytest.mark.parametrize(
-    "index",
-    [
-        {"layout": 1, "checkpoints": {"../../evil": "0" * 16}},
-        {"layout": 1, "checkpoints": {"a/b": "0" * 16}},
-        {"layout": 1, "checkpoints": {"last": "../../../../evil"}},
-        {"layout": 1, "checkpoints": {"last": 7}},
-        {"layout": 1, "checkpoints": ["last"]},
-        {"layout": 2, "checkpoints": {}},
-        {},
-        [],
-    ],
-)
-def test_an_index_that_is_not_ours_is_refused(s3: S3Server, address: str, tmp_path: Path, index: Any) -> None:
-    prefix = address.removeprefix(f"s3://{s3.bucket}/")
-    key = f"{prefix}/run-1/checkpoints/index-00000001.json"
-    s3.client.put_object(Bucket=s3.bucket, Key=key, Body=json.dumps(index))
-    with pytest.raises(UserError, match="is not an index that this version can read"):
-        restore(f"{address}/run-1", tmp_path / "run-1", s3.endpoint)
+def test_checkpoints_of_an_older_format_are_refused(s3: S3Server, address: str, tmp_path: Path) -> None:
+    put(s3, f"{address}/run-1", "config.yaml", b"")
+    put(s3, f"{address}/run-1", "checkpoints/0123456789abcdef/manifest.json", b"{}")
+    put(s3, f"{address}/run-1", "checkpoints/index-00000001.json", b"{}")
+    with pytest.raises(
+        UserError, match="checkpoints of an older format: go on with the version that wrote them"
+    ):
+        restore(f"{address}/run-1", tmp_path / "run-1")
+    with pytest.raises(UserError, match="already holds checkpoints"):
+        S3Mirror(tmp_path / "run-1", address)
 
 
-def test_what_is_damaged_on_s3_is_left_out_and_named(
+def test_what_is_damaged_or_foreign_on_s3_is_left_out(
     s3: S3Server, address: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    run = tmp_path / "run-1"
-    save_checkpoint(run, step=1)
-    save_checkpoint(run, step=2)
-    (run / "plot.png").write_bytes(b"plot")
-    S3Mirror(run, address, s3.endpoint).close(timeout_s=30)
-    prefix = f"{address}/run-1".removeprefix(f"s3://{s3.bucket}/")
-    last = index_of(remote(s3, f"{address}/run-1"))["last"]
-    client = s3.client
-    for name in ("plot.png", f"checkpoints/{last}/model.safetensors"):
-        head = client.head_object(Bucket=s3.bucket, Key=f"{prefix}/{name}")
-        body = b"#" * head["ContentLength"]
-        client.put_object(Bucket=s3.bucket, Key=f"{prefix}/{name}", Body=body, Metadata=head["Metadata"])
-    client.put_object(Bucket=s3.bucket, Key=f"{prefix}/notes.txt", Body=b"not the mirror's")
-    client.put_object(Bucket=s3.bucket, Key=f"{prefix}/folder/", Body=b"")
-
-    fresh = restore(f"{address}/run-1", tmp_path / "b", s3.endpoint)
-    assert set(tree(run)) - set(tree(fresh)) == {"plot.png", "checkpoints/last/model.safetensors"}
-    assert is_whole(fresh / "checkpoints/previous")
-    for name in ("plot.png", f"{last}/model.safetensors", "notes.txt"):
+    run, url = make_run(tmp_path / "run-1"), f"{address}/run-1"
+    S3Mirror(run, address).close(timeout_s=30)
+    damaged = {"plots/accuracy_live.png", "checkpoints/step_00000002/model.safetensors"}
+    for name in damaged:
+        digest = hashlib.sha256((run / name).read_bytes()).hexdigest()
+        put(s3, url, name, b"#" * (run / name).stat().st_size, Metadata={"sha256": digest})
+    put(s3, url, "notes.txt", b"not the mirror's")
+    put(s3, url, "folder/", b"")
+    put(s3, url, "checkpoints/step_00000003/model.safetensors", b"unfinished")
+    fresh = restore(url, tmp_path / "b")
+    assert set(tree(run)) - set(tree(fresh)) == damaged
+    assert set(tree(fresh)) < set(tree(run))
+    found, sentences = checkpoint.newest_whole(fresh / "checkpoints")
+    assert found == fresh / "checkpoints/step_00000001"
+    assert "model.safetensors is missing" in sentences[0]
+    for name in ("plots/accuracy_live.png", "step_00000002/model.safetensors", "notes.txt"):
         assert re.search(rf"{name} does not match its checksum", caplog.text)
 
 
@@ -789,7 +827,7 @@ def test_a_download_that_breaks_off_is_begun_again(
     from botocore.response import StreamingBody
 
     run = make_run(tmp_path / "run-1")
-    S3Mirror(run, address, s3.endpoint).close(timeout_s=30)
+    S3Mirror(run, address).close(timeout_s=30)
     real, breaks = StreamingBody.iter_chunks, [1, 2, 3]
 
     def break_off(self: Any, size: int) -> Iterator[bytes]:
@@ -800,36 +838,38 @@ def test_a_download_that_breaks_off_is_begun_again(
         yield from real(self, size)
 
     monkeypatch.setattr(StreamingBody, "iter_chunks", break_off)
-    assert tree(restore(f"{address}/run-1", tmp_path / "b", s3.endpoint)) == tree(run)
+    assert tree(restore(f"{address}/run-1", tmp_path / "b")) == tree(run)
 
 
 def test_restoring_says_what_is_wrong_and_leaves_no_half_folder(
     s3: S3Server, address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = make_run(tmp_path / "run-1")
-    S3Mirror(run, address, s3.endpoint).close(timeout_s=30)
-    url = f"{address}/run-1"
-    with pytest.raises(UserError, match="there is no run at this address"):
-        restore(f"{address}/run-2", tmp_path / "b", s3.endpoint)
+    run, url = make_run(tmp_path / "run-1"), f"{address}/run-1"
+    S3Mirror(run, address).close(timeout_s=30)
+    put(s3, f"{address}/run-3", "notes.txt", b"no run")
+    for name in ("run-2", "run-3"):
+        with pytest.raises(NothingStored, match="there is no run at this address"):
+            restore(f"{address}/{name}", tmp_path / "b")
     with pytest.raises(UserError, match="run-1 is not empty"):
-        restore(url, run, s3.endpoint)
+        restore(url, run)
     with pytest.raises(UserError, match="there is no bucket"):
-        restore("s3://no-such-bucket/run-1", tmp_path / "b", s3.endpoint)
+        restore("s3://no-such-bucket/run-1", tmp_path / "b")
     with monkeypatch.context() as patch:
-        patch.setattr(storage, "RESTORE_ATTEMPTS", 2)
+        patch.setattr(storage, "RESTORE_ATTEMPTS", 1)
+        patch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
         with pytest.raises(UserError, match=r"S3 cannot be used \(EndpointConnectionError\)"):
-            restore(url, tmp_path / "b", "http://127.0.0.1:9")
+            restore(url, tmp_path / "b")
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 0, 10))
         with pytest.raises(UserError, match="bytes of disk"):
-            restore(url, tmp_path / "b", s3.endpoint)
+            restore(url, tmp_path / "b")
     with monkeypatch.context() as patch:
         patch.setattr(storage, "_download", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            restore(url, tmp_path / "b", s3.endpoint)
+            restore(url, tmp_path / "b")
     assert not (tmp_path / "b").exists()
     (tmp_path / "b").mkdir()  # an empty folder is as good as none
-    assert tree(restore(url, tmp_path / "b", s3.endpoint)) == tree(run)
+    assert tree(restore(url, tmp_path / "b")) == tree(run)
 
 
 def interrupted(client: Any, bucket: str, key: str, path: Path, size: int) -> bool:

@@ -119,6 +119,7 @@ class ArrowSource:
         """
         self.fingerprint = fingerprint
         self._names = list(tables)
+        self.location = self._names[0]
         self._first_rows = np.cumsum([0] + [len(table) for table in tables.values()])
         table = pa.concat_tables(tables.values())
         columns = find_columns(table.schema, self._names[0])
@@ -188,4 +189,7 @@ def open_datasets(data_dir: str, names: tuple[str, ...]) -> ArrowSource:
     except (ConnectionError, datasets.exceptions.DatasetNotFoundError) as error:
         why = f"is no folder here, and the hub gave no such dataset: {error}"
         raise UserError(f"--data_dir {data_dir} {why}") from error
+    except datasets.exceptions.DatasetGenerationError as error:
+        why = str(error.__cause__).partition("\n")[0]
+        raise UserError(f"--data_dir {data_dir}: a split is empty, or a file damaged: {why}") from error
     return ArrowSource({f"{name} of {data_dir}": dataset.data.table}, dataset._fingerprint)

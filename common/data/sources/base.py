@@ -18,6 +18,7 @@ class MissingSplit(UserError):
 class Source(Protocol):
     """A labelled set of encoded images."""
 
+    location: str  # where this split lies, for messages
     classes: list[str]
     labels: np.ndarray  # int64 [N]
     fingerprint: str  # changes when the data change

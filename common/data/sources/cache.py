@@ -1,13 +1,22 @@
 """What is derived from datasets and kept between runs: in the user's cache folder, never in the dataset."""
 
+from __future__ import annotations
+
+import fcntl
 import hashlib
 import logging
 import os
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
-import pyarrow as pa
 
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+Parsed = TypeVar("Parsed")
 log = logging.getLogger(__name__)
 
 
@@ -27,6 +36,8 @@ def fingerprint_of(*parts) -> str:
 
 def write_arrow(path: Path, table: pa.Table) -> None:
     """Write an uncompressed Arrow file of one record batch; it has its name only when it is whole."""
+    import pyarrow as pa
+
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
     with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
@@ -34,17 +45,53 @@ def write_arrow(path: Path, table: pa.Table) -> None:
     temporary.replace(path)
 
 
-def keep_arrow(path: Path, table: pa.Table) -> None:
-    """Write what only saves time; where the cache folder cannot be written, say so and go on."""
-    try:
-        write_arrow(path, table)
-    except OSError as error:
-        log.warning("%s is not kept for the next start: %s", path, error.strerror)
-
-
 def map_arrow(path: Path) -> pa.Table | None:
     """Memory-map an Arrow file; None where it is missing or damaged, for it can be derived again."""
+    import pyarrow as pa
+
     try:
         return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
     except (FileNotFoundError, pa.ArrowInvalid, OSError):
         return None
+
+
+def derived(
+    path: Path, make: Callable[[], pa.Table], parse: Callable[[pa.Table | None], Parsed | None]
+) -> Parsed | None:
+    """Take a table from the cache file `path`, or make it: one process of the machine does, the others wait and map it.
+
+    Args:
+        path: of the Arrow file.
+        make: derives the table from the dataset.
+        parse: turns a table into what is wanted; None where it is missing, damaged or out of date.
+
+    Returns:
+        What `parse` makes of the table; None only if a table just made does not serve.
+    """
+    parsed = parse(map_arrow(path))
+    if parsed is not None:
+        return parsed
+    with _locked(path.with_suffix(".lock")):
+        parsed = parse(map_arrow(path))
+        if parsed is None:
+            table = make()
+            try:
+                write_arrow(path, table)
+            except OSError as error:
+                log.warning("%s is not kept for the next start: %s", path, error.strerror)
+            parsed = parse(table)
+    return parsed
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Let one process in at a time; where the cache folder cannot be written, all derive the same for themselves."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock: AbstractContextManager = open(path, "w")  # noqa: SIM115 -- to close it lets the next process in
+        fcntl.flock(lock, fcntl.LOCK_EX)
+    except OSError as error:
+        log.warning("%s cannot be locked, so every process derives it: %s", path, error.strerror)
+        lock = nullcontext()
+    with lock:
+        yield

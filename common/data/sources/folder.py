@@ -17,7 +17,7 @@ import pyarrow as pa
 
 from common import UserError
 from common.data.sources.base import EXTENSIONS, HEAD_BYTES
-from common.data.sources.cache import cache_folder, fingerprint_of, keep_arrow, map_arrow
+from common.data.sources.cache import cache_folder, derived, fingerprint_of
 from common.data.sources.sizes import cached_sizes
 
 log = logging.getLogger(__name__)
@@ -35,16 +35,14 @@ class FolderSource:
 
     def __init__(self, folder: Path):
         self.folder = folder.resolve()
+        self.location = str(self.folder)
         self._root = os.fsencode(self.folder) + b"/"
-        cached = _manifest_path(self._root)
-        manifest = _read_manifest(map_arrow(cached), self._root)
+        root = self._root
+        manifest = derived(
+            _manifest_path(root), lambda: _scan(root), lambda table: _read_manifest(table, root)
+        )
         if manifest is None:
-            log.info("listing the images of %s", self.folder)
-            table = _scan(self._root)
-            keep_arrow(cached, table)
-            manifest = _read_manifest(table, self._root)
-            if manifest is None:
-                raise UserError(f"{self.folder} changes while it is being listed")
+            raise UserError(f"{self.folder} changes while it is being listed")
         self._manifest = manifest
         self.classes, self.labels, self.fingerprint = manifest.classes, manifest.labels, manifest.fingerprint
 
@@ -89,6 +87,7 @@ def _scan(root: bytes) -> pa.Table:
     Raises:
         UserError: no class folders, or an empty one.
     """
+    log.info("listing the images of %s", os.fsdecode(root))
     directories = [("", os.stat(root).st_mtime_ns)]
     classes: list[str] = []
     lengths: list[np.ndarray] = []

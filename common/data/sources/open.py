@@ -1,28 +1,51 @@
 """Which source a name means."""
 
 import re
+import shlex
+from dataclasses import dataclass
 from pathlib import Path
 
 from common import UserError
 from common.data.sources.base import VAL_NAMES, MissingSplit, Source
 
 
-def open_dataset(cfg) -> tuple[Source, Source]:
+@dataclass
+class DataSettings:
+    """The images"""
+
+    data_dir: str = ""
+    """ImageFolder tree (train/<class>/*.jpg, val/...), prepared pyramid, Parquet or Arrow folder, hub id org/name, or s3:// and hf:// addresses of shards; empty = the built-in sample data."""
+
+    streaming: bool = False
+    """Read Parquet or Arrow shards as they are needed instead of keeping the dataset on this machine."""
+
+
+def open_dataset(settings: DataSettings) -> tuple[Source, Source]:
     """Open the train and validation images that `--data_dir` names.
 
     Raises:
-        UserError: a split is missing, or the two do not have the same classes.
+        UserError: a split is missing or empty, or there are not two classes, the same in both.
     """
+    from common.data.sample import ensure_sample_data
     from common.data.sources.stream import open_stream
 
-    open_split = open_stream if cfg.streaming else open_source
-    train, val = open_split(cfg.data_dir, "train"), open_split(cfg.data_dir, "val")
-    for name, some, others in (("val", train, val), ("train", val, train)):
-        if missing := sorted(set(some.classes) - set(others.classes)):
+    data_dir = settings.data_dir or str(ensure_sample_data())
+    open_split = open_stream if settings.streaming else open_source
+    train, val = open_split(data_dir, "train"), open_split(data_dir, "val")
+    for split in (train, val):
+        if not len(split):
+            raise UserError(f"--data_dir {data_dir}: {split.location} holds no images")
+    for lacking, having in ((val, train), (train, val)):
+        if missing := sorted(set(having.classes) - set(lacking.classes)):
             names = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
-            raise UserError(f"--data_dir {cfg.data_dir}: {name} lacks {len(missing)} classes: {names}")
+            raise UserError(
+                f"--data_dir {data_dir}: {lacking.location} lacks {len(missing)} of the classes: {names}; "
+                f"add them there, or remove them from {having.location}"
+            )
     if train.classes != val.classes:
-        raise UserError(f"--data_dir {cfg.data_dir}: train and val number their classes in different orders")
+        raise UserError(f"--data_dir {data_dir}: train and val number their classes in different orders")
+    if len(train.classes) == 1:
+        raise UserError(f"--data_dir {data_dir} has one class only, {train.classes[0]}; it takes two or more")
     return train, val
 
 
@@ -42,14 +65,14 @@ def open_source(data_dir: str, split: str) -> Source:
     from common.data.sources.folder import FolderSource
     from common.data.sources.remote import download
 
+    if not data_dir:
+        raise UserError("--data_dir is empty; it names a folder with train/ and val/, or a dataset org/name")
     if data_dir.startswith("s3://"):
         data_dir = str(download(data_dir))
     elif data_dir.startswith("hf://"):
         data_dir = data_dir.removeprefix("hf://").removeprefix("datasets/")
     folder = Path(data_dir).expanduser()
     names = ("train",) if split == "train" else VAL_NAMES
-    if not data_dir:
-        raise UserError("--data_dir is empty; it names a folder with train/ and val/, or a dataset org/name")
     if not folder.is_dir():
         if folder.exists() or not re.fullmatch(r"\w[\w.-]*/[\w.-]+", data_dir):
             raise UserError(f"--data_dir {data_dir} is not a folder")
@@ -61,7 +84,17 @@ def open_source(data_dir: str, split: str) -> Source:
     for name in names:
         if (folder / name).is_dir():
             return FolderSource(folder / name)
-    raise MissingSplit(
-        f"--data_dir {data_dir} has no {' or '.join(names)} folder, no data/*.arrow and no Parquet files; "
-        "`python -m common.tools.split` makes train/ and val/ of one folder of class folders"
+    raise MissingSplit(f"--data_dir {data_dir} {_what_is_missing(folder.resolve(), names)}")
+
+
+def _what_is_missing(folder: Path, names: tuple[str, ...]) -> str:
+    """Say how a folder without the split `names[0]` becomes a dataset."""
+    if folder.name in ("train", *VAL_NAMES) and (folder.parent / "train").is_dir():
+        return f"is one split of a dataset; pass its parent, --data_dir {shlex.quote(str(folder.parent))}"
+    unsplit = folder / "train" if (folder / "train").is_dir() else folder
+    paths = ["--data_dir", str(unsplit), "--out", f"{folder}-split"]
+    command = shlex.join(["python", "-m", "common.tools.split", *paths])
+    return (
+        f"has no {' or '.join(names)} folder, no data/*.arrow and no Parquet files; `{command}` makes train and "
+        f"val of the class folders in {unsplit}, and then --data_dir is {folder}-split"
     )

@@ -2,7 +2,7 @@
 
 A row group of a Parquet file, or a record batch of an Arrow file, is what can be fetched at once: some
 hundred images. The files' footers say how many rows each has, so every image has its index from the start,
-and an order of training is a matrix of indices as for any other source (`sampling.streaming_epoch`), only one
+and an order of training is a matrix of indices as for any other source (`order.streaming_epoch`), only one
 that stays within a few row groups for a while. Position, resume and number of processes need nothing of their
 own.
 
@@ -29,7 +29,7 @@ from pyarrow import fs
 from common import UserError
 from common.data.sources.arrow import Places, choose_level, find_columns, find_places, read_labels
 from common.data.sources.base import VAL_NAMES, MissingSplit
-from common.data.sources.cache import cache_folder, keep_arrow, map_arrow, write_arrow
+from common.data.sources.cache import cache_folder, derived, map_arrow, write_arrow
 from common.data.sources.remote import Storage
 
 log = logging.getLogger(__name__)
@@ -82,7 +82,7 @@ class StreamSource:
     def __init__(self, storage: Storage, files: list[fs.FileInfo]):
         self._shards = [Shard(storage, info.path) for info in files]
         self._storage = storage
-        name = files[0].path
+        self.location = name = files[0].path
         self.fingerprint = storage.fingerprint(files)
         self._folder = cache_folder() / "streams" / self.fingerprint
         schema = storage.retry(name, self._shards[0].schema)
@@ -103,23 +103,23 @@ class StreamSource:
 
     def _read_rows(self, columns: list[str]) -> pa.Table:
         """Read all that is not images, and where each row lies: once, and then from the cache folder."""
-        cached = self._folder / "rows.arrow"
-        table = map_arrow(cached)
-        if table is None:
+
+        def read(shard: Shard) -> tuple[list[int], pa.Table]:
+            return self._storage.retry(shard.path, lambda: shard.read_small(columns))
+
+        def read_all() -> pa.Table:
             log.info("reading the footers of %d files below %s", len(self._shards), self._storage.url)
-
-            def read(shard: Shard) -> tuple[list[int], pa.Table]:
-                return self._storage.retry(shard.path, lambda: shard.read_small(columns))
-
             with ThreadPoolExecutor(16) as pool:
                 parts = list(pool.map(read, self._shards))
             counts = [rows for rows, _ in parts]
             shards = np.repeat(np.arange(len(parts)), [sum(rows) for rows in counts])
             groups = np.concatenate([np.repeat(np.arange(len(rows)), rows) for rows in counts])
             table = pa.concat_tables([part for _, part in parts])
-            table = table.append_column("shard", pa.array(shards)).append_column("group", pa.array(groups))
-            keep_arrow(cached, table)
-        return table
+            return table.append_column("shard", pa.array(shards)).append_column("group", pa.array(groups))
+
+        rows = derived(self._folder / "rows.arrow", read_all, lambda table: table)
+        assert rows is not None
+        return rows
 
     def __len__(self) -> int:
         return len(self.labels)

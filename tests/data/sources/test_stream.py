@@ -16,20 +16,14 @@ import torch
 from PIL import Image
 
 from common import UserError
-from common.data.loader import Loader, open_dataset
 from common.data.order import BatchItem, View, local_items, streaming_epoch
 from common.data.sources import remote
 from common.data.sources import stream as streaming
+from common.data.sources.open import DataSettings, open_dataset
 from common.data.sources.stream import StreamSource, open_stream
+from tests.data.examples import make_loader
 
 VIEW = View((0.5, 1.0))
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch) -> Path:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
-    return tmp_path / "cache" / "image-classification-training"
 
 
 def picture(number: int, width: int, height: int) -> dict:
@@ -90,7 +84,7 @@ def endpoint(s3, monkeypatch):
 
 
 def opened(data_dir, streaming: bool = True):
-    return open_dataset(SimpleNamespace(data_dir=str(data_dir), streaming=streaming, workers=None))
+    return open_dataset(DataSettings(str(data_dir), streaming))
 
 
 # --- the order ----------------------------------------------------------------------------------------------
@@ -183,7 +177,7 @@ def test_a_group_is_fetched_once_for_all_processes(shards, monkeypatch, tmp_path
     monkeypatch.setattr(streaming.Shard, "read_images", counted)
     train, val = opened(shards)
     order = np.random.default_rng(0).permutation(119)
-    loader = Loader(train, val, seed=0, workers=2)
+    loader = make_loader(train, val, seed=0, workers=2)
     items = [BatchItem(0, chosen, 32, 32, 0, VIEW) for chosen in np.array_split(order, 20)]
     numbers = [number for batch in loader.stream(items) for number in number_of(batch.images)]
     loader.close()
@@ -241,7 +235,9 @@ def test_a_pyramid_is_streamed_by_level(tmp_path, cache):
     for size in (56, 128, 224):
         for index in range(12):
             assert train.read(index, size).tobytes() == whole.read(index, size).tobytes()
-    [batch] = Loader(train, val, seed=0, workers=0).stream([BatchItem(0, np.arange(12), 128, 128, 0, VIEW)])
+    [batch] = make_loader(train, val, seed=0, workers=0).stream(
+        [BatchItem(0, np.arange(12), 128, 128, 0, VIEW)]
+    )
     assert number_of(batch.images) == list(range(12))
 
 
@@ -284,7 +280,7 @@ def epoch_numbers(source: StreamSource, rank: int, world: int, steps: slice = sl
     """What a process sees at each step of an epoch."""
     matrix = streaming_epoch(source.group_rows, 32, 16, seed=3, epoch=2)
     items = local_items(matrix, epoch=2, view=VIEW, rank=rank, world=world, accumulation=1, start_step=0)
-    loader = Loader(source, source, seed=3, workers=2)
+    loader = make_loader(source, source, seed=3, workers=2)
     numbers = [number_of(batch.images) for batch in loader.stream(list(items)[steps])]
     loader.close()
     return numbers
@@ -292,7 +288,7 @@ def epoch_numbers(source: StreamSource, rank: int, world: int, steps: slice = sl
 
 PROCESS = """
 import json, sys
-from tests.test_streaming import epoch_numbers, open_stream
+from tests.data.sources.test_stream import epoch_numbers, open_stream
 source, rank = open_stream(sys.argv[1], "train"), int(sys.argv[2])
 print(json.dumps([epoch_numbers(source, rank, 2), epoch_numbers(source, rank, 2, slice(3))]))
 """
@@ -353,7 +349,7 @@ def test_an_interruption_is_survived_and_a_long_one_is_said(shards, endpoint, mo
     assert "trying again" in caplog.text
     endpoint.stop()
     monkeypatch.setattr(remote, "sleep", lambda seconds: None)
-    loader = Loader(train, val, seed=0, workers=0, skip_unreadable=True)
+    loader = make_loader(train, val, seed=0, workers=0, skip_unreadable=True)
     with pytest.raises(UserError, match=r"cannot read row group 0 of .*train-00001") as caught:
         next(loader.stream([BatchItem(0, np.array([35]), 32, 32, 0, VIEW)]))
     assert "\n" not in str(caught.value)

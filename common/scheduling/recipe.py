@@ -1,0 +1,230 @@
+"""Defaults that fit the data, the budget and the machine.
+
+The strategies' lists are written for ImageNet (1.28 million images, 1,000 classes), 50 to 90 epochs and 4 or 8 processes; there every rule
+here leaves them as they are. Elsewhere a rule changes what its reason does not bear, and a note says so and names the flag. What the user
+set is never changed. Reasons are published or measured; docs/recipe.md has the figures, also those that speak against a rule.
+"""
+
+import math
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+from common.scheduling.plan import BACKBONE, Stage, couple_strength
+
+# Levels of regularisation, and the epochs from which each holds. Mixing cost 9 points in 5 and in 12 epochs; published recipes of 16 to 60
+# epochs do without it (ffcv-imagenet, 2022; Mosaic ResNet, 2022), and our lists, from 50 epochs, have it.
+LEVELS = ("mild", "medium", "strong")
+MEDIUM_FROM, STRONG_FROM = 25, 50
+# With fewer images seen of a class, one level milder: blended labels teach little about a class that is hardly known. Reasoned, not
+# measured apart from the epochs; ImageNet's classes are seen 64,000 times in 50 epochs.
+SEEN_PER_CLASS = 10_000
+# Smallest crop as a share of the image: 35 % won 7.7 points over 8 % in 5 epochs; medium is the geometric mean of the two.
+SMALLEST_CROP = {"mild": 0.35, "medium": 0.17, "strong": 0.0}
+# Share of the listed mixing and erasing that is left.
+KEPT = {"mild": 0.0, "medium": 0.5, "strong": 1.0}
+# Optimizer steps that an epoch and a run have at least. Below a problem's critical batch a smaller one costs no epochs (Shallue et al.,
+# 2019), and a run of 1,000 steps is short on any machine.
+STEPS_PER_EPOCH, STEPS_PER_RUN = 20, 1000
+# BatchNorm's statistics of 8 and fewer images per process cost accuracy (Wu and He, 2018, Group Normalization).
+FEWEST_IMAGES = 16
+# Smallest training image in pixels, and one cell of the last map (the stride): stages of 32 px paid with ResNet-18.
+SMALLEST_SIZE, DEFAULT_STRIDE = 32, 32
+# The head's share of a fine-tuning run: the list's 5 of 50 epochs.
+HEAD_SHARE = 0.1
+# EMA's horizon as a share of the run. torchvision's recipe averages over 4 % and scales that with the epochs; a fifth lost 1.9 points.
+EMA_SHARE = 0.04
+# The finder's sweep is at most this share of the run, but no fewer steps than tell six decades of rates apart.
+FINDER_SHARE, FINDER_STEPS = 0.1, 25
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What the rules know about data and machine.
+
+    Args:
+        images: training images.
+        classes: of the dataset.
+        processes: that train together.
+        short_side: median short side of the originals in pixels; 0 = unknown.
+        stride: pixels of the image per cell of the network's last feature map; 0 = unknown.
+    """
+
+    images: int
+    classes: int
+    processes: int = 1
+    short_side: int = 0
+    stride: int = 0
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """All of the run's stages, the settings that change by name, and a sentence for each change that names its flag."""
+
+    stages: list[Stage]
+    values: dict[str, Any] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+
+def apportion(epochs: Sequence[int], total: int) -> list[int]:
+    """Share `total` epochs out in proportion to `epochs`, at least one each; the sum is `total` if that is one for each or more.
+
+    Largest remainders (Hamilton's method); of equal remainders the later stage's, with the larger images, counts first.
+    """
+    shares = [count * total / sum(epochs) for count in epochs]
+    counts = [1] * len(shares)
+    for _ in range(total - len(counts)):
+        counts[max(range(len(counts)), key=lambda i: (round(shares[i] - counts[i], 9), i))] += 1
+    return counts
+
+
+def fitting_level(stages: Sequence[Stage], facts: Facts) -> str:
+    """How strongly a run of this length over this data is regularised."""
+    epochs = sum(stage.epochs for stage in stages)
+    rank = (epochs >= MEDIUM_FROM) + (epochs >= STRONG_FROM)
+    hardly_known = facts.images * epochs < SEEN_PER_CLASS * facts.classes
+    return LEVELS[max(0, rank - hardly_known)]
+
+
+def adapt(
+    stages: Sequence[Stage],
+    settings: Mapping[str, Any],
+    given: Collection[str],
+    facts: Facts,
+    recipe: Literal["auto", "mild", "medium", "strong", "listed"] = "auto",
+) -> Recipe:
+    """The stages and settings for this data and machine; at the lists' own scale, those of the lists.
+
+    Args:
+        stages: the strategy's list, scaled to --epochs, --img_size and --batch_size.
+        settings: all of the script's settings by name.
+        given: names of the settings that the user set; "stages" among them means that the list is the user's, and it stays whole.
+        facts: about data and machine.
+        recipe: level of regularisation; auto = by the run's length; listed = change nothing at all.
+    """
+    result = Recipe(list(stages))
+    if recipe == "listed":
+        return result
+    length, free = fitting_level(stages, facts), settings.keys() - set(given)
+    if "stages" not in given:
+        _fit_head(result, free)
+        _fit_sizes(result, settings, free, facts)
+        _fit_batches(result, settings, free, facts)
+    smaller = [s.batch_size for s in result.stages] != [s.batch_size for s in stages]
+    if length != "strong" or smaller:
+        _fit_rates(result, settings, free)
+    _fit_regularisation(result, settings, free, length if recipe == "auto" else recipe)
+    _fit_horizons(result, settings, free, facts)
+    return result
+
+
+def _fit_head(recipe: Recipe, free: set[str]) -> None:
+    """Fine-tuning in fewer epochs than listed leaves most of them to the whole network."""
+    head, *body = recipe.stages
+    total = sum(stage.epochs for stage in recipe.stages)
+    epochs = max(1, round(HEAD_SHARE * total))
+    if BACKBONE in head.frozen and "head_epochs" in free and len(body) == 1 and epochs < head.epochs:
+        recipe.stages[:] = [replace(head, epochs=epochs), replace(body[0], epochs=total - epochs)]
+        recipe.notes.append(f"{epochs} epochs for the head alone, not {head.epochs} (--head_epochs)")
+
+
+def _fit_sizes(recipe: Recipe, settings: Mapping[str, Any], free: set[str], facts: Facts) -> None:
+    """No stage larger than the images, unless the user says so, and none smaller than the network bears."""
+    stride = facts.stride or DEFAULT_STRIDE
+    sizes = [stage.img_size for stage in recipe.stages]
+    largest = top = max(sizes)
+    flag = "target_size" if "target_size" in settings else "img_size"
+    # Enlarged pixels hold nothing new; but a map of one cell has no inside, so two are left. Pretrained features expect objects as large
+    # as they learnt them, on enlarged images too (Kornblith et al., 2019, fine-tune CIFAR at 224 px).
+    if facts.short_side and flag in free and not settings["weights"]:
+        top = min(largest, max(facts.short_side // stride, 2) * stride)
+    if top < largest:
+        sizes = [top if size == largest else 8 * round(size * top / largest / 8) for size in sizes]
+        recipe.notes.append(f"{top} px, not {largest}: the images have {facts.short_side} (--{flag})")
+    floor = min(max(SMALLEST_SIZE, stride), top)
+    if min(sizes) < floor:
+        # Equal steps from the smallest size that serves to the largest, as EfficientNetV2 spaces its stages (Tan and Le, 2021).
+        different = sorted(set(sizes))
+        step = (top - floor) / (len(different) - 1)
+        spaced = [floor + step * different.index(size) for size in sizes]
+        sizes = [top if size == top else 8 * round(size / 8) for size in spaced]
+        recipe.notes.append(f"stages of {sizes} px: the network needs {floor} (--stages)")
+    recipe.stages[:] = [replace(s, img_size=size) for s, size in zip(recipe.stages, sizes, strict=True)]
+
+
+def _fit_batches(recipe: Recipe, settings: Mapping[str, Any], free: set[str], facts: Facts) -> None:
+    """Batches that leave every epoch and the run enough optimizer steps; no stage goes below --batch_size."""
+    world = facts.processes * settings["accumulation"]
+    seen = facts.images * sum(stage.epochs * stage.data_fraction for stage in recipe.stages)
+    listed = [stage.batch_size for stage in recipe.stages]
+    least = FEWEST_IMAGES if "batch_size" in free else max(recipe.stages, key=lambda s: s.img_size).batch_size
+    for i, stage in enumerate(recipe.stages):
+        room = min(facts.images * stage.data_fraction / STEPS_PER_EPOCH, seen / STEPS_PER_RUN) / world
+        # Powers of two, like the lists.
+        fitting = max(least, 2 ** math.floor(math.log2(max(1, room))))
+        recipe.stages[i] = replace(stage, batch_size=min(stage.batch_size, fitting))
+    batches = [stage.batch_size for stage in recipe.stages]
+    if batches != listed:
+        recipe.notes.append(f"batches of {batches}, not {listed}, for more steps (--batch_size)")
+
+
+def _fit_rates(recipe: Recipe, settings: Mapping[str, Any], free: set[str]) -> None:
+    """Peak and curve of the learning rate, where length or batches are no longer the list's."""
+    # The linear rule is known from 256 images up (Goyal et al., 2017); at 64 its 0.025 is a sixth of what a sweep finds and what is best.
+    # The limit belongs to the rule.
+    if "lr" in free and settings["lr"] != "auto":
+        recipe.values.update({"lr": "auto"} | ({"max_lr": None} if "max_lr" in free else {}))
+        recipe.notes.append(f"the LR finder's peak, not {settings['lr']} per 256 images (--lr)")
+    # A new head has a cycle of its own; other stages spend too much of a short run on warming up: 3.0 points against one cycle. And the
+    # last size needs a rate that still moves: listed scales anneal on top of the cycle.
+    if any(BACKBONE in stage.frozen for stage in recipe.stages):
+        return
+    if "stage_wise" in free and settings["stage_wise"]:
+        recipe.values["stage_wise"] = False
+        recipe.notes.append("one OneCycle, not one per stage (--stage_wise)")
+    if "stages" in free and any(stage.lr_scale for stage in recipe.stages):
+        recipe.stages[:] = [replace(stage, lr_scale=None) for stage in recipe.stages]
+        recipe.notes.append("peaks follow the batches, without the listed scales (--stages)")
+
+
+def _fit_regularisation(recipe: Recipe, settings: Mapping[str, Any], free: set[str], level: str) -> None:
+    """Crops, mixing and erasing by level; gentler on small images."""
+    if level == "strong":
+        return
+    kept, smallest, said = KEPT[level], SMALLEST_CROP[level], []
+    crop = "rect_scale" if all(stage.shape == "rect" for stage in recipe.stages) else "crop_scale"
+    low, high = settings[crop]
+    if crop in free and low < smallest <= high:
+        recipe.values[crop] = (smallest, high)
+        said.append(f"crops of {smallest:.0%} to {high:.0%} (--{crop})")
+    mixing = {"stages", "mixup_share", "mixup_alpha", "cutmix_alpha", "batch_aug_prob"} & settings.keys()
+    if mixing <= free and any(stage.mixup for stage in recipe.stages):
+        recipe.stages[:] = [replace(stage, mixup=kept * stage.mixup) for stage in recipe.stages]
+        said.append(f"mixing in {kept:.0%} of the listed epochs (--mixup_alpha)")
+    if "erasing_prob" in free and settings["erasing_prob"]:
+        recipe.values["erasing_prob"] = kept * settings["erasing_prob"]
+        said.append(f"erasing in {recipe.values['erasing_prob']:.0%} (--erasing_prob)")
+    # 4.8 points in 19 epochs; the idea is EfficientNetV2's.
+    sizes = {stage.img_size for stage in recipe.stages}
+    if "couple_strength" in free and "stages" in free and not settings["couple_strength"] and len(sizes) > 1:
+        recipe.stages[:] = couple_strength(recipe.stages)
+        said.append("gentler on small images (--couple_strength)")
+    epochs = sum(stage.epochs for stage in recipe.stages)
+    if said:
+        recipe.notes.append(f"{epochs} epochs, {level} regularisation (--recipe): {', '.join(said)}")
+
+
+def _fit_horizons(recipe: Recipe, settings: Mapping[str, Any], free: set[str], facts: Facts) -> None:
+    """What is counted in steps follows the run's: EMA's memory, if it is longer than the run, and the finder's sweep."""
+    steps = 0
+    for stage in recipe.stages:
+        batch = stage.batch_size * facts.processes * settings["accumulation"]
+        steps += stage.epochs * max(1, int(facts.images * stage.data_fraction) // batch)
+    if settings["ema"] and "ema_decay" in free and steps * (1 - settings["ema_decay"]) < 1:
+        recipe.values["ema_decay"] = 1 - 1 / max(1.0, EMA_SHARE * steps)
+        recipe.notes.append(f"EMA decay {recipe.values['ema_decay']:.4g}: {steps:,} steps (--ema_decay)")
+    sweep = max(FINDER_STEPS, int(FINDER_SHARE * steps))
+    finding = recipe.values.get("lr", settings["lr"]) == "auto" and "lr_finder_iterations" in free
+    if finding and sweep < settings["lr_finder_iterations"]:
+        recipe.values["lr_finder_iterations"] = sweep
+        recipe.notes.append(f"a sweep of {sweep} of {steps:,} steps (--lr_finder_iterations)")

@@ -1,0 +1,115 @@
+"""Which dataset a name means, and in which words it is refused."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from common import UserError
+from common.data import sample
+from common.data.sources.base import MissingSplit
+from common.data.sources.open import open_source
+from tests.data.examples import make_parquet, make_pyramid, make_tree, opened
+
+
+@pytest.mark.parametrize("name", ["validation", "valid", "test"])
+def test_other_names_of_the_validation_split(tree, name):
+    (tree / "val").rename(tree / name)
+    assert len(opened(tree)[1]) == 9
+
+
+def refused(data_dir) -> str:
+    with pytest.raises(UserError) as caught:
+        opened(data_dir)
+    sentence = str(caught.value)
+    assert "\n" not in sentence
+    return sentence
+
+
+def test_what_is_refused_is_named(tree, tmp_path):
+    assert "/nowhere is not a folder" in refused("/nowhere")
+    (tmp_path / "readme").write_text("text")
+    assert "readme is not a folder" in refused(tmp_path / "readme")
+    (tree / "train" / "empty").mkdir()
+    assert f"{tree}/train/empty holds no images" in refused(tree)
+    (tmp_path / "flat" / "train").mkdir(parents=True)
+    assert f"{tmp_path}/flat/train/ holds no class folders" in refused(tmp_path / "flat")
+    with pytest.raises(UserError, match="--data_dir is empty"):
+        open_source("", "train")
+
+
+def test_classes_that_one_split_lacks_are_named_with_the_folder_to_mend(tree):
+    (tree / "val" / "owl").rename(tree / "val" / "eagle")
+    mend = f"add them there, or remove them from {tree}/train"
+    assert f"{tree}/val lacks 1 of the classes: owl; {mend}" in refused(tree)
+    shutil.rmtree(tree / "val" / "eagle")
+    assert f"{tree}/val lacks 1 of the classes: owl; {mend}" in refused(tree)
+    shutil.copytree(tree / "val" / "dog", tree / "val" / "owl")
+    shutil.rmtree(tree / "train" / "dog")
+    mend = f"add them there, or remove them from {tree}/val"
+    assert f"{tree}/train lacks 1 of the classes: dog; {mend}" in refused(tree)
+
+
+def test_a_folder_without_val_is_told_the_command_that_makes_it(tree):
+    shutil.rmtree(tree / "val")
+    assert "has no val or validation" in refused(tree)
+    command = f"`python -m common.tools.split --data_dir {tree}/train --out {tree}-split`"
+    assert command in refused(tree)
+    assert f"--data_dir is {tree}-split" in refused(tree)
+
+
+def test_a_folder_of_class_folders_is_told_the_command_that_splits_it(tree):
+    spaced = (tree / "train").rename(tree.parent / "my photos")
+    assert f"split --data_dir '{spaced}' --out '{spaced}-split'`" in refused(spaced)
+    with pytest.raises(MissingSplit):
+        open_source(str(spaced), "train")
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_one_split_instead_of_the_dataset(tree, split):
+    assert f"pass its parent, --data_dir {tree}" in refused(tree / split)
+
+
+def test_a_single_class(tmp_path):
+    assert "has one class only, cat" in refused(make_tree(tmp_path / "one", classes=("cat",)))
+
+
+def test_an_empty_split(tmp_path):
+    path = make_parquet(tmp_path / "data") / "test-00000-of-00001.parquet"
+    pq.write_table(pq.read_table(path)[:0], path)
+    assert "a split is empty, or a file damaged" in refused(tmp_path / "data")
+    [*_, path] = sorted((make_pyramid(tmp_path / "pyramid", shard=4) / "data").iterdir())
+    schema = pa.ipc.open_file(path).schema
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, schema):
+        pass
+    assert f"{path} holds no images" in refused(tmp_path / "pyramid")
+
+
+def test_no_name_means_the_sample(tree, monkeypatch):
+    monkeypatch.setattr(sample, "ensure_sample_data", lambda: tree)
+    assert [len(source) for source in opened("")] == [18, 9]
+
+
+WITHOUT = """
+import sys
+sys.modules["pyarrow"] = sys.modules["datasets"] = sys.modules["jsonargparse"] = None
+import common.data.loader, common.data.batches, common.data.sources.open, common.data.sources.cache
+"""
+
+
+def test_needs_no_arrow_to_import():
+    subprocess.run([sys.executable, "-c", WITHOUT], check=True, cwd=Path(__file__).parents[3])
+
+
+def test_hub_that_cannot_be_reached(monkeypatch):
+    import datasets
+
+    def unreachable(*args, **options):
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr(datasets, "get_dataset_split_names", unreachable)
+    assert "the hub gave no such dataset: no network" in refused("org/name")

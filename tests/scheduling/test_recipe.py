@@ -1,0 +1,227 @@
+import dataclasses
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from common.scheduling import BACKBONE, Stage
+from common.scheduling.recipe import FEWEST_IMAGES, Facts, adapt, apportion
+from train_finetune import FinetuneConfig
+from train_hybrid import HybridConfig
+from train_progressive import ProgressiveConfig
+from train_rect import RectConfig
+from train_standard import StandardConfig
+
+CONFIGS = {
+    "standard": StandardConfig(),
+    "finetune": FinetuneConfig(weights="timm"),
+    "progressive": ProgressiveConfig(),
+    "hybrid": HybridConfig(),
+    "expert": HybridConfig(progressive_freezing=True),
+    "rect": RectConfig(),
+}
+SMALL = Facts(images=3000, classes=10, short_side=192, stride=32)
+
+
+def imagenet(processes: int) -> Facts:
+    return Facts(images=1_281_167, classes=1000, processes=processes, short_side=375, stride=32)
+
+
+def settings_of(cfg) -> dict:
+    return {f.name: getattr(cfg, f.name) for f in dataclasses.fields(cfg)}
+
+
+def adapted(name: str, facts: Facts = SMALL, recipe: str = "auto", **changes):
+    """The recipe for a script with these flags."""
+    cfg = dataclasses.replace(CONFIGS[name], **changes)
+    return adapt(cfg.curriculum(), settings_of(cfg), set(changes), facts, recipe)
+
+
+def every(recipe, name: str) -> set:
+    return {getattr(stage, name) for stage in recipe.stages}
+
+
+@pytest.mark.parametrize("processes", [4, 8])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_nothing_changes_at_the_lists_own_scale(name, processes):
+    recipe = adapted(name, imagenet(processes))
+    assert recipe.stages == CONFIGS[name].curriculum()
+    assert recipe.values == {}
+    assert recipe.notes == []
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_listed_changes_nothing_anywhere(name):
+    recipe = adapted(name, recipe="listed")
+    assert (recipe.stages, recipe.values, recipe.notes) == (CONFIGS[name].curriculum(), {}, [])
+
+
+@pytest.mark.parametrize(
+    ("listed", "total", "shares"),
+    [
+        ([15, 15, 30, 20], 8, [1, 2, 3, 2]),
+        ([15, 15, 30, 20], 12, [2, 2, 5, 3]),
+        ([15, 15, 30, 20], 80, [15, 15, 30, 20]),
+        ([25, 25, 25], 8, [2, 3, 3]),
+        ([1, 1, 98], 4, [1, 1, 2]),
+        ([1, 98, 1], 2, [1, 1, 1]),
+    ],
+)
+def test_epochs_are_shared_out_exactly(listed, total, shares):
+    assert apportion(listed, total) == shares
+
+
+@settings(deadline=None)
+@given(listed=st.lists(st.integers(1, 100), min_size=1, max_size=6), total=st.integers(1, 300))
+def test_shares_sum_to_the_total_and_lie_within_one_of_proportion(listed, total):
+    shares = apportion(listed, total)
+    assert min(shares) >= 1
+    assert sum(shares) == max(total, len(listed))
+    if all(count * total >= sum(listed) for count in listed):
+        assert all(abs(s - c * total / sum(listed)) < 1 for s, c in zip(shares, listed, strict=True))
+
+
+def test_a_short_run_is_mild_and_says_so_in_one_line():
+    recipe = adapted("standard", epochs=12)
+    assert recipe.values["crop_scale"] == (0.35, 1.0)
+    assert every(recipe, "mixup") == {0.0}
+    (note,) = [note for note in recipe.notes if "12 epochs" in note]
+    assert all(part in note for part in ("mild", "35% to 100%", "--crop_scale", "--mixup_alpha", "--recipe"))
+
+
+@pytest.mark.parametrize(("epochs", "crop", "mixup"), [(24, 0.35, 0.0), (25, 0.17, 0.45), (50, 0.08, 0.9)])
+def test_regularisation_follows_the_length_of_the_run(epochs, crop, mixup):
+    recipe = adapted("standard", imagenet(8), epochs=epochs)
+    assert recipe.values.get("crop_scale", (0.08, 1.0))[0] == crop
+    assert every(recipe, "mixup") == {mixup}
+
+
+def test_few_images_of_a_class_are_regularised_one_level_less():
+    assert every(adapted("standard", dataclasses.replace(SMALL, classes=30), epochs=60), "mixup") == {0.45}
+    assert every(adapted("standard", dataclasses.replace(SMALL, classes=10), epochs=60), "mixup") == {0.9}
+
+
+def test_rect_loses_its_erasing_and_keeps_its_crops():
+    recipe = adapted("rect", epochs=12)
+    assert recipe.values["erasing_prob"] == 0
+    assert {"crop_scale", "rect_scale"}.isdisjoint(recipe.values)
+
+
+@pytest.mark.parametrize("processes", [1, 2, 4, 8])
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("images", [600, 3000, 50_000])
+def test_every_epoch_has_enough_steps(name, processes, images):
+    recipe = adapted(name, Facts(images, 10, processes))
+    for stage in recipe.stages:
+        steps = int(images * stage.data_fraction) // (stage.batch_size * processes)
+        assert steps >= 20 or stage.batch_size == FEWEST_IMAGES
+        assert stage.batch_size >= FEWEST_IMAGES
+
+
+def test_a_short_run_has_a_thousand_steps_and_accumulation_counts():
+    (stage,) = adapted("standard", epochs=12).stages
+    assert stage.batch_size == 32
+    (stage,) = adapted("standard", epochs=12, accumulation=2).stages
+    assert stage.batch_size == 16
+    assert adapted("standard", imagenet(8), epochs=16).stages[0].batch_size == 512
+
+
+def test_no_stage_goes_below_the_batch_that_was_asked_for():
+    assert every(adapted("standard", epochs=12, batch_size=512), "batch_size") == {512}
+    assert every(adapted("progressive", epochs=12, batch_size=64), "batch_size") == {64}
+
+
+@pytest.mark.parametrize(
+    ("name", "img_size", "sizes"),
+    [
+        ("progressive", 64, [32, 48, 64]),
+        ("progressive", 96, [32, 64, 96]),
+        ("progressive", 128, [32, 64, 128]),
+        ("hybrid", 96, [56, 72, 96, 96]),
+        ("hybrid", 48, [32, 40, 48, 48]),
+        ("progressive", 24, [24, 24, 24]),
+    ],
+)
+def test_small_stages_stay_large_enough_for_the_network(name, img_size, sizes):
+    recipe = adapted(name, epochs=12, img_size=img_size)
+    assert [stage.img_size for stage in recipe.stages] == sizes
+
+
+@pytest.mark.parametrize(
+    ("name", "short_side", "sizes"),
+    [
+        ("standard", 192, [192]),
+        ("standard", 200, [192]),
+        ("standard", 0, [224]),
+        ("standard", 32, [64]),
+        ("progressive", 128, [32, 64, 128]),
+        ("rect", 128, [128]),
+        ("finetune", 32, [224, 224]),
+    ],
+)
+def test_no_stage_is_larger_than_the_images(name, short_side, sizes):
+    recipe = adapted(name, dataclasses.replace(SMALL, short_side=short_side))
+    assert [stage.img_size for stage in recipe.stages] == sizes
+
+
+def test_the_size_that_was_asked_for_stays():
+    assert every(adapted("standard", img_size=224), "img_size") == {224}
+    assert every(adapted("rect", target_size=224), "img_size") == {224}
+
+
+def test_a_short_curriculum_has_one_cycle_and_the_finders_rate():
+    recipe = adapted("progressive", epochs=12)
+    assert {"lr": "auto", "max_lr": None, "stage_wise": False}.items() <= recipe.values.items()
+    assert every(adapted("hybrid", epochs=12), "lr_scale") == {None}
+    assert [stage.data_fraction for stage in adapted("hybrid", epochs=12).stages] == [0.5, 0.75, 1, 1]
+
+
+def test_strength_follows_the_size():
+    recipe = adapted("progressive", epochs=12, img_size=96)
+    assert [stage.strength for stage in recipe.stages] == pytest.approx([1 / 3, 2 / 3, 1])
+    assert every(adapted("progressive", epochs=12, couple_strength=False), "strength") == {1.0}
+
+
+def test_fine_tuning_keeps_its_two_cycles_and_a_tenth_for_the_head():
+    recipe = adapted("finetune", epochs=12)
+    assert [stage.epochs for stage in recipe.stages] == [1, 11]
+    assert BACKBONE in recipe.stages[0].frozen
+    assert recipe.stages[1].lr_scale == 0.3
+    assert "stage_wise" not in recipe.values
+    assert [stage.epochs for stage in adapted("finetune", epochs=12, head_epochs=5).stages] == [5, 7]
+
+
+def test_ema_and_finder_follow_the_number_of_steps():
+    recipe = adapted("standard", epochs=10, batch_size=60, ema=True)
+    assert recipe.values["ema_decay"] == pytest.approx(1 - 1 / 20)
+    assert recipe.values["lr_finder_iterations"] == 50
+    assert "ema_decay" not in adapted("standard", epochs=10).values
+    assert adapted("standard", epochs=1, batch_size=100).values["lr_finder_iterations"] == 25
+    assert "lr_finder_iterations" not in adapted("standard", epochs=12, lr=0.1).values
+
+
+GIVEN = {
+    "crop_scale": (0.08, 1.0), "mixup_alpha": 0.2, "erasing_prob": 0.25, "lr": 0.1, "max_lr": 0.4, "stage_wise": True,
+    "ema_decay": 0.9999, "lr_finder_iterations": 100, "couple_strength": False,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["progressive", "hybrid"])
+def test_what_the_user_gave_never_changes(name):
+    stages = [Stage(2, 16, 512, lr_scale=0.5, mixup=1.0), Stage(2, 320, 512, lr_scale=0.25)]
+    recipe = adapted(name, stages=stages, ema=True, **GIVEN)
+    assert recipe.stages == stages
+    assert recipe.values == {}
+    assert recipe.notes == []
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_change_is_noted_with_its_flag(name):
+    recipe = adapted(name, Facts(3000, 10, short_side=128), epochs=12)
+    notes = " ".join(recipe.notes)
+    # the limit of the rate goes with the rate
+    assert all(f"--{setting}" in notes for setting in recipe.values if setting != "max_lr")
+    assert "--batch_size" in notes
+    assert ("--target_size" if name == "rect" else "--img_size") in notes or name == "finetune"
+    assert ("--head_epochs" in notes) == (name == "finetune")
+    assert ("--stage_wise" in notes) == (name == "progressive")
