@@ -66,8 +66,8 @@ def main(cfg: FinetuneConfig) -> None:
         raise UserError("--weights is needed: a run folder, a weights file, or a timm pretrained tag")
     with start_run(cfg) as run:
         train, val = open_dataset(cfg)
-        model = create_finetuned_model(cfg.model, train.classes, cfg.weights)
-        fit(run, model, train, val)
+        model, source = create_finetuned_model(cfg.model, train.classes, cfg.weights)
+        fit(run, model, train, val, source)
 
 
 if __name__ == "__main__":

@@ -5,88 +5,86 @@ pixels are worked on as rows of width x 3 numbers: in channels_last memory that 
 constants broadcast along long contiguous rows instead of three channels at a time.
 """
 
+from __future__ import annotations
+
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from common import UserError
+from common.data.order import BatchItem
 from common.data.rng import CUTOUT, ERASE, FLIP, uniforms
+
+if TYPE_CHECKING:
+    from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, PositiveInt
 
 log = logging.getLogger(__name__)
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+ERASING_AREA = (0.02, 0.33)  # smallest and largest erased share of the image
+CUTOUT_HOLES = 1
 ERASING_ASPECT = (0.3, 1 / 0.3)  # height / width, as in the paper
 
 
-class Item(Protocol):
-    """What the draws of a batch depend on; a sampling.BatchItem is one."""
+@dataclass
+class AugmentSettings:
+    """Augmentation"""
 
-    @property
-    def epoch(self) -> int: ...
-    @property
-    def indices(self) -> np.ndarray: ...  # int64 [B], the images' places in the dataset
+    mixup_alpha: NonNegativeFloat = 0.2
+    """MixUp's Beta parameter (Zhang et al., 2018); 0 = off. With CutMix on too, a fair coin picks one per batch."""
+    cutmix_alpha: NonNegativeFloat = 1.0
+    """CutMix's Beta parameter (Yun et al., 2019); 0 = off."""
+    batch_aug_prob: ClosedUnitInterval = 1.0
+    """Probability that a batch is mixed at all."""
+    label_smoothing: ClosedUnitInterval = 0.1
+    """Of batches that are not mixed (Szegedy et al., 2016)."""
+    erasing_prob: ClosedUnitInterval = 0.0
+    """Probability of Random Erasing, per image (Zhong et al., 2020)."""
+    cutout_prob: ClosedUnitInterval = 0.0
+    """Probability of Cutout, per image (DeVries and Taylor, 2017)."""
+    cutout_length: PositiveInt = 8
+    """Side of Cutout's hole in pixels."""
+    flip: ClosedUnitInterval = 0.5
+    """Probability of a horizontal flip."""
 
 
-@dataclass(frozen=True)
 class Augment:
-    """Settings of the augmentation; calling it turns a batch of pixels into a batch to learn from.
+    """Turns a batch of pixels into a batch to learn from.
 
-    mixup_alpha, cutmix_alpha: parameters of Beta(alpha, alpha) for MixUp (Zhang et al., 2018) and CutMix
-        (Yun et al., 2019); 0 turns one off; with both on, a fair coin picks one per batch.
-    batch_aug_prob: probability that a batch is mixed at all.
-    label_smoothing: of batches that are not mixed (Szegedy et al., 2016).
-    flip: probability of a horizontal flip.
-    erasing_prob, erasing_area: Random Erasing (Zhong et al., 2020), area as a share of the image. The
-        rectangle takes the dataset's mean colour, one of the paper's fillings: unlike noise it is the same on
-        any device.
-    cutout_prob, cutout_holes, cutout_length: Cutout (DeVries and Taylor, 2017); the side of a square hole in
-        pixels.
-    mean, std: of the dataset's channels, for pixels from 0 to 1.
-    dtype: of the images that come out; the arithmetic is float32.
-
-    Raises:
-        UserError: a setting out of its range.
+    Args:
+        settings: what is applied, and how often.
+        num_classes: length of the soft targets.
+        seed: of the run.
+        mean: of the dataset's channels, for pixels from 0 to 1.
+        std: their standard deviations.
     """
 
-    num_classes: int
-    seed: int = 0
-    mixup_alpha: float = 0.2
-    cutmix_alpha: float = 1.0
-    batch_aug_prob: float = 1.0
-    label_smoothing: float = 0.1
-    flip: float = 0.5
-    erasing_prob: float = 0.0
-    erasing_area: tuple[float, float] = (0.02, 0.33)
-    cutout_prob: float = 0.0
-    cutout_holes: int = 1
-    cutout_length: int = 8
-    mean: tuple[float, float, float] = IMAGENET_MEAN
-    std: tuple[float, float, float] = IMAGENET_STD
-    dtype: torch.dtype = torch.float32
-
-    def __post_init__(self) -> None:
-        for name in ("mixup_alpha", "cutmix_alpha"):
-            _require(getattr(self, name) >= 0, f"--{name} must be >= 0")
-        for name in ("batch_aug_prob", "flip", "erasing_prob", "cutout_prob"):
-            _require(0 <= getattr(self, name) <= 1, f"--{name} must be a probability from 0 to 1")
-        _require(0 <= self.label_smoothing < 1, "--label_smoothing must be >= 0 and < 1")
-        low, high = self.erasing_area
-        _require(0 < low <= high < 1, "--erasing_area must be two shares of the image, 0 < low <= high < 1")
-        for name in ("cutout_holes", "cutout_length"):
-            _require(getattr(self, name) >= 1, f"--{name} must be >= 1")
-        _require(min(self.std) > 0, "--std must be > 0")
-        if self.erasing_prob > 0 and self.cutout_prob > 0:
+    def __init__(
+        self,
+        settings: AugmentSettings,
+        num_classes: int,
+        seed: int = 0,
+        mean: tuple[float, ...] = IMAGENET_MEAN,
+        std: tuple[float, ...] = IMAGENET_STD,
+    ) -> None:
+        self.settings, self.num_classes, self.seed, self.mean, self.std = (
+            settings,
+            num_classes,
+            seed,
+            mean,
+            std,
+        )
+        if settings.erasing_prob > 0 and settings.cutout_prob > 0:
             log.warning("Random Erasing and Cutout are both on; images may lose more than is good for them")
 
     def __call__(
-        self, images: Tensor, labels: Tensor, item: Item, *, mix: bool, strength: float = 1.0
+        self, images: Tensor, labels: Tensor, item: BatchItem, *, mix: bool, strength: float = 1.0
     ) -> tuple[Tensor, Tensor]:
         """Augment a batch; a pure function of the settings and the arguments, which it leaves as they are.
 
@@ -102,13 +100,13 @@ class Augment:
                 probabilities of CutMix, erasing and Cutout; at 0 there are none of the four.
 
         Returns:
-            Normalised images, self.dtype [B, 3, H, W] in channels_last memory, and soft targets, float32
+            Normalised images, float32 [B, 3, H, W] in channels_last memory, and soft targets, float32
             [B, num_classes]. Rows sum to 1; cross-entropy with them is lam x loss(a) + (1 - lam) x loss(b).
         """
         batch, channels, height, width = images.shape
         assert len(item.indices) == batch
         assert images.dtype == torch.uint8
-        flips = uniforms(self.seed, item.epoch, item.indices, FLIP, 1)[:, 0] < self.flip
+        flips = uniforms(self.seed, item.epoch, item.indices, FLIP, 1)[:, 0] < self.settings.flip
         flipped_first = np.argsort(~flips, kind="stable")[:, None]
         mixing, share, box = self._draw_mixing(item, height, width, strength if mix else 0.0)
         holes = [hole for hole in self._draw_holes(item, height, width, strength) if hole.any()]
@@ -136,12 +134,12 @@ class Augment:
             for hole in holes[1:]:
                 covered |= _inside(hole, height, width, channels)
             out.masked_fill_(covered.view(torch.bool), 0.0)  # 0 is the mean colour of normalised pixels
-        return _as_images(out, width).to(self.dtype), self._targets(labels, lam if mixing else None)
+        return _as_images(out, width), self._targets(labels, lam if mixing else None)
 
-    def normalise(self, images: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    def normalise(self, images: Tensor) -> Tensor:
         """(pixels / 255 - mean) / std, all that evaluation needs: uint8 [B, 3, H, W] to float."""
         width = images.shape[3]
-        return _as_images(self._normalise_rows(_as_rows(images), width), width).to(dtype or self.dtype)
+        return _as_images(self._normalise_rows(_as_rows(images), width), width)
 
     def _normalise_rows(self, rows: Tensor, width: int) -> Tensor:
         scale, offset = _affine(self.mean, self.std, width, rows.device)
@@ -151,22 +149,22 @@ class Augment:
         """Soft targets, float32 [B, num_classes]: lam (float32 [B, 1]) of a label, the rest its partner's."""
         labels = labels[:, None]
         if lam is None:
-            floor = self.label_smoothing / self.num_classes
+            floor = self.settings.label_smoothing / self.num_classes
             targets = torch.full((len(labels), self.num_classes), floor, device=labels.device)
-            return targets.scatter_(1, labels, 1 - self.label_smoothing + floor)
+            return targets.scatter_(1, labels, 1 - self.settings.label_smoothing + floor)
         targets = torch.zeros(len(labels), self.num_classes, device=labels.device)
         return targets.scatter_(1, labels, lam).scatter_add_(1, _partners(labels), 1 - lam)
 
     def _draw_mixing(
-        self, item: Item, height: int, width: int, strength: float
+        self, item: BatchItem, height: int, width: int, strength: float
     ) -> tuple[str, np.ndarray, np.ndarray]:
         """Draw "mixup", "cutmix" or "", an image's own share of the mix [B, 1], and the box to cut [B, 4]."""
         batch = len(item.indices)
         # Alpha and probability of each. Strength acts on CutMix's probability, since a smaller alpha would
         # not weaken its mixes: the border leaves about half of a box as large as the image.
         kinds = {
-            "mixup": (self.mixup_alpha * strength, self.batch_aug_prob),
-            "cutmix": (self.cutmix_alpha, self.batch_aug_prob * strength),
+            "mixup": (self.settings.mixup_alpha * strength, self.settings.batch_aug_prob),
+            "cutmix": (self.settings.cutmix_alpha, self.settings.batch_aug_prob * strength),
         }
         possible = [kind for kind, (alpha, chance) in kinds.items() if alpha > 0 and chance > 0]
         rng = np.random.default_rng((self.seed, item.epoch, int(item.indices[0])))
@@ -184,33 +182,26 @@ class Augment:
         area = (box[:, 1] - box[:, 0]) * (box[:, 3] - box[:, 2])
         return kind, 1 - area[:, None] / (height * width), box
 
-    def _draw_holes(self, item: Item, height: int, width: int, strength: float) -> Iterator[np.ndarray]:
+    def _draw_holes(self, item: BatchItem, height: int, width: int, strength: float) -> Iterator[np.ndarray]:
         """Draw what Random Erasing and Cutout cover: boxes [B, 4], empty ones where nothing is drawn."""
         batch = len(item.indices)
-        if self.erasing_prob * strength > 0:
+        if self.settings.erasing_prob * strength > 0:
             chance, area, aspect, *corner = uniforms(self.seed, item.epoch, item.indices, ERASE, 5).T
-            low, high = self.erasing_area
+            low, high = ERASING_AREA
             area = height * width * (low + (high - low) * area)
             # The paper draws again until the rectangle fits; here the aspect is drawn from what fits.
             lowest, highest = (np.clip(limit, area / width**2, height**2 / area) for limit in ERASING_ASPECT)
             aspect = lowest * (highest / lowest) ** aspect
             sides = np.rint(np.sqrt([area * aspect, area / aspect])).clip(1, [[height], [width]])
             first = np.floor(corner * (np.array([[height], [width]]) - sides + 1))
-            drawn = (chance < self.erasing_prob * strength)[:, None]
+            drawn = (chance < self.settings.erasing_prob * strength)[:, None]
             yield drawn * _box(first.T, (first + sides).T, height, width)
-        if self.cutout_prob * strength > 0:
-            chance, *centres = uniforms(
-                self.seed, item.epoch, item.indices, CUTOUT, 1 + 2 * self.cutout_holes
-            ).T
-            drawn = (chance < self.cutout_prob * strength)[:, None]
-            centres = np.array(centres).reshape(self.cutout_holes, 2, batch).swapaxes(1, 2)
-            for centre in np.floor(centres * (height, width)) - self.cutout_length // 2:
-                yield drawn * _box(centre, centre + self.cutout_length, height, width)
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise UserError(message)
+        if self.settings.cutout_prob * strength > 0:
+            chance, *centres = uniforms(self.seed, item.epoch, item.indices, CUTOUT, 1 + 2 * CUTOUT_HOLES).T
+            drawn = (chance < self.settings.cutout_prob * strength)[:, None]
+            centres = np.array(centres).reshape(CUTOUT_HOLES, 2, batch).swapaxes(1, 2)
+            for centre in np.floor(centres * (height, width)) - self.settings.cutout_length // 2:
+                yield drawn * _box(centre, centre + self.settings.cutout_length, height, width)
 
 
 def _box(first: np.ndarray, last: np.ndarray, height: int, width: int) -> np.ndarray:

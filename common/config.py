@@ -113,6 +113,8 @@ class TrainConfig(
     # Names of the settings that the user gave, on the command line or in a file.
     given: ClassVar[frozenset[str]] = frozenset()
 
+    recipe: Literal["auto", "mild", "medium", "strong", "listed"] = "auto"
+    """Defaults that fit data, length and machine, printed where they differ from those listed here; listed = these."""
     stages: list[Stage] = field(default_factory=list)
     """The curriculum as a list of stages, in --config or on the command line; empty = the script's own."""
 

@@ -15,7 +15,20 @@ from common.run.run import Run
 from train_rect import RectConfig
 
 ROOT = Path(__file__).parent.parent
-FAST = ["--model", "test_resnet", "--wandb", "off", "--workers", "0", "--lr", "0.1", "--mixed_precision", "no", "--recipe", "listed"]
+FAST = [
+    "--model",
+    "test_resnet",
+    "--wandb",
+    "off",
+    "--workers",
+    "0",
+    "--lr",
+    "0.1",
+    "--mixed_precision",
+    "no",
+    "--recipe",
+    "listed",
+]
 
 
 def make_images(folder: Path, classes: int = 3, train: int = 24, val: int = 7) -> Path:

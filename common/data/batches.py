@@ -25,7 +25,7 @@ from common.data.sources.base import Source
 from common.scheduling import EpochPlan, Plan, Stage
 
 if TYPE_CHECKING:
-    from jsonargparse.typing import ClosedUnitInterval, PositiveInt
+    from jsonargparse.typing import ClosedUnitInterval
 
 WHOLE = 0.0  # instead of the share that a square crop keeps
 
@@ -45,12 +45,6 @@ class ViewSettings:
 
     rect_area: Literal["short", "constant"] = "short"
     """What rectangular shapes hold constant: short = the short side, constant = the pixels per image."""
-
-    rect_buckets: PositiveInt = 9
-    """Number of different shapes at most."""
-
-    rect_scale: tuple[ClosedUnitInterval, ClosedUnitInterval] = (0.35, 1.0)
-    """As --crop_scale, in stages with shape rect."""
 
 
 class Batches:
@@ -74,10 +68,9 @@ class Batches:
     ) -> None:
         self.plan, self.train, self.val, self.settings = plan, train, val, settings
         self.seed, self.rank, self.world = seed, rank, world
-        for name in ("crop_scale", "rect_scale"):
-            low, high = getattr(settings, name)
-            if not 0 < low <= high:
-                raise UserError(f"--{name} needs 0 < smallest <= largest <= 1, not {low}, {high}")
+        low, high = settings.crop_scale
+        if not 0 < low <= high:
+            raise UserError(f"--crop_scale needs 0 < smallest <= largest <= 1, not {low}, {high}")
         if settings.crop_pct == WHOLE:
             raise UserError("--crop_pct must be above 0; --rect_val true evaluates images whole")
         random_access = settings.rect_val or any(
@@ -118,7 +111,7 @@ class Batches:
 
     def train_view(self, stage: Stage) -> View:
         """A stage's random crops: the weaker its strength, the larger the smallest of them."""
-        low, high = self.settings.rect_scale if stage.shape == "rect" else self.settings.crop_scale
+        low, high = self.settings.crop_scale
         scale = (high * (low / high) ** stage.strength, high)
         return View(scale, ratio=(1.0, 1.0)) if stage.shape == "rect" else View(scale)
 
@@ -154,6 +147,4 @@ class Batches:
     @lru_cache(maxsize=4)  # noqa: B019
     def _shapes(self, img_size: int) -> np.ndarray:
         """Shapes [K, 2] for an image size."""
-        return choose_shapes(
-            self.train.sizes(), img_size, self.settings.rect_area, self.settings.rect_buckets
-        )
+        return choose_shapes(self.train.sizes(), img_size, self.settings.rect_area)

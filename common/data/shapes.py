@@ -72,7 +72,7 @@ def stage_shapes(stage: Stage, train: Source, settings: ViewSettings) -> list[tu
     """Heights and widths that training batches of a stage can have."""
     if stage.shape == "square":
         return [(stage.img_size, stage.img_size)]
-    shapes = choose_shapes(train.sizes(), stage.img_size, settings.rect_area, settings.rect_buckets)
+    shapes = choose_shapes(train.sizes(), stage.img_size, settings.rect_area)
     return [(height, width) for height, width in shapes.tolist()]
 
 

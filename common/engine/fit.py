@@ -20,6 +20,7 @@ from common.engine.profiler import traced
 from common.engine.recording import record, save
 from common.engine.setup import adapt_settings, prepare_state, settle_plan
 from common.engine.trainer import Trainer
+from common.model.pretrained_cfg import PretrainedCfg
 from common.run.finder_plot import plot_lr_finder
 from common.run.processes import Interrupted, rank0_errors
 from common.run.progress import closing_block
@@ -27,15 +28,17 @@ from common.run.records import draw
 from common.run.run import Run
 from common.scheduling import EpochPlan, Rates, resolve_lr
 
-# Of all steps, the most that the LR finder may cost.
-FINDER_SHARE = 0.1
-FEWEST_FINDER_STEPS = 15
+# Per 256 images, when the finder's curve cannot be trusted (Goyal et al., 2017).
+FALLBACK_LR = 0.1
 
 
-def fit(run: Run, model: nn.Module, train: Source, val: Source) -> None:
-    """Train `model` through the run's stages; evaluate, record and save as it goes."""
+def fit(run: Run, model: nn.Module, train: Source, val: Source, source: PretrainedCfg | None = None) -> None:
+    """Train `model` through the run's stages; evaluate, record and save as it goes.
+
+    `source` is what weights that it starts from expect of their images.
+    """
     cfg, accelerator = run.cfg, run.accelerator
-    adapt_settings(run, train)
+    adapt_settings(run, model, train)
     state = prepare_state(run, model, train)
     progress = state.progress
     plan = settle_plan(run, state, train)
@@ -54,7 +57,7 @@ def fit(run: Run, model: nn.Module, train: Source, val: Source) -> None:
         channels_last=cfg.channels_last,
     )
     with closing(loader):
-        trainer = Trainer(run, state, plan, batches, loader, train)
+        trainer = Trainer(run, state, plan, batches, loader, source)
         rates = settle_rates(trainer)
         run.log.info("%s", "\n".join(filter(None, (rates.table(), batches.bucket_tables()))))
         stream = loader.stream(batches.run_items(progress.epochs_done, progress.step))
@@ -161,12 +164,11 @@ def find_peak(t: Trainer) -> float:
         loss = run.accelerator.reduce(t.meter.sums - before, "sum")[0]
         return float(loss) / epoch.global_batch
 
-    iterations = min(cfg.lr_finder_iterations, max(FEWEST_FINDER_STEPS, int(FINDER_SHARE * plan.total_steps)))
-    run.log.info("finding the learning rate: %d steps", iterations)
+    fallback = resolve_lr(FALLBACK_LR, plan.global_batches[0], "linear")
+    run.log.info("finding the learning rate: %d steps", cfg.lr_finder_iterations)
     with out_of_memory_advice(epoch, plan.micro_batch(0)):
-        sweep = find_lr(t.state, step, iterations, fallback=resolve_lr(0.1, plan.global_batches[0], "linear"))
-    if sweep.problem:
-        run.log.warning("%s", sweep.problem)
+        sweep = find_lr(t.state, step, cfg.lr_finder_iterations, fallback=fallback, report=run.log.info)
+    t.meter = None
     with rank0_errors():
         if run.is_main:
             sweep.write_csv(run.folder / "lr_finder.csv")

@@ -1,7 +1,11 @@
 """After an epoch: a line for people, a row for programs, and a checkpoint to go on from."""
 
 import time
+from dataclasses import replace
 from typing import Any
+
+from safetensors.torch import save as to_safetensors
+from torch import Tensor
 
 from common.config import as_plain
 from common.engine.evaluate import Score
@@ -92,7 +96,7 @@ def _write(t: Trainer, files: dict[str, Any], step: int, began: float) -> None:
     progress = files["state.json"]["progress"]
     checkpoint.write(folder, files)
     if progress["best_step"] == step:
-        t.write_model(files["ema.safetensors" if progress["best_is_ema"] else "model.safetensors"])
+        _write_model(t, files["ema.safetensors" if progress["best_is_ema"] else "model.safetensors"])
     keep = {checkpoint.name_of(progress["best_step"])}
     if every := run.cfg.keep_every:
         kept_epochs = (epoch for epoch in t.plan.epochs() if (epoch.index + 1) % every == 0)
@@ -101,3 +105,15 @@ def _write(t: Trainer, files: dict[str, Any], step: int, began: float) -> None:
         keep |= run.mirror.uploading()
     checkpoint.prune(folder, KEEP_CHECKPOINTS, keep)
     run.log.info("saved step %d in %.2f s", step, time.monotonic() - began)
+
+
+def _write_model(t: Trainer, weights: dict[str, Tensor]) -> None:
+    """`model/`: weights that know their network, their classes and their images, in timm's format."""
+    cfg, folder = t.run.cfg, t.run.folder / "model"
+    folder.mkdir(exist_ok=True)
+    stage = t.plan.stages[t.stage_index]
+    description = replace(
+        t.model_cfg, img_size=stage.img_size, test_size=None, crop_pct=cfg.crop_pct, interpolation="bilinear"
+    )
+    checkpoint.write_durably(folder / "model.safetensors", to_safetensors(weights))
+    t.run.records.write_json("model/config.json", description.timm_config())

@@ -1,9 +1,13 @@
 """What happens before the first step: settings that fit, the state to go on from, and a plan that fits into memory."""
 
+from contextlib import suppress
+
+import numpy as np
 import torch
 from torch import nn
 
 from common import UserError
+from common.data.decode import DecodeError, read_header
 from common.data.shapes import stage_shapes
 from common.data.sources.base import Source
 from common.engine.memory import fit_memory
@@ -13,12 +17,48 @@ from common.run.checkpoint import Progress, TrainState
 from common.run.processes import rank0_errors, seed_everything
 from common.run.run import Run
 from common.scheduling import Plan, make_plan
+from common.scheduling.recipe import Facts, adapt
+
+# Images whose headers tell how large the images are.
+SIZE_SAMPLE = 500
 
 
-def adapt_settings(run: Run, train: Source) -> None:
-    """Settle the stages and what goes with them; a resumed run brings its own along."""
+def adapt_settings(run: Run, model: nn.Module, train: Source) -> None:
+    """Settle the stages and the defaults that fit data, length and machine; a resumed run brings its own along."""
     cfg = run.cfg
-    cfg.stages = cfg.stages_in_force()
+    if run.resumed:
+        return
+    # timm's networks tell by how much their last feature map is smaller than the image; ours are ResNets.
+    features = getattr(model, "feature_info", None)
+    stride = features[-1]["reduction"] if isinstance(features, list) and features else 0
+    facts = Facts(
+        images=len(train),
+        classes=len(train.classes),
+        processes=run.accelerator.num_processes,
+        short_side=typical_short_side(train),
+        stride=stride,
+    )
+    fitting = adapt(cfg.stages_in_force(), vars(cfg), cfg.given, facts, cfg.recipe)
+    cfg.stages = fitting.stages
+    for name, value in fitting.values.items():
+        setattr(cfg, name, value)
+    for note in fitting.notes:
+        run.log.info("adapted: %s", note)
+
+
+def typical_short_side(train: Source) -> int:
+    """Median short side of the originals in pixels, of a sample of them; 0 where it would have to be fetched."""
+    if train.group_rows is not None and not train.prepared:
+        return 0
+    sample = np.linspace(0, len(train) - 1, min(len(train), SIZE_SAMPLE)).astype(int)
+    if train.prepared:
+        return int(np.median(train.sizes()[sample].min(1)))
+    sides = []
+    for index in sample.tolist():
+        # An image that cannot be read is met again, and named, when it is trained on.
+        with suppress(DecodeError, OSError):
+            sides.append(min(read_header(train.read(index, 0))[:2]))
+    return int(np.median(sides)) if sides else 0
 
 
 def prepare_state(run: Run, model: nn.Module, train: Source) -> TrainState:

@@ -5,6 +5,7 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -14,10 +15,10 @@ from common.augment import Augment
 from common.data.batches import Batches
 from common.data.loader import Batch, Loader
 from common.data.shapes import stage_shapes
-from common.data.sources.base import Source
 from common.engine.evaluate import Score, average_buffers, evaluate
 from common.engine.memory import out_of_memory_advice, warm_up
 from common.model.freezing import set_trainable_layers, train_mode
+from common.model.pretrained_cfg import PretrainedCfg, architecture
 from common.run import checkpoint
 from common.run.checkpoint import TrainState
 from common.run.progress import Meter
@@ -39,11 +40,22 @@ class Trainer:
     """
 
     def __init__(
-        self, run: Run, state: TrainState, plan: Plan, batches: Batches, loader: Loader, train: Source
+        self,
+        run: Run,
+        state: TrainState,
+        plan: Plan,
+        batches: Batches,
+        loader: Loader,
+        source: PretrainedCfg | None = None,
     ) -> None:
         self.run, self.state, self.plan, self.batches, self.loader = run, state, plan, batches, loader
-        self.augment = Augment(run.cfg, num_classes=len(train.classes), seed=run.cfg.seed)
-        self.optimizer = run.accelerator.prepare_optimizer(state.optimizer)
+        cfg, classes = run.cfg, batches.train.classes
+        self.model_cfg = source or PretrainedCfg(architecture(cfg.model), [], 0)
+        self.model_cfg = replace(self.model_cfg, architecture=architecture(cfg.model), classes=classes)
+        mean, std = self.model_cfg.mean, self.model_cfg.std
+        self.augment = Augment(cfg, num_classes=len(classes), seed=cfg.seed, mean=mean, std=std)
+        # Accelerate would move all of its state to the device, and reading AdamW's counters there waits in every step.
+        self.optimizer = run.accelerator.prepare_optimizer(state.optimizer, device_placement=False)
         self.net: nn.Module = state.model
         self.stage_index = -1
         self.meter: Meter | None = None

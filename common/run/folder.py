@@ -15,7 +15,7 @@ from common.run import checkpoint
 from common.run.processes import rank0_errors
 
 
-def claim_folder(cfg: TrainConfig, state: PartialState) -> dict[str, Any] | None:
+def claim_folder(cfg: TrainConfig, state: PartialState) -> tuple[bool, dict[str, Any] | None]:
     """Settle `cfg.output` and `cfg.run_name`, the same on all processes, and take over a recorded run's settings.
 
     Nothing is written, but for a run that is fetched from S3. What is resumed, in this order:
@@ -25,7 +25,7 @@ def claim_folder(cfg: TrainConfig, state: PartialState) -> dict[str, Any] | None
     3. the newest undamaged one of the run's folder, also after `--resume PATH` or `s3://...` of a whole run.
 
     Returns:
-        The files of the checkpoint to go on from, on the main process; None for a new run.
+        Whether a run is resumed, and on the main process the files of the checkpoint to go on from.
 
     Raises:
         UserError: the folder holds something else, or a run with other settings.
@@ -45,7 +45,7 @@ def claim_folder(cfg: TrainConfig, state: PartialState) -> dict[str, Any] | None
     cfg.output, cfg.run_name, recorded = place[0]
     if recorded is not None:
         adopt(cfg, recorded)
-    return files
+    return recorded is not None, files
 
 
 def _place(cfg: TrainConfig) -> tuple[Path, str, Path | None]:
@@ -131,8 +131,9 @@ def create_folder(folder: Path, cfg: TrainConfig) -> None:
         UserError: cannot be written.
     """
     try:
-        for name in ("logs", "plots", "checkpoints"):
-            (folder / name).mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.yaml").write_text(yaml.safe_dump(as_plain(cfg), sort_keys=False))
+        for name in ("logs", "plots", "checkpoints"):
+            (folder / name).mkdir(exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot write to {folder}: {error.strerror}; choose another --output") from error

@@ -45,7 +45,7 @@ class Run:
         cfg: settings in force.
         accelerator: device, precision and processes.
         folder: `runs/<run_name>`; written to only after `begin`.
-        checkpoint: on the main process, the files of the checkpoint that is resumed, or None.
+        resumed: whether it goes on from a checkpoint, whose files are `checkpoint` on the main process.
         log: console, `training_log.txt` (main process) and `logs/rank<n>.log` (each process).
     """
 
@@ -55,7 +55,7 @@ class Run:
         state = start_processes()
         self.is_main = state.is_main_process
         self._handlers: list[logging.Handler] = []
-        self.checkpoint = claim_folder(cfg, state)
+        self.resumed, self.checkpoint = claim_folder(cfg, state)
         self.folder = Path(cfg.output) / cfg.run_name
         self.accelerator, note = make_accelerator(cfg)
         self._log_to(_Console(sys.stdout) if self.is_main else logging.NullHandler(), "%(message)s")

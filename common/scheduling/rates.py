@@ -10,10 +10,14 @@ from common import UserError
 from common.scheduling.plan import Plan
 
 if TYPE_CHECKING:
-    from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, PositiveFloat
+    from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, PositiveFloat, PositiveInt
 
 # A base learning rate is per this many images (Goyal et al., 2017).
 LR_PER_IMAGES = 256
+# First / last learning rate.
+FINAL_DIV_FACTOR = 1e4
+# Share of a stage over which a cycle over the whole run glides from the previous stage's peak to its own.
+DAMPENING = 0.1
 
 
 @dataclass
@@ -32,10 +36,8 @@ class ScheduleSettings:
     """Share of the cycle spent warming up."""
     div_factor: PositiveFloat = 25.0
     """Peak / first learning rate."""
-    final_div_factor: PositiveFloat = 1e4
-    """First / last learning rate."""
-    dampening: ClosedUnitInterval = 0.1
-    """Share of a stage over which a global OneCycle glides from the previous stage's scale to its own."""
+    lr_finder_iterations: PositiveInt = 100
+    """Steps of the LR finder's sweep."""
     momentum: ClosedUnitInterval = 0.9
     """Centre of the momentum cycle (SGD), or of the first beta (Adam)."""
     momentum_swing: NonNegativeFloat = 0.05
@@ -98,11 +100,11 @@ class Rates:
         cycle_place, cycle_steps = place, stage_steps
         if not s.stage_wise:
             cycle_place, cycle_steps = step, self.plan.total_steps
-            glide = s.dampening * stage_steps
+            glide = DAMPENING * stage_steps
             if stage_index > 0 and place < glide:
                 peak = _cosine(self.peak(stage_index - 1), peak, place / glide)
         start = peak / s.div_factor
-        return cosine_cycle(cycle_place, cycle_steps, s.pct_start, start, peak, start / s.final_div_factor)
+        return cosine_cycle(cycle_place, cycle_steps, s.pct_start, start, peak, start / FINAL_DIV_FACTOR)
 
     def momentum(self, step: int) -> float:
         """Momentum (SGD) or first beta (Adam) of an optimizer step: it moves against the learning rate."""

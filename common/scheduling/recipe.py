@@ -10,7 +10,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from common.scheduling.plan import BACKBONE, Stage, couple_strength
+from common.scheduling.stages import BACKBONE, Stage, couple_strength
 
 # Levels of regularisation, and the epochs from which each holds. Mixing cost 9 points in 5 and in 12 epochs; published recipes of 16 to 60
 # epochs do without it (ffcv-imagenet, 2022; Mosaic ResNet, 2022), and our lists, from 50 epochs, have it.
@@ -64,18 +64,6 @@ class Recipe:
     stages: list[Stage]
     values: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
-
-
-def apportion(epochs: Sequence[int], total: int) -> list[int]:
-    """Share `total` epochs out in proportion to `epochs`, at least one each; the sum is `total` if that is one for each or more.
-
-    Largest remainders (Hamilton's method); of equal remainders the later stage's, with the larger images, counts first.
-    """
-    shares = [count * total / sum(epochs) for count in epochs]
-    counts = [1] * len(shares)
-    for _ in range(total - len(counts)):
-        counts[max(range(len(counts)), key=lambda i: (round(shares[i] - counts[i], 9), i))] += 1
-    return counts
 
 
 def fitting_level(stages: Sequence[Stage], facts: Facts) -> str:
@@ -192,11 +180,10 @@ def _fit_regularisation(recipe: Recipe, settings: Mapping[str, Any], free: set[s
     if level == "strong":
         return
     kept, smallest, said = KEPT[level], SMALLEST_CROP[level], []
-    crop = "rect_scale" if all(stage.shape == "rect" for stage in recipe.stages) else "crop_scale"
-    low, high = settings[crop]
-    if crop in free and low < smallest <= high:
-        recipe.values[crop] = (smallest, high)
-        said.append(f"crops of {smallest:.0%} to {high:.0%} (--{crop})")
+    low, high = settings["crop_scale"]
+    if "crop_scale" in free and low < smallest <= high:
+        recipe.values["crop_scale"] = (smallest, high)
+        said.append(f"crops of {smallest:.0%} to {high:.0%} (--crop_scale)")
     mixing = {"stages", "mixup_share", "mixup_alpha", "cutmix_alpha", "batch_aug_prob"} & settings.keys()
     if mixing <= free and any(stage.mixup for stage in recipe.stages):
         recipe.stages[:] = [replace(stage, mixup=kept * stage.mixup) for stage in recipe.stages]
@@ -206,9 +193,9 @@ def _fit_regularisation(recipe: Recipe, settings: Mapping[str, Any], free: set[s
         said.append(f"erasing in {recipe.values['erasing_prob']:.0%} (--erasing_prob)")
     # 4.8 points in 19 epochs; the idea is EfficientNetV2's.
     sizes = {stage.img_size for stage in recipe.stages}
-    if "couple_strength" in free and "stages" in free and not settings["couple_strength"] and len(sizes) > 1:
+    if "stages" in free and len(sizes) > 1:
         recipe.stages[:] = couple_strength(recipe.stages)
-        said.append("gentler on small images (--couple_strength)")
+        said.append("gentler on small images (--stages)")
     epochs = sum(stage.epochs for stage in recipe.stages)
     if said:
         recipe.notes.append(f"{epochs} epochs, {level} regularisation (--recipe): {', '.join(said)}")

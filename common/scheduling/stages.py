@@ -43,19 +43,16 @@ def couple_strength(stages: Sequence[Stage]) -> list[Stage]:
     return [replace(stage, strength=stage.strength * stage.img_size / largest) for stage in stages]
 
 
-def apportion(shares: Sequence[int], total: int) -> list[int]:
-    """Whole numbers in proportion to `shares`, each at least 1, that sum to `total` (to len(shares) if that is more).
+def apportion(epochs: Sequence[int], total: int) -> list[int]:
+    """Share `total` epochs out in proportion to `epochs`, at least one each; the sum is `total` if that is one for each or more.
 
-    By largest remainders (Hamilton's method); of equal remainders the first wins.
+    Largest remainders (Hamilton's method); of equal remainders the later stage's, with the larger images, counts first.
     """
-    total = max(total, len(shares))
-    exact = [share * total / sum(shares) for share in shares]
-    parts = [max(1, int(quota)) for quota in exact]
-    while sum(parts) != total:
-        step = 1 if sum(parts) < total else -1
-        open_to_change = [i for i, part in enumerate(parts) if part + step >= 1]
-        parts[max(open_to_change, key=lambda i: (step * (exact[i] - parts[i]), -i))] += step
-    return parts
+    shares = [count * total / sum(epochs) for count in epochs]
+    counts = [1] * len(shares)
+    for _ in range(total - len(counts)):
+        counts[max(range(len(counts)), key=lambda i: (round(shares[i] - counts[i], 9), i))] += 1
+    return counts
 
 
 def scale_stages(
