@@ -7,13 +7,7 @@ from pathlib import Path
 
 import pytest
 
-import common.config
 from tests.helpers import FAST, ROOT, launch, make_images
-
-# Delete this line once `run_script` is there; the example is written for it.
-pytestmark = pytest.mark.skipif(
-    not hasattr(common.config, "run_script"), reason="needs common.config.run_script"
-)
 
 
 def example() -> str:

@@ -31,7 +31,7 @@ ELSEWHERE = {
     "the original rect script": "--dist_port",
 }
 # Described before the code has them: delete each when its program does (the test below asks for it).
-COMING_FLAGS = {"--recipe", "--minutes", "--rehearse"}
+COMING_FLAGS = {"--minutes", "--rehearse"}
 COMING_MODULES = {"common.tools.gpu_report"}
 
 FENCE = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
