@@ -123,7 +123,7 @@ class TrainConfig(
         raise NotImplementedError
 
     def stages_in_force(self) -> list[Stage]:
-        """The stages of the run: those of its record or of the user, else the script's."""
+        """The user's stages or the script's, before a recipe fits them to the data."""
         stages = self.stages or self.curriculum()
         return scale_stages(stages, **DEBUG_SCALE) if self.debug else stages
 
@@ -144,7 +144,11 @@ class CurriculumConfig(TrainConfig):
         raise NotImplementedError
 
     def curriculum(self) -> list[Stage]:
-        return scale_stages(self.listed(), self.epochs, self.img_size, self.batch_size)
+        return scale_stages(self.stages or self.listed(), self.epochs, self.img_size, self.batch_size)
+
+    def stages_in_force(self) -> list[Stage]:
+        stages = self.curriculum()
+        return scale_stages(stages, **DEBUG_SCALE) if self.debug else stages
 
 
 # What may differ when a run goes on: it changes no sample and no schedule, at most the rounding.
@@ -202,13 +206,14 @@ def adopt(cfg: TrainConfig, recorded: Mapping[str, Any]) -> list[str]:
             if name not in RESUME_MAY_CHANGE and plain[name] != recorded[name]:
                 changed.append(f"--{name} {plain[name]} (was {recorded[name]})")
             continue
-        value = recorded[name]
-        if name == "stages":
-            value = [
-                Stage(**{k: tuple(v) if isinstance(v, list) else v for k, v in s.items()}) for s in value
-            ]
+        value = read_stages(recorded[name]) if name == "stages" else recorded[name]
         setattr(cfg, name, tuple(value) if isinstance(getattr(cfg, name), tuple) else value)
     return sorted(changed)
+
+
+def read_stages(plain: list[dict[str, Any]]) -> list[Stage]:
+    """Stages as `as_plain` wrote them."""
+    return [Stage(**{k: tuple(v) if isinstance(v, list) else v for k, v in s.items()}) for s in plain]
 
 
 # --- the command line ----------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """What several test files need: a tiny dataset, and a training run in this process or in several."""
 
+import json
 import os
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from common.config import TrainConfig, parse_args
+from common.run.checkpoint import name_of
 from common.run.run import Run
 from train_rect import RectConfig
 
@@ -73,8 +75,13 @@ def last_checkpoint(run: Path) -> Path:
     return max((run / "checkpoints").glob("step_*"))
 
 
-def weights(run: Path, file: str = "model") -> dict[str, torch.Tensor]:
-    return load_file(last_checkpoint(run) / f"{file}.safetensors")
+def weights(run: Path, file: str = "model", step: int | None = None) -> dict[str, torch.Tensor]:
+    folder = last_checkpoint(run) if step is None else run / "checkpoints" / name_of(step)
+    return load_file(folder / f"{file}.safetensors")
+
+
+def progress(run: Path) -> dict:
+    return json.loads((last_checkpoint(run) / "state.json").read_text())["progress"]
 
 
 def assert_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:

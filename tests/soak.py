@@ -21,27 +21,27 @@ from pathlib import Path
 
 import torch
 
-from tests.helpers import ROOT, make_images, weights
+from tests.helpers import ROOT, make_images, progress, weights
 
 PROBE = """
-import json, os, sys
-from common.engine import fit as engine
-from common.engine import trainer
-from common.config import main_with
-original = trainer.Trainer.step
-def step(self, stream, epoch, lr, momentum):
-    result = original(self, stream, epoch, lr, momentum)
-    if self.state.progress.peak_lr:  # not while the LR finder sweeps
-        micro = self.plan.accumulation(epoch.stage_index)
-        ids = [int(i) for _, batch in list(self.recent)[-micro:] for i in batch]
-        line = json.dumps([epoch.index, self.state.progress.step, ids])
-        with open(f"{self.run.folder}.samples-{os.environ.get('RANK', '0')}", "a") as file:
+import importlib, json, os, sys
+import common.run.run as run_module
+from common.config import run_script
+fit = importlib.import_module("common.engine.fit")
+run_module.LOOK_S = 0.0
+original = fit.train_step
+def train_step(t, epoch, lr, momentum, stream):
+    original(t, epoch, lr, momentum, stream)
+    if t.state.progress.peak_lr:  # not while the LR finder sweeps
+        micro = t.plan.accumulation(epoch.stage_index)
+        ids = [int(i) for _, batch in list(t.recent)[-micro:] for i in batch]
+        line = json.dumps([epoch.index, t.state.progress.step, ids])
+        with open(f"{t.run.folder}.samples-{os.environ.get('RANK', '0')}", "a") as file:
             file.write(line + chr(10))
-    return result
-trainer.Trainer.step = step
+fit.train_step = train_step
 script = __import__(sys.argv.pop(1))
 config = next(c for n, c in vars(script).items() if n.endswith("Config") and c.__module__ == script.__name__)
-main_with(engine.train, config, "")
+run_script(script.main, config, "")
 """
 
 STRATEGIES = {
@@ -61,9 +61,18 @@ def command(script: str, processes: int, work: Path, name: str) -> list[str]:
         launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     flags = ["--debug", "--model", "test_resnet", "--wandb", "off", "--workers", "1", "--seed", "3"]
     flags += ["--data_dir", str(work / "images"), "--output", str(work), "--run_name", name]
-    flags += ["--checkpoint_minutes", "0.02", "--save_freq_last", "1", "--lr_finder_iterations", "10"]
+    flags += [
+        "--checkpoint_minutes",
+        "0.02",
+        "--save_freq_last",
+        "1",
+        "--lr_finder_iterations",
+        "15",
+        "--recipe",
+        "listed",
+    ]
     if script == "train_finetune":
-        flags += ["--weights", str(work / "base" / "best_weights.safetensors")]
+        flags += ["--weights", str(work / "base")]
     return [*launcher, str(work / "probe.py"), script, *flags, *STRATEGIES[script]]
 
 
@@ -108,8 +117,8 @@ def disturb(args: list[str], kills: int, number: int, rng: random.Random, run: P
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
             raise SystemExit(f"{run.name} did not end within 120 s of signal {number}") from None
-        if number == signal.SIGTERM and (run / "checkpoints" / "last").exists():
-            saved = json.loads((run / "checkpoints" / "last" / "state.json").read_text())["progress"]["step"]
+        if number == signal.SIGTERM and list(run.glob("checkpoints/step_*")):
+            saved = progress(run)["step"]
             done = max((step for _, step, _ in samples(run, 0)), default=-1) + 1
             assert saved >= done, f"{run.name}: saved {saved}, trained {done}"
     finish(args)

@@ -1,14 +1,15 @@
 """Wrong input ends in one clear sentence that names the flag or the file, with a code other than 0 and no traceback."""
 
 import shutil
+import sys
 
 import pytest
 import yaml
 
 from common import UserError
-from common.config import main_with, parse_args, scale_stages
-from common.scheduling import Stage
-from tests.helpers import make_images, run_training
+from common.config import parse_args, run_script
+from common.scheduling import Stage, scale_stages
+from tests.helpers import last_checkpoint, make_images, run_training
 from train_hybrid import EXPERT_STAGES, HybridConfig
 from train_progressive import ProgressiveConfig
 from train_rect import RectConfig
@@ -58,12 +59,14 @@ def test_scaling_a_curriculum_keeps_its_proportions():
     stages = [Stage(25, 56, 4096), Stage(25, 112, 1024), Stage(50, 224, 256)]
     small = scale_stages(stages, epochs=8, img_size=64, batch_size=32)
     assert [(s.epochs, s.img_size, s.batch_size) for s in small] == [(2, 16, 512), (2, 32, 128), (4, 64, 32)]
+    for epochs in range(3, 30):
+        assert sum(stage.epochs for stage in scale_stages(stages, epochs)) == epochs
     assert scale_stages(stages) == stages
 
 
 def test_progressive_freezing_is_the_expert_curriculum():
     cfg = parse_args(HybridConfig, "", ["--progressive_freezing"])
-    assert cfg.stages == EXPERT_STAGES
+    assert cfg.curriculum() == EXPERT_STAGES
     assert cfg.ema
     assert sum(stage.epochs for stage in EXPERT_STAGES) == 80
 
@@ -74,14 +77,10 @@ def test_no_amp():
 
 def fails(capsys, config=StandardConfig, *args):
     """Run as a script would; returns the sentence on stderr or stdout."""
-    import sys
-
-    from common.engine.fit import train
-
     old, sys.argv = sys.argv, ["train.py", *args]
     try:
         with pytest.raises(SystemExit) as end:
-            main_with(train, config, "")
+            run_script(sys.modules[config.__module__].main, config, "")
     finally:
         sys.argv = old
     assert end.value.code == 2
@@ -190,7 +189,7 @@ def test_a_checkpoint_of_another_model(data, tmp_path):
 def test_a_damaged_checkpoint_is_passed_over_and_named(data, tmp_path, capsys):
     flags = ("--epochs", "2", "--batch_size", "16", "--save_freq_last", "1")
     run = run_training(StandardConfig, data, tmp_path, "one", *flags)
-    weights_file = run / "checkpoints" / "last" / "model.safetensors"
+    weights_file = last_checkpoint(run) / "model.safetensors"
     weights_file.write_bytes(weights_file.read_bytes()[:1000])
     run_training(StandardConfig, data, tmp_path, "one", *flags)
     text = capsys.readouterr().out

@@ -6,35 +6,67 @@ import json
 import pytest
 import torch
 
-from tests.helpers import ROOT, assert_same, launch, make_images, weights
+from tests.helpers import assert_same, launch, make_images, progress, weights
 
 PROBE = """
-import sys, torch
-from common.engine import fit as engine
-from common.engine import trainer
+import importlib, json, os, sys
+import common.run.run as run_module
 from common.config import parse_args
-from train_standard import StandardConfig
+from train_standard import StandardConfig, main
 
+fit = importlib.import_module("common.engine.fit")
+run_module.LOOK_S = 0.0
 seen = []
-original = trainer.Trainer.step
-def step(self, stream, epoch, lr, momentum):
-    sums, waited = original(self, stream, epoch, lr, momentum)
-    micro = self.plan.accumulation(epoch.stage_index)
-    ids = [i for _, batch in list(self.recent)[-micro:] for i in batch.tolist()]
-    seen.append((epoch.index, lr, ids, sums.tolist()))
-    return sums, waited
-trainer.Trainer.step = step
+original = fit.train_step
+def train_step(t, epoch, lr, momentum, stream):
+    before = t.meter.sums.clone()
+    original(t, epoch, lr, momentum, stream)
+    micro = t.plan.accumulation(epoch.stage_index)
+    ids = [i for _, batch in list(t.recent)[-micro:] for i in batch.tolist()]
+    seen.append((epoch.index, lr, ids, (t.meter.sums - before).tolist()))
+fit.train_step = train_step
 if "--bn_eval" in sys.argv:
     sys.argv.remove("--bn_eval")
-    trainer.train_mode = lambda model, frozen: model.eval()
+    importlib.import_module("common.engine.trainer").train_mode = lambda model, frozen: model.eval()
 cfg = parse_args(StandardConfig, "")
 try:
-    engine.train(cfg)
+    main(cfg)
 finally:
-    import json, os
     with open(f"{cfg.output}/{cfg.run_name}-seen-{os.environ.get('RANK', '0')}.json", "w") as file:
         json.dump(seen, file)
 """
+# Breaks one optimizer step of process 1.
+BREAK = """
+import importlib, os, signal
+import common.run.run as run_module
+from common.config import run_script
+from train_standard import StandardConfig, main
+
+fit = importlib.import_module("common.engine.fit")
+run_module.LOOK_S = 0.0
+original = fit.train_step
+def train_step(t, *args):
+    if os.environ["RANK"] == "1" and t.state.progress.step == 2:
+        {what}
+    return original(t, *args)
+fit.train_step = train_step
+run_script(main, StandardConfig, "")
+"""
+FLAGS = [
+    "--model",
+    "test_resnet",
+    "--wandb",
+    "off",
+    "--workers",
+    "0",
+    "--lr",
+    "0.1",
+    "--img_size",
+    "32",
+    "--epochs",
+    "2",
+]
+FLAGS += ["--recipe", "listed", "--mixed_precision", "no"]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -50,22 +82,8 @@ def runs(data, tmp_path_factory):
     output = tmp_path_factory.mktemp("runs")
     script = output / "probe.py"
     script.write_text(PROBE)
-    flags = ["--data_dir", str(data), "--output", str(output), "--model", "test_resnet", "--wandb", "off"]
-    flags += [
-        "--workers",
-        "0",
-        "--lr",
-        "0.1",
-        "--img_size",
-        "32",
-        "--epochs",
-        "2",
-        "--mixup_alpha",
-        "0",
-        "--cutmix_alpha",
-        "0",
-    ]
-    flags += ["--mixed_precision", "no", "--bn_eval"]
+    flags = ["--data_dir", str(data), "--output", str(output), *FLAGS, "--bn_eval"]
+    flags += ["--mixup_alpha", "0", "--cutmix_alpha", "0"]
     for world in (1, 2, 4):
         done = launch(world, str(script), *flags, "--run_name", f"w{world}", "--batch_size", str(16 // world))
         assert done.returncode == 0, done.stderr[-2000:]
@@ -110,36 +128,17 @@ def test_same_evaluation(runs, world):
 
 def test_moves_to_another_number_of_processes_in_mid_epoch(data, tmp_path):
     """Two processes stop in mid-epoch by SIGTERM; one goes on with the same global batch, and no sample is lost."""
-    flags = ["--data_dir", str(data), "--output", str(tmp_path), "--model", "test_resnet", "--wandb", "off"]
-    flags += [
-        "--workers",
-        "0",
-        "--lr",
-        "0.1",
-        "--img_size",
-        "32",
-        "--epochs",
-        "2",
-        "--batch_size",
-        "8",
-        "--run_name",
-        "run",
-    ]
+    flags = ["--data_dir", str(data), "--output", str(tmp_path), *FLAGS]
+    flags += ["--batch_size", "8", "--run_name", "run"]
     script = tmp_path / "probe.py"
-    script.write_text(
-        PROBE.replace(
-            "seen.append(", "import os, signal\n    len(seen) == 2 and os.environ.get('RANK') == '1' and os.kill(os.getpid(), signal.SIGTERM)\n    seen.append("
-        )
-    )  # fmt: skip
+    kill = "if len(seen) == 2 and os.environ.get('RANK') == '1': os.kill(os.getpid(), 15)\n    seen.append("
+    script.write_text(PROBE.replace("seen.append(", kill))
     stopped = launch(2, str(script), *flags)
     assert stopped.returncode != 0
     before = [json.loads((tmp_path / f"run-seen-{rank}.json").read_text()) for rank in (0, 1)]
-    assert [len(process) for process in before] == [
-        3,
-        3,
-    ]  # only one was told, both stopped after the same step
-    state = json.loads((tmp_path / "run" / "checkpoints" / "last" / "state.json").read_text())
-    assert state["progress"]["step"] == 3
+    # Only one was told, both stopped after the same step.
+    assert [len(process) for process in before] == [3, 3]
+    assert progress(tmp_path / "run")["step"] == 3
 
     resumed = launch(1, str(script), *flags)
     assert resumed.returncode == 0, resumed.stderr[-2000:]
@@ -151,20 +150,9 @@ def test_moves_to_another_number_of_processes_in_mid_epoch(data, tmp_path):
 
 
 def test_interrupted_equals_uninterrupted_on_two_processes(data, tmp_path):
-    flags = ["--data_dir", str(data), "--output", str(tmp_path), "--model", "test_resnet", "--wandb", "off"]
-    flags += ["--workers", "0", "--lr", "0.1", "--img_size", "32", "--epochs", "2", "--batch_size", "8"]
+    flags = ["--data_dir", str(data), "--output", str(tmp_path), *FLAGS, "--batch_size", "8", "--ema"]
     script = tmp_path / "stop.py"
-    script.write_text(
-        "import os, signal\nfrom common.engine import fit as engine, trainer\n"
-        "original = trainer.Trainer.step\n"
-        "def step(self, *args):\n"
-        "    if os.environ['RANK'] == '1' and self.state.progress.step == 2:\n"
-        "        os.kill(os.getpid(), signal.SIGTERM)\n"
-        "    return original(self, *args)\n"
-        "trainer.Trainer.step = step\n"
-        "from common.config import main_with\nfrom train_standard import StandardConfig\n"
-        "main_with(engine.train, StandardConfig, '')\n"
-    )
+    script.write_text(BREAK.format(what="os.kill(os.getpid(), signal.SIGTERM)"))
     for arguments in (
         ["train_standard.py", *flags, "--run_name", "whole"],
         [str(script), *flags, "--run_name", "parts"],
@@ -172,8 +160,13 @@ def test_interrupted_equals_uninterrupted_on_two_processes(data, tmp_path):
     ):
         done = launch(2, *arguments)
         assert (done.returncode == 0) == (arguments[0] != str(script)), done.stderr[-2000:]
-    for file in ("model", "optimizer", "rng"):
+    for file in ("model", "optimizer", "ema", "ranks"):
         assert_same(weights(tmp_path / "whole", file=file), weights(tmp_path / "parts", file=file))
+    # Each process has statistics of its own images while it trains, and the mean of all where they are evaluated.
+    statistics = weights(tmp_path / "whole", file="ranks")
+    name = next(name for name in statistics if name.startswith("model.") and "running_mean" in name)
+    assert torch.equal(statistics[name][0], statistics[name][1])
+    assert not torch.equal(statistics[name][0], torch.zeros_like(statistics[name][0]))
 
 
 @pytest.mark.parametrize("script", ["train_rect.py", "train_hybrid.py"])
@@ -198,24 +191,12 @@ def test_processes_with_unequal_numbers_of_evaluation_batches(script, data, tmp_
 
 def test_a_failing_rank_ends_the_job_with_its_own_error(data, tmp_path):
     script = tmp_path / "fail.py"
-    script.write_text(
-        "import os\nfrom common.engine import fit as engine, trainer\n"
-        "original = trainer.Trainer.step\n"
-        "def step(self, *args):\n"
-        "    if os.environ['RANK'] == '1' and self.state.progress.step == 2:\n"
-        "        raise RuntimeError('the disk of rank one is on fire')\n"
-        "    return original(self, *args)\n"
-        "trainer.Trainer.step = step\n"
-        "from common.config import main_with\nfrom train_standard import StandardConfig\n"
-        "main_with(engine.train, StandardConfig, '')\n"
-    )
-    flags = ["--data_dir", str(data), "--output", str(tmp_path), "--model", "test_resnet", "--wandb", "off"]
-    flags += ["--workers", "0", "--lr", "0.1", "--img_size", "32", "--epochs", "2", "--batch_size", "8"]
+    script.write_text(BREAK.format(what="raise RuntimeError('the disk of rank one is on fire')"))
+    flags = ["--data_dir", str(data), "--output", str(tmp_path), *FLAGS, "--batch_size", "8"]
     done = launch(2, str(script), *flags, timeout=90)
     assert done.returncode != 0
     first_error = next(line for line in done.stderr.splitlines() if "Error" in line)
     assert "on fire" in first_error
-    assert ROOT.exists()
 
 
 def test_a_launcher_that_starts_strangers_is_refused(data, tmp_path, monkeypatch, capsys):
@@ -225,7 +206,7 @@ def test_a_launcher_that_starts_strangers_is_refused(data, tmp_path, monkeypatch
 
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr(
-        "common.run.run.Accelerator", lambda **kwargs: type("Alone", (), {"num_processes": 1})()
+        "common.run.processes.PartialState", lambda **kwargs: type("Alone", (), {"num_processes": 1})()
     )
     with pytest.raises(ValueError, match="2 processes were launched"):
         run_training(StandardConfig, data, tmp_path, "run")

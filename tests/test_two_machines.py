@@ -1,7 +1,6 @@
 """Two machines, each a network namespace with a cable between them: one dies, comes back, and in the end one is left."""
 
 import csv
-import json
 import os
 import signal
 import subprocess
@@ -12,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers import ROOT, launch, make_images
+from tests.helpers import ROOT, launch, make_images, progress
 
 ADDRESSES = ("10.203.77.1", "10.203.77.2")
 TIMEOUT_S = 120
@@ -106,7 +105,19 @@ def wait_until(condition: Callable[[], bool]) -> None:
 def test_a_machine_dies_and_returns_and_then_one_is_left(machines, tmp_path):
     data = make_images(tmp_path / "images", train=64)
     flags = ["--data_dir", str(data), "--model", "test_resnet", "--wandb", "off", "--workers", "0"]
-    flags += ["--lr", "0.1", "--img_size", "32", "--epochs", "40", "--save_freq_last", "1", "--output"]
+    flags += [
+        "--lr",
+        "0.1",
+        "--img_size",
+        "32",
+        "--epochs",
+        "40",
+        "--save_freq_last",
+        "1",
+        "--recipe",
+        "listed",
+        "--output",
+    ]
     run, args = tmp_path / "run", [*flags, str(tmp_path), "--run_name", "run", "--batch_size", "8"]
     for machine in machines:
         machine.launch("train_standard.py", *args)
@@ -128,8 +139,7 @@ def test_a_machine_dies_and_returns_and_then_one_is_left(machines, tmp_path):
     log = (run / "training_log.txt").read_text()
     assert log.count("resumed") == 2
     assert [int(row["epoch"]) for row in rows(run)] == list(range(1, 41))
-    progress = json.loads((run / "checkpoints/last/state.json").read_text())["progress"]
-    assert progress["global_batches"] == [16]
+    assert progress(run)["global_batches"] == [16]
     undisturbed = launch(1, "train_standard.py", *args, "--run_name", "whole", "--accumulation", "2")
     assert undisturbed.returncode == 0, undisturbed.stderr[-2000:]
     for ours, theirs in zip(rows(run), rows(tmp_path / "whole"), strict=True):

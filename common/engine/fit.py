@@ -60,6 +60,8 @@ def fit(run: Run, model: nn.Module, train: Source, val: Source, source: Pretrain
         trainer = Trainer(run, state, plan, batches, loader, source)
         rates = settle_rates(trainer)
         run.log.info("%s", "\n".join(filter(None, (rates.table(), batches.bucket_tables()))))
+        if progress.epochs_done == plan.total_epochs:
+            run.log.info("this run is complete: %d of %d epochs", progress.epochs_done, plan.total_epochs)
         stream = loader.stream(batches.run_items(progress.epochs_done, progress.step))
         try:
             for epoch in plan.epochs(progress.epochs_done):
@@ -71,6 +73,10 @@ def fit(run: Run, model: nn.Module, train: Source, val: Source, source: Pretrain
             save(trainer)
             run.background.drain()
             raise
+        if loader.unreadable:
+            run.log.info(
+                "%d unreadable images were replaced by others of their class", len(loader.unreadable)
+            )
         if cfg.final_eval:
             final_grid(run, state, trainer.augment, batches, loader)
     run.background.drain()

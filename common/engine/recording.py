@@ -77,7 +77,11 @@ def save(t: Trainer) -> None:
     progress.wall_s = began - t.started
     if t.meter is not None:
         progress.epoch_sums = run.accelerator.reduce(t.meter.sums, "sum").tolist()
-    config = {"strategy": run.cfg.strategy, **as_plain(run.cfg)}
+    config = {
+        "strategy": run.cfg.strategy,
+        "stages_in_force": [as_plain(stage) for stage in run.stages],
+        **as_plain(run.cfg),
+    }
     files = checkpoint.capture(t.state, run.accelerator, config)
     run.saved()
     with rank0_errors():

@@ -26,7 +26,7 @@ SIZE_SAMPLE = 500
 def adapt_settings(run: Run, model: nn.Module, train: Source) -> None:
     """Settle the stages and the defaults that fit data, length and machine; a resumed run brings its own along."""
     cfg = run.cfg
-    if run.resumed:
+    if run.stages:
         return
     # timm's networks tell by how much their last feature map is smaller than the image; ours are ResNets.
     features = getattr(model, "feature_info", None)
@@ -39,7 +39,7 @@ def adapt_settings(run: Run, model: nn.Module, train: Source) -> None:
         stride=stride,
     )
     fitting = adapt(cfg.stages_in_force(), vars(cfg), cfg.given, facts, cfg.recipe)
-    cfg.stages = fitting.stages
+    run.stages = fitting.stages
     for name, value in fitting.values.items():
         setattr(cfg, name, value)
     for note in fitting.notes:
@@ -91,7 +91,7 @@ def settle_plan(run: Run, state: TrainState, train: Source) -> Plan:
     """Stages over steps; a resumed run keeps its global batches, whatever the number of processes now."""
     cfg = run.cfg
     plan = make_plan(
-        cfg.stages,
+        run.stages,
         len(train),
         run.accelerator.num_processes,
         cfg.accumulation,

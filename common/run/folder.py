@@ -10,12 +10,13 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
 from common import UserError
-from common.config import TrainConfig, adopt, as_plain
+from common.config import TrainConfig, adopt, as_plain, read_stages
 from common.run import checkpoint
 from common.run.processes import rank0_errors
+from common.scheduling import Stage
 
 
-def claim_folder(cfg: TrainConfig, state: PartialState) -> tuple[bool, dict[str, Any] | None]:
+def claim_folder(cfg: TrainConfig, state: PartialState) -> tuple[list[Stage], dict[str, Any] | None]:
     """Settle `cfg.output` and `cfg.run_name`, the same on all processes, and take over a recorded run's settings.
 
     Nothing is written, but for a run that is fetched from S3. What is resumed, in this order:
@@ -25,7 +26,7 @@ def claim_folder(cfg: TrainConfig, state: PartialState) -> tuple[bool, dict[str,
     3. the newest undamaged one of the run's folder, also after `--resume PATH` or `s3://...` of a whole run.
 
     Returns:
-        Whether a run is resumed, and on the main process the files of the checkpoint to go on from.
+        The stages of the run that is resumed, [] for a new one, and on the main process its checkpoint's files.
 
     Raises:
         UserError: the folder holds something else, or a run with other settings.
@@ -43,9 +44,10 @@ def claim_folder(cfg: TrainConfig, state: PartialState) -> tuple[bool, dict[str,
     if state.num_processes > 1:
         broadcast_object_list(place)
     cfg.output, cfg.run_name, recorded = place[0]
-    if recorded is not None:
-        adopt(cfg, recorded)
-    return recorded is not None, files
+    if recorded is None:
+        return [], None
+    adopt(cfg, recorded)
+    return read_stages(recorded["stages_in_force"]), files
 
 
 def _place(cfg: TrainConfig) -> tuple[Path, str, Path | None]:

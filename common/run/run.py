@@ -8,6 +8,7 @@ import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from logging.handlers import MemoryHandler
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,8 @@ class Run:
         cfg: settings in force.
         accelerator: device, precision and processes.
         folder: `runs/<run_name>`; written to only after `begin`.
-        resumed: whether it goes on from a checkpoint, whose files are `checkpoint` on the main process.
+        stages: the curriculum in force; a resumed run brings it along, a new one settles it before the first step.
+        checkpoint: on the main process, the files of the checkpoint that is resumed, or None.
         log: console, `training_log.txt` (main process) and `logs/rank<n>.log` (each process).
     """
 
@@ -55,10 +57,13 @@ class Run:
         state = start_processes()
         self.is_main = state.is_main_process
         self._handlers: list[logging.Handler] = []
-        self.resumed, self.checkpoint = claim_folder(cfg, state)
+        self.stages, self.checkpoint = claim_folder(cfg, state)
         self.folder = Path(cfg.output) / cfg.run_name
         self.accelerator, note = make_accelerator(cfg)
         self._log_to(_Console(sys.stdout) if self.is_main else logging.NullHandler(), "%(message)s")
+        # What is said before the folder may be written to.
+        self._early = MemoryHandler(1000, flushLevel=logging.CRITICAL)
+        self._log_to(self._early, "%(message)s")
         if note:
             self.log.info("%s", note)
         seed_everything(cfg.seed)
@@ -70,7 +75,7 @@ class Run:
         self.records = Records(self.folder, self.background)
         self.mirror: Any = None
         self._save_due = time.monotonic() + 60 * cfg.checkpoint_minutes
-        self._next_look, self._looked_at = 0, (0, time.monotonic())
+        self._next_look, self._looked_at = 0, (0, 0.0)
 
     # --- its folder ------------------------------------------------------------------------------------------------
 
@@ -80,7 +85,7 @@ class Run:
             if self.is_main:
                 create_folder(self.folder, self.cfg)
                 self.records.keep_epochs(epochs_done)
-                self._log_to(logging.FileHandler(self.folder / "training_log.txt"), "%(asctime)s %(message)s")
+                self._log_to_file(self.folder / "training_log.txt")
                 if self.cfg.s3:
                     from common.run.s3 import S3Mirror
 
@@ -88,9 +93,15 @@ class Run:
                 wandb_id = start_tracker(self.cfg, self.accelerator, self.folder, wandb_id)
         # The folder may be another machine's disk.
         (self.folder / "logs").mkdir(parents=True, exist_ok=True)
-        name = f"rank{self.accelerator.process_index}.log"
-        self._log_to(logging.FileHandler(self.folder / "logs" / name), "%(asctime)s %(message)s")
+        self._log_to_file(self.folder / "logs" / f"rank{self.accelerator.process_index}.log")
+        self._early.buffer.clear()
         return wandb_id
+
+    def _log_to_file(self, path: Path) -> None:
+        handler = logging.FileHandler(path)
+        self._log_to(handler, "%(asctime)s %(message)s")
+        for record in self._early.buffer:
+            handler.handle(record)
 
     def _log_to(self, handler: logging.Handler, form: str) -> None:
         handler.setFormatter(logging.Formatter(form))

@@ -1,4 +1,5 @@
 import csv
+import importlib
 import json
 import resource
 import signal
@@ -7,16 +8,20 @@ from contextlib import suppress
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from common import UserError
-from common.engine.trainer import Trainer
-from common.run.checkpoint import newest_whole
-from tests.helpers import assert_same, make_images, run_training, stop_after, weights
+from common.engine import recording
+from common.run.checkpoint import name_of, newest_whole
+from common.run.run import Run
+from tests.helpers import assert_same, make_images, progress, run_training, stop_after, weights
 from train_finetune import FinetuneConfig
 from train_hybrid import HybridConfig
 from train_progressive import ProgressiveConfig
 from train_rect import RectConfig
 from train_standard import StandardConfig
+
+fit_module = importlib.import_module("common.engine.fit")
 
 STANDARD = ("--epochs", "3", "--batch_size", "16")  # 72 images: 4 steps an epoch
 HYBRID_STAGES = json.dumps(
@@ -84,24 +89,23 @@ def test_interrupted_equals_uninterrupted(name, data, base, tmp_path, monkeypatc
             with suppress(SystemExit):
                 train_strategy(name, data, tmp_path, "parts", base=base)
     parts = train_strategy(name, data, tmp_path, "parts", base=base)
-    for file in ("model", "optimizer", "rng") + (("ema",) if name == "hybrid" else ()):
+    for file in ("model", "optimizer", "ranks") + (("ema",) if name == "hybrid" else ()):
         assert_same(weights(whole, file=file), weights(parts, file=file))
     assert without_times(whole) == without_times(parts)
 
 
 def test_stops_during_evaluation_and_goes_on_with_it(data, tmp_path, monkeypatch):
-    from common.run.run import Run
-
     whole = run_training(StandardConfig, data, tmp_path, "whole", *STANDARD)
     calls = []
 
     def stop_in_second_batch(self):
         calls.append(1)
         if len(calls) == 2:
-            self._signal = 15
+            self.signals.number = 15
         return original(self)
 
     original = Run.stop_if_asked
+    monkeypatch.setattr("common.engine.evaluate.ROUNDS_BETWEEN", 1)
     with monkeypatch.context() as patch:
         patch.setattr(Run, "stop_if_asked", stop_in_second_batch)
         with pytest.raises(SystemExit):
@@ -114,7 +118,7 @@ def test_stops_during_evaluation_and_goes_on_with_it(data, tmp_path, monkeypatch
 
 def test_lr_finder_leaves_no_trace(data, tmp_path):
     found = run_training(
-        StandardConfig, data, tmp_path, "found", *STANDARD, "--lr", "auto", "--lr_finder_iterations", "8"
+        StandardConfig, data, tmp_path, "found", *STANDARD, "--lr", "auto", "--lr_finder_iterations", "15"
     )
     peak = json.loads((found / "summary.json").read_text())["peak_lr"]
     given = run_training(
@@ -139,7 +143,9 @@ def test_accumulation_equals_a_large_batch(data, tmp_path, monkeypatch):
 def test_records(data, tmp_path):
     run = run_training(StandardConfig, data, tmp_path, "run", *STANDARD, "--keep_every", "2")
     assert [row["epoch"] for row in rows(run)] == ["1", "2", "3"]
-    assert {p.name for p in (run / "checkpoints").iterdir()} == {"last", "previous", "best", "epoch_2"}
+    best = progress(run)["best_step"]
+    assert {p.name for p in (run / "checkpoints").iterdir()} == {name_of(step) for step in {8, 12, best}}
+    assert {p.name for p in (run / "model").iterdir()} == {"model.safetensors", "config.json"}
     assert {p.stem for p in (run / "plots").iterdir()} >= {
         "accuracy_live",
         "loss_live",
@@ -182,7 +188,9 @@ def test_a_name_that_holds_another_run_is_refused(data, tmp_path):
         run_training(StandardConfig, data, tmp_path, "run", *STANDARD, "--resume", "none")
 
 
-def test_nan_loss_stops_with_advice_and_keeps_the_good_checkpoint(data, tmp_path, capsys):
+def test_nan_loss_stops_with_advice_and_keeps_the_good_checkpoint(data, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("common.engine.trainer.NAN_PATIENCE", 2)
+    monkeypatch.setattr("common.run.run.LOOK_S", 0.0)
     flags = (
         "--epochs",
         "8",
@@ -190,8 +198,6 @@ def test_nan_loss_stops_with_advice_and_keeps_the_good_checkpoint(data, tmp_path
         "16",
         "--lr",
         "1e18",
-        "--nan_patience",
-        "2",
         "--pct_start",
         "0.9",
     )
@@ -201,7 +207,7 @@ def test_nan_loss_stops_with_advice_and_keeps_the_good_checkpoint(data, tmp_path
     assert "lower --lr" in capsys.readouterr().out
     assert list((tmp_path / "run").glob("not_finite_rank0.json"))
     for saved in (tmp_path / "run" / "checkpoints").glob("*/model.safetensors"):
-        assert all(t.isfinite().all() for t in weights(tmp_path / "run", saved.parent.name).values())
+        assert all(t.isfinite().all() for t in load_file(saved).values())
 
 
 @pytest.mark.parametrize("area", ["short", "constant"])
@@ -231,14 +237,13 @@ def test_a_disk_that_fills_up_ends_the_run_with_a_sentence_and_a_whole_checkpoin
     """A limit on the size of files stands for a full disk: both fail in the middle of writing."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    original = Trainer.record
 
-    def record(self, epoch, *results):
+    def record(trainer, epoch, *results):
         if epoch.index == 1:
             resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, hard))
-        original(self, epoch, *results)
+        recording.record(trainer, epoch, *results)
 
-    monkeypatch.setattr(Trainer, "record", record)
+    monkeypatch.setattr(fit_module, "record", record)
     try:
         with pytest.raises(SystemExit) as exit_:
             train_strategy("standard", data, tmp_path, "run", "--save_freq_last", "1")
@@ -261,20 +266,18 @@ def test_out_of_memory_names_the_flag(data, tmp_path, monkeypatch, capsys):
     def explode(*args):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr("common.engine.trainer.Trainer.step", explode)
+    monkeypatch.setattr(fit_module, "train_step", explode)
     with pytest.raises(SystemExit):
         run_training(StandardConfig, data, tmp_path, "run", *STANDARD)
     assert "--batch_size" in capsys.readouterr().out
 
 
 def test_auto_batch_halves_and_accumulates(data, tmp_path, monkeypatch):
-    from common.engine import memory as preparation
-
     def needs_memory(run, model, batch_size, height, width):
         if batch_size > 8:
             raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(preparation, "trial_step", needs_memory)
+    monkeypatch.setattr("common.engine.memory.blank_step", needs_memory)
     run = run_training(StandardConfig, data, tmp_path, "run", *STANDARD, "--auto_batch")
     assert {row["batch_size"] for row in rows(run)} == {"8"}
     assert json.loads((run / "summary.json").read_text())["images_seen"] == 3 * 64
@@ -283,8 +286,8 @@ def test_auto_batch_halves_and_accumulates(data, tmp_path, monkeypatch):
 def test_finetuning_trains_the_head_alone_first(data, base, tmp_path):
     tuned = train_strategy("finetune", data, tmp_path, "tuned", "--keep_every", "1", base=base)
     start, after_head, end = (
-        weights(base, "best"),
-        weights(tuned, "epoch_1"),
+        load_file(base / "model" / "model.safetensors"),
+        weights(tuned, step=4),
         weights(tuned),
     )
     moved = {name for name in start if not torch.equal(start[name], after_head[name])}
@@ -294,7 +297,7 @@ def test_finetuning_trains_the_head_alone_first(data, base, tmp_path):
 
 def test_frozen_layers_stay_bit_for_bit(data, tmp_path):
     run = train_strategy("hybrid", data, tmp_path, "run", "--keep_every", "1")
-    first, second = weights(run, "epoch_1"), weights(run, "epoch_2")
+    first, second = weights(run, step=3), weights(run, step=7)
     frozen = [name for name in first if name.startswith(("conv1", "bn1"))]
     assert frozen
     assert all(torch.equal(first[name], second[name]) for name in frozen)
