@@ -127,6 +127,17 @@ def test_files_of_the_project_exist(page: Path) -> None:
     assert [path for path in named if not (ROOT / path).exists()] == []
 
 
+def test_pages_that_the_code_names_exist() -> None:
+    code = [
+        path
+        for path in ROOT.rglob("*.[psy]*")
+        if path.suffix in (".py", ".yaml", ".sbatch") and ".venv" not in path.parts
+    ]
+    named = {page for path in code for page in re.findall(r"\bdocs/[a-z-]+\.md", path.read_text())}
+    assert len(named) > 3
+    assert sorted(page for page in named if not (ROOT / page).exists()) == []
+
+
 def test_every_flag_is_some_programs() -> None:
     known = our_flags() | elsewhere() | COMING_FLAGS
     unknown = {page.name: sorted(set(FLAG.findall(page.read_text())) - known) for page in PAGES}
