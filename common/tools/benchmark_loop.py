@@ -2,142 +2,180 @@
 
     python -m common.tools.benchmark_loop --model resnet18 --img_size 64 --batch_size 64 --mixed_precision bf16
 
-Both train the same model on the same ready-made batches in memory, augmentation included, in turns; the ratio is the
-median over the repeats of (engine / bare loop).
+Both train the same network on the same batches, which lie on the device, augmentation included, in turns; the ratio is
+the median over the repeats of (engine / bare loop).
 """
 
-import itertools
+from __future__ import annotations
+
 import json
 import statistics
-import tempfile
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import cycle, islice
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 import torch
 from torch.nn import functional as F
 
-from common.config import main_with
+from common.config import TrainConfig, run_script
+from common.data.batches import Batches
 from common.data.loader import Batch
-from common.data.order import BatchItem, View
-from common.engine.memory import new_state
-from common.engine.trainer import Trainer, set_rates
-from common.model.create import create_model
-from common.run.run import start_run
-from common.scheduling import EpochPlan, make_plan
+from common.data.order import BatchItem
+from common.engine.fit import train_epoch
+from common.engine.setup import prepare_state, settle_plan
+from common.engine.trainer import Trainer
+from common.model import create_model
+from common.model.optimizer import create_optimizer
+from common.run import start_run
+from common.scheduling import EpochPlan, Rates
 from train_standard import StandardConfig
+
+if TYPE_CHECKING:
+    from jsonargparse.typing import PositiveInt
+
+# Different batches on the device: enough that no cache holds them all.
+READY_BATCHES = 8
 
 
 @dataclass
 class LoopConfig(StandardConfig):
-    """Settings of the benchmark; the rest is as in training.
-
-    Args:
-        steps: optimizer steps per repeat.
-        repeats: of each loop, in turns.
-        json: also write the figures to this file.
-    """
+    """The benchmark"""
 
     strategy = "benchmark"
 
-    img_size: int = 64
-    batch_size: int = 64
-    model: str = "resnet18"
-    steps: int = 40
-    repeats: int = 7
+    steps: PositiveInt = 40
+    """Optimizer steps per repeat."""
+    repeats: PositiveInt = 7
+    """Of each loop, in turns."""
     json: str = ""
+    """Also write the figures to this file."""
+    img_size: PositiveInt = 64
+    batch_size: PositiveInt = 64
+    model: str = "resnet18"
     lr: float | Literal["auto"] = 0.1
     wandb: Literal["auto", "offline", "off"] = "off"
 
 
-class Counted:
-    """Stands for `Batches` where only the size of a micro-batch is asked for."""
+class Blank:
+    """Stands for a dataset of which only numbers and sizes are asked; every second image is upright, 4 to 3."""
 
-    def __init__(self, size: int) -> None:
-        self.size = size
+    group_rows = None
 
-    def micro_batch(self, stage_index: int) -> int:
-        return self.size
+    def __init__(self, images: int, classes: int = 1000) -> None:
+        self.labels = np.arange(images) % classes
+        self.classes = [f"class {number}" for number in range(classes)]
 
-    def stage_shapes(self, stage: object) -> list[tuple[int, int]]:
-        return []
+    def __len__(self) -> int:
+        return len(self.labels)
 
-
-def ready_batches(cfg: LoopConfig, device: torch.device) -> list[Batch]:
-    generator = torch.Generator().manual_seed(0)
-    shape = (cfg.batch_size, 3, cfg.img_size, cfg.img_size)
-    batches = []
-    for number in range(8):
-        images = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
-        labels = torch.randint(0, 1000, (cfg.batch_size,), generator=generator)
-        indices = np.arange(cfg.batch_size) + number * cfg.batch_size
-        item = BatchItem(0, indices, cfg.img_size, cfg.img_size, 0, View((0.08, 1.0)))
-        images = images.contiguous(memory_format=torch.channels_last)
-        batches.append(Batch(images.to(device), labels.to(device), item, 0.0))
-    return batches
+    def sizes(self) -> np.ndarray:
+        return np.tile(np.array([[375, 500], [500, 375]], np.int32), (len(self) // 2 + 1, 1))[: len(self)]
 
 
-def main(cfg: LoopConfig) -> None:
-    cfg.output = cfg.output if cfg.output != "runs" else tempfile.mkdtemp()
+class Bench(NamedTuple):
+    """The engine at the entry of its first stage, and batches that lie on its device."""
+
+    trainer: Trainer
+    epoch: EpochPlan
+    rates: Rates
+    batches: list[Batch]
+
+    def train(self, stream: Iterator[Batch] | None = None) -> None:
+        """The engine's own epoch, on the batches of a stream instead of the ready ones if one is given."""
+        progress = self.trainer.state.progress
+        progress.step, progress.epoch_sums = 0, [0.0, 0.0]
+        train_epoch(self.trainer, self.epoch, self.rates, stream or cycle(self.batches))
+
+
+@contextmanager
+def ready(cfg: TrainConfig, steps: int) -> Iterator[Bench]:
+    """Set up the engine for one epoch of `steps` optimizer steps of the first stage; nothing is read or written."""
+    cfg.stages = cfg.stages_in_force()[:1]
     with start_run(cfg) as run:
-        device = run.accelerator.device
-        state = new_state(run, create_model(cfg.model, 1000))
-        plan = make_plan(cfg.curriculum(), cfg.steps * cfg.batch_size, 1, 1, cfg.schedule(0.1))
-        trainer = Trainer(run, state, plan, Counted(cfg.batch_size), None, num_classes=1000)
-        batches = ready_batches(cfg, device)
+        train = Blank(steps * cfg.stages[0].batch_size * cfg.accumulation)
+        run.stages = cfg.stages
+        state = prepare_state(run, create_model(cfg.model, len(train.classes)), train)
+        plan = settle_plan(run, state, train)
+        batches = Batches(plan, train, train, cfg, cfg.seed, 0, 1)
+        trainer = Trainer(run, state, plan, batches, None)
         epoch = next(plan.epochs())
         trainer.enter_stage(epoch)
-
-        def engine() -> None:
-            state.progress.step, state.progress.epoch_sums = 0, [0.0, 0.0, 0.0]
-            trainer.train_epoch(epoch, itertools.cycle(batches))
-
-        def bare() -> None:
-            bare_loop(trainer, epoch, cfg.steps, batches)
-
-        rates = {"bare": [], "engine": []}
-        for repeat in range(cfg.repeats + 1):
-            order = [("bare", bare), ("engine", engine)]
-            for name, loop in order if repeat % 2 else reversed(order):
-                began = time.perf_counter()
-                loop()
-                if device.type == "cuda":
-                    torch.cuda.synchronize()
-                if repeat:  # the first warms up
-                    rates[name].append(cfg.steps * cfg.batch_size / (time.perf_counter() - began))
-        ratio = statistics.median(e / b for e, b in zip(rates["engine"], rates["bare"], strict=True))
-        figures = {name: statistics.median(values) for name, values in rates.items()} | {"ratio": ratio}
-        run.log.info(
-            "%s at %d px, batch %d, %s, %d threads: bare loop %.1f images/s, engine %.1f images/s, ratio %.3f (%d repeats)",
-            cfg.model, cfg.img_size, cfg.batch_size, run.accelerator.mixed_precision, torch.get_num_threads(),
-            figures["bare"], figures["engine"], ratio, cfg.repeats,
-        )  # fmt: skip
-        if cfg.json:
-            Path(cfg.json).write_text(json.dumps({**figures, "all": rates}, indent=1))
+        items = islice(batches.train_items(epoch), READY_BATCHES)
+        ready_batches = [fill(item, train, run.accelerator.device) for item in items]
+        yield Bench(trainer, epoch, Rates(plan, cfg, 0.1), ready_batches)
 
 
-def bare_loop(trainer: Trainer, epoch: EpochPlan, steps: int, batches: list[Batch]) -> None:
-    """The same training steps with nothing around them."""
-    model, optimizer, scaler = trainer.net, trainer.state.optimizer, trainer.state.scaler
-    accelerator, augment, plan = trainer.run.accelerator, trainer.augment, trainer.plan
-    model.train()
-    for step, batch in zip(range(steps), itertools.cycle(batches), strict=False):
-        images_nchw, targets = augment(batch.images, batch.labels, batch.item, mix=epoch.mix)
-        with accelerator.autocast():
-            logits = model(images_nchw)
-        loss = F.cross_entropy(logits.float(), targets)
-        set_rates(optimizer, plan.lr(step), plan.momentum(step))
-        if scaler:
+def fill(item: BatchItem, source: Blank, device: torch.device) -> Batch:
+    """A batch of noise for an item."""
+    shape = (len(item.indices), item.height, item.width, 3)
+    noise = np.random.default_rng(int(item.indices[0])).integers(0, 256, shape, np.uint8)
+    images = torch.from_numpy(noise).permute(0, 3, 1, 2)
+    return Batch(images.to(device), torch.from_numpy(source.labels[item.indices]).to(device), item, 0.0)
+
+
+def bare_loop(bench: Bench) -> Callable[[], None]:
+    """The same training steps with nothing around them, on a network of their own that Accelerate has not seen."""
+    trainer, cfg, device = bench.trainer, bench.trainer.run.cfg, bench.trainer.run.accelerator.device
+    layout = torch.channels_last if cfg.channels_last else torch.contiguous_format
+    model = (
+        create_model(cfg.model, len(trainer.batches.train.classes)).to(device, memory_format=layout).train()
+    )
+    if cfg.compile:
+        model.compile(dynamic=False)
+    optimizer = create_optimizer(cfg, model, momentum=cfg.momentum)
+    precision = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(cfg.mixed_precision)
+    scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
+    augment, mix = trainer.augment, bench.epoch.mix
+
+    def loop() -> None:
+        for batch in islice(cycle(bench.batches), bench.epoch.steps * cfg.accumulation):
+            images, targets = augment(batch.images, batch.labels, batch.item, mix=mix)
+            with torch.autocast(device.type, precision, enabled=precision is not None):
+                loss = F.cross_entropy(model(images), targets)
             scaler.scale(loss).backward()
             scaler.step(optimizer)
             scaler.update()
-        else:
-            loss.backward()
-            optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+            optimizer.zero_grad()
+
+    return loop
+
+
+def in_turns(
+    loops: dict[str, Callable[[], None]], repeats: int, device: torch.device
+) -> dict[str, list[float]]:
+    """Seconds of each repeat of each loop; they take turns, so that what disturbs one disturbs all alike."""
+    seconds: dict[str, list[float]] = {name: [] for name in loops}
+    for repeat in range(repeats + 1):
+        for name in loops if repeat % 2 else reversed(loops):
+            began = time.perf_counter()
+            loops[name]()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            # The first warms up.
+            if repeat:
+                seconds[name].append(time.perf_counter() - began)
+    return seconds
+
+
+def main(cfg: LoopConfig) -> None:
+    with ready(cfg, cfg.steps) as bench:
+        run, images = bench.trainer.run, bench.epoch.steps * bench.epoch.global_batch
+        loops = {"bare": bare_loop(bench), "engine": bench.train}
+        seconds = in_turns(loops, cfg.repeats, run.accelerator.device)
+        ratio = statistics.median(b / e for b, e in zip(seconds["bare"], seconds["engine"], strict=True))
+        bare, engine = (images / statistics.median(seconds[name]) for name in loops)
+        text = "%s at %d px, batch %d, %s, %d threads: bare loop %.1f images/s, engine %.1f, ratio %.3f (%d repeats)"
+        settings = (cfg.model, cfg.img_size, cfg.batch_size, cfg.mixed_precision, torch.get_num_threads())
+        run.log.info(text, *settings, bare, engine, ratio, cfg.repeats)
+        if cfg.json:
+            figures = {"bare": bare, "engine": engine, "ratio": ratio, "seconds": seconds}
+            Path(cfg.json).write_text(json.dumps(figures, indent=1))
 
 
 if __name__ == "__main__":
-    main_with(main, LoopConfig, __doc__)
+    run_script(main, LoopConfig, __doc__)
