@@ -74,7 +74,7 @@ def test_medians_of_passes_that_take_turns(monkeypatch):
 
         return batches
 
-    rates = iter([10, 1, 30, 2, 20, 3])
+    rates = iter([10, 1, 90, 2, 20, 7])
     monkeypatch.setattr(tool, "run_pass", lambda batches, *_: next(batches) and {"images/s": next(rates)})
     rows = measure({("a", "x"): start("a"), ("b", "x"): start("b")}, 24, 1, 4, passes=3, seconds=1)
     assert turns == ["a", "b"] * 3
