@@ -47,7 +47,6 @@ from common.data.order import BatchItem, View
 from common.data.sources.folder import FolderSource, MissingSplit, Source, open_source
 from common.run.checkpoint import write_durably
 
-FORMAT = 1
 SPLITS = {"train": "train", "val": "validation"}  # our names, and those of `datasets`
 PIECE = 16  # images a worker encodes at a time
 BATCH_PIECES = 64  # of a record batch: its bytes stay far below the 2 GiB that 32-bit offsets reach
@@ -135,9 +134,7 @@ def schema_of(source: Source, settings: Settings) -> pa.Schema:
     columns: dict[str, Any] = {f"image_{level}": Image() for level in settings.levels}
     columns["label"] = ClassLabel(names=source.classes)
     columns |= {side: Value("int32") for side in ("height", "width")}
-    schema = Features(columns).arrow_schema
-    about = {"format": FORMAT, "source": source.fingerprint, **asdict(settings)}
-    return schema.with_metadata({**schema.metadata, b"pyramid": json.dumps(about).encode()})
+    return Features(columns).arrow_schema
 
 
 def encode_piece(
@@ -320,7 +317,6 @@ def _stamps(source: Source) -> np.ndarray:
     if not isinstance(source, FolderSource):
         # The fingerprint of Arrow and Parquet files says it already.
         return np.zeros(0, np.uint64)
-
     stamps = np.zeros(len(source), np.uint64)
 
     def stamp(indices: range) -> None:
