@@ -23,7 +23,9 @@ from torch.utils.data import DataLoader
 from common import UserError
 from common.data.loader import Loader, available_workers
 from common.data.order import BatchItem, View
-from common.data.sources.folder import FolderSource, Source, open_source
+from common.data.sources.base import Source
+from common.data.sources.folder import FolderSource
+from common.data.sources.open import open_source
 
 SCALE = (0.08, 1.0)  # of the random crops, the same for all
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

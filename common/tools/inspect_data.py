@@ -32,7 +32,8 @@ from common import UserError
 from common.data.decode import DecodeError, decode_batch, read_header
 from common.data.loader import available_workers
 from common.data.order import BatchItem, View
-from common.data.sources.folder import FolderSource, MissingSplit, Source
+from common.data.sources.base import MissingSplit, Source
+from common.data.sources.folder import FolderSource
 from common.run import plots
 from common.tools.prepare import PIECE, Piece, cut, map_in_workers, open_splits
 

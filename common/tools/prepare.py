@@ -44,7 +44,9 @@ from common import UserError
 from common.data.decode import DecodeError, decode_batch, read_header
 from common.data.loader import available_workers, end_with
 from common.data.order import BatchItem, View
-from common.data.sources.folder import FolderSource, MissingSplit, Source, open_source
+from common.data.sources.base import MissingSplit, Source
+from common.data.sources.folder import FolderSource
+from common.data.sources.open import open_source
 from common.run.checkpoint import write_durably
 
 SPLITS = {"train": "train", "val": "validation"}  # our names, and those of `datasets`

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from common.data.sources.folder import open_source
+from common.data.sources.open import open_source
 from common.tools.inspect_data import inspect, main, report
 from common.tools.prepare import Settings, prepare
 from tests.tools.pictures import image_folder, picture, tool
