@@ -7,8 +7,8 @@ from accelerate.commands.config.config_args import load_config_from_file
 
 FOLDER = Path(__file__).parent.parent / "accelerate_configs"
 PROMISES = {  # processes, machines, precision
-    "cpu": (1, 1, "bf16"),
-    "cpu_2proc": (2, 1, "bf16"),
+    "cpu": (1, 1, "no"),
+    "cpu_2proc": (2, 1, "no"),
     "single_gpu": (1, 1, "fp16"),
     "g5_4gpu": (4, 1, "fp16"),
     "p4d_8gpu": (8, 1, "fp16"),

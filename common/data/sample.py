@@ -57,25 +57,24 @@ def render(split: str, label: int, number: int) -> bytes:
     width, height = rng.permutation(size).tolist()
 
     # Everything is drawn at twice the size and then halved, which makes outlines smooth.
-    background = Image.fromarray(rng.integers(0, 150, (4, 4, 3), np.uint8))
+    background = Image.fromarray(rng.integers(0, 110, (3, 3, 3), np.uint8))
     picture = background.resize((2 * width, 2 * height), Image.Resampling.BICUBIC)
     draw = ImageDraw.Draw(picture)
-    for _ in range(rng.integers(3, 8)):
+    for _ in range(rng.integers(1, 5)):
         line = rng.uniform(0, 1, (2, 2)) * picture.size
-        draw.line([*map(tuple, line)], tuple(rng.integers(0, 200, 3)), width=int(rng.integers(2, 8)))
+        draw.line([*map(tuple, line)], tuple(rng.integers(0, 150, 3)), width=int(rng.integers(2, 6)))
 
-    radius = min(picture.size) * rng.uniform(0.3, 0.46)
-    lean, flip, stretch = rng.normal(0, 0.2), rng.choice((-1, 1)), rng.uniform(0.8, 1.2)
+    radius = min(picture.size) * rng.uniform(0.36, 0.48)
+    lean, flip, stretch = rng.normal(0, 0.15), rng.choice((-1, 1)), rng.uniform(0.8, 1.2)
     turn = np.array([[np.cos(lean), -np.sin(lean)], [np.sin(lean), np.cos(lean)]])
     centre = radius + rng.uniform(0, 1, 2) * (np.array(picture.size) - 2 * radius)
     corners = np.array(OUTLINES[CLASSES[label]]) * (flip, stretch) @ turn.T * radius + centre
-    colour = rng.integers(60, 256, 3)
-    # Brighter than the darker parts of any background, in one channel at least.
-    colour[rng.integers(3)] = rng.integers(200, 256)
+    # Brighter than any background.
+    colour = rng.integers(120, 256, 3)
     draw.polygon([*map(tuple, corners)], tuple(colour), outline=tuple(colour // 3), width=3)
 
     pixels = np.asarray(picture.reduce(2), np.float32) * rng.uniform(0.7, 1.1)
-    pixels += rng.normal(0, rng.uniform(2, 12), pixels.shape)
+    pixels += rng.normal(0, rng.uniform(1, 6), pixels.shape)
     photo = Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))
     out = io.BytesIO()
     photo.save(out, "JPEG", quality=int(rng.integers(80, 96)))

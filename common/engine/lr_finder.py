@@ -75,7 +75,7 @@ def find_lr(
             lrs.append(lowest * (highest / lowest) ** (step / (iterations - 1)))
             losses.append(train_step(lrs[-1]))
             smoothed = smooth(losses, iterations)
-            if not smoothed[-1] <= DIVERGED * losses[0]:
+            if not smoothed[-1] <= DIVERGED * losses[0] < math.inf:
                 break
             if (now := time.monotonic()) > reported + REPORT_S:
                 reported, left_s = now, (now - begun) * (iterations / (step + 1) - 1)
@@ -140,10 +140,15 @@ def suggest(
             rise = threshold[step] - lowest
             if rise > 0.4 * start:
                 return math.nan, f"noise hides what rises by less than {rise / start:.0%}"
-            while step > first and smoothed[step - 1] > lowest + max(start / 20, rise / 2):
-                step -= 1
+            begun = step
+            while begun > max(first, step - kept) and smoothed[begun - 1] > lowest + max(
+                start / 20, rise / 2
+            ):
+                begun -= 1
             return (
-                (0.8 * lrs[step], "") if step > first else (math.nan, "the loss rises too early in the sweep")
+                (0.8 * lrs[begun], "")
+                if begun > first
+                else (math.nan, "the loss rises too early in the sweep")
             )
     blown_up = len(losses) <= first
     return (

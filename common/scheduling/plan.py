@@ -48,6 +48,8 @@ class Plan:
                     f"set --num_processes to a divisor of it"
                 )
             images = self.images(stage)
+            if stage.data_fraction == 0:
+                raise UserError(f"stage {number} has a data_fraction of 0: it takes a share above 0")
             if images < self.processes:
                 raise UserError(
                     f"stage {number} has {images} images, fewer than processes; set --num_processes to that or less"

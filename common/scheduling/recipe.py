@@ -12,12 +12,12 @@ from typing import Any, Literal
 
 from common.scheduling.stages import BACKBONE, Stage, couple_strength
 
-# Levels of regularisation, and the epochs from which each holds. Mixing cost 9 points in 5 and in 12 epochs; published recipes of 16 to 60
-# epochs do without it (ffcv-imagenet, 2022; Mosaic ResNet, 2022), and our lists, from 50 epochs, have it.
+# Levels of regularisation, and the epochs from which each holds. Mixing cost 9 points in 5 and in 12 epochs; ffcv-imagenet (16 to 88
+# epochs) and Mosaic ResNet (below 67) do without it, Mosaic's longer recipes and our lists, from 50 epochs, have it.
 LEVELS = ("mild", "medium", "strong")
 MEDIUM_FROM, STRONG_FROM = 25, 50
-# With fewer images seen of a class, one level milder: blended labels teach little about a class that is hardly known. Reasoned, not
-# measured apart from the epochs; ImageNet's classes are seen 64,000 times in 50 epochs.
+# With fewer images seen of a class, one level milder: blended labels teach little about a class that is hardly known. Reasoned only;
+# ImageNet's classes are seen 64,000 times in 50 epochs.
 SEEN_PER_CLASS = 10_000
 # Smallest crop as a share of the image: 35 % won 7.7 points over 8 % in 5 epochs; medium is the geometric mean of the two.
 SMALLEST_CROP = {"mild": 0.35, "medium": 0.17, "strong": 0.0}
@@ -30,24 +30,17 @@ STEPS_PER_EPOCH, STEPS_PER_RUN = 20, 1000
 FEWEST_IMAGES = 16
 # Smallest training image in pixels, and one cell of the last map (the stride): stages of 32 px paid with ResNet-18.
 SMALLEST_SIZE, DEFAULT_STRIDE = 32, 32
-# The head's share of a fine-tuning run: the list's 5 of 50 epochs.
-HEAD_SHARE = 0.1
-# EMA's horizon as a share of the run. torchvision's recipe averages over 4 % and scales that with the epochs; a fifth lost 1.9 points.
+# The head's share of a fine-tuning run, the list's 5 of 50 epochs; the finder's share at most, in steps that tell six decades apart.
+HEAD_SHARE, FINDER_SHARE, FINDER_STEPS = 0.1, 0.1, 25
+# EMA's horizon as a share of the run: 4 % in torchvision's recipe, which scales it with the epochs, below 1 % in Mosaic's; 22 % lost 1.9 points.
 EMA_SHARE = 0.04
-# The finder's sweep is at most this share of the run, but no fewer steps than tell six decades of rates apart.
-FINDER_SHARE, FINDER_STEPS = 0.1, 25
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What the rules know about data and machine.
+    """What the rules know about the training images and the machine.
 
-    Args:
-        images: training images.
-        classes: of the dataset.
-        processes: that train together.
-        short_side: median short side of the originals in pixels; 0 = unknown.
-        stride: pixels of the image per cell of the network's last feature map; 0 = unknown.
+    short_side: median of the originals, in pixels. stride: pixels per cell of the network's last feature map. 0 = unknown.
     """
 
     images: int
@@ -124,8 +117,8 @@ def _fit_sizes(recipe: Recipe, settings: Mapping[str, Any], free: set[str], fact
     flag = "target_size" if "target_size" in settings else "img_size"
     # Enlarged pixels hold nothing new; but a map of one cell has no inside, so two are left. Pretrained features expect objects as large
     # as they learnt them, on enlarged images too (Kornblith et al., 2019, fine-tune CIFAR at 224 px).
-    if facts.short_side and flag in free and not settings["weights"]:
-        top = min(largest, max(facts.short_side // stride, 2) * stride)
+    if facts.short_side and flag in free and not settings.get("weights"):
+        top = min(largest, max(facts.short_side // stride * stride, 2 * stride, SMALLEST_SIZE))
     if top < largest:
         sizes = [top if size == largest else 8 * round(size * top / largest / 8) for size in sizes]
         recipe.notes.append(f"{top} px, not {largest}: the images have {facts.short_side} (--{flag})")
@@ -141,14 +134,13 @@ def _fit_sizes(recipe: Recipe, settings: Mapping[str, Any], free: set[str], fact
 
 
 def _fit_batches(recipe: Recipe, settings: Mapping[str, Any], free: set[str], facts: Facts) -> None:
-    """Batches that leave every epoch and the run enough optimizer steps; no stage goes below --batch_size."""
+    """Batches, in powers of two, that leave every epoch and the run enough steps; no stage goes below --batch_size."""
     world = facts.processes * settings["accumulation"]
     seen = facts.images * sum(stage.epochs * stage.data_fraction for stage in recipe.stages)
     listed = [stage.batch_size for stage in recipe.stages]
     least = FEWEST_IMAGES if "batch_size" in free else max(recipe.stages, key=lambda s: s.img_size).batch_size
     for i, stage in enumerate(recipe.stages):
         room = min(facts.images * stage.data_fraction / STEPS_PER_EPOCH, seen / STEPS_PER_RUN) / world
-        # Powers of two, like the lists.
         fitting = max(least, 2 ** math.floor(math.log2(max(1, room))))
         recipe.stages[i] = replace(stage, batch_size=min(stage.batch_size, fitting))
     batches = [stage.batch_size for stage in recipe.stages]
@@ -211,7 +203,7 @@ def _fit_horizons(recipe: Recipe, settings: Mapping[str, Any], free: set[str], f
         recipe.values["ema_decay"] = 1 - 1 / max(1.0, EMA_SHARE * steps)
         recipe.notes.append(f"EMA decay {recipe.values['ema_decay']:.4g}: {steps:,} steps (--ema_decay)")
     sweep = max(FINDER_STEPS, int(FINDER_SHARE * steps))
-    finding = recipe.values.get("lr", settings["lr"]) == "auto" and "lr_finder_iterations" in free
-    if finding and sweep < settings["lr_finder_iterations"]:
+    found = recipe.values.get("lr", settings["lr"]) == "auto"
+    if found and "lr_finder_iterations" in free and sweep < settings["lr_finder_iterations"]:
         recipe.values["lr_finder_iterations"] = sweep
         recipe.notes.append(f"a sweep of {sweep} of {steps:,} steps (--lr_finder_iterations)")

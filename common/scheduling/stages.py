@@ -23,7 +23,7 @@ class Stage:
     """Side of the square training image in pixels (`shape: rect`: short side, or side of the square of equal area)."""
     batch_size: PositiveInt = 256
     """Images per process and optimizer step, before accumulation."""
-    data_fraction: PositiveFloat = 1.0
+    data_fraction: ClosedUnitInterval = 1.0
     """Share of the training images, at most 1; a smaller share is contained in a larger one."""
     mixup: ClosedUnitInterval | bool = 1.0
     """Share of the stage's epochs, from its first, that use MixUp/CutMix (true = 1.0, false = 0.0)."""

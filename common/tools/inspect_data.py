@@ -4,388 +4,264 @@
 
 Every image is decoded by the code that training uses. The report is printed, and written beside its plots:
 
-    report.txt, classes.csv          the table; the images of every class
+    report.txt, classes.csv          the tables; the images of every class
     unreadable.txt, duplicates.txt   where there are any: files and why; groups of files with the same content
-    classes.png, sizes.png, aspect_ratios.png, formats.png
+    classes.png, sizes.png, aspect_ratios.png
+
+`--data_dir` is whatever the training scripts read, or one folder of class folders that is not split yet.
 """
 
 import argparse
-import csv
 import hashlib
 import io
-import math
 import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import TextIO
 
 import numpy as np
+import pandas as pd
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from common import UserError
 from common.data.decode import DecodeError, decode_batch, read_header
 from common.data.loader import available_workers
 from common.data.order import BatchItem, View
-from common.data.sources.folder import MissingSplit, Source, open_source
+from common.data.sources.base import MissingSplit, Source
+from common.data.sources.folder import FolderSource
 from common.run import plots
-from common.tools.prepare import as_it_is, start_worker
+from common.tools.prepare import PIECE, Piece, cut, map_in_workers, open_splits
 
-PIECE = 64  # images a worker looks at at a time
 UNREADABLE = "unreadable"
-COLOURS = {"train": plots.BLUE, "val": plots.VERMILION}
-
-# One image. `kind` is its format and mode, "JPEG RGB"; `digest` identifies its bytes.
-RECORD = np.dtype(
-    [
-        ("bytes", "i8"),
-        ("height", "i4"),
-        ("width", "i4"),
-        ("kind", "U20"),
-        ("digest", "u8", 2),
-        ("label", "i8"),
-    ]
-)
+COLOURS = {"train": plots.BLUE, "val": plots.VERMILION, "all": plots.BLUE}
+TICKS = {"1:4": 1 / 4, "1:3": 1 / 3, "1:2": 1 / 2, "2:3": 2 / 3, "3:4": 3 / 4, "1:1": 1}
+TICKS |= {name[::-1]: 1 / ratio for name, ratio in TICKS.items()}
 
 
-class Findings(NamedTuple):
-    """What was found in one split."""
-
-    source: Source
-    images: np.ndarray  # RECORD [N]
-    unreadable: dict[int, str]  # index -> why
-
-    @property
-    def readable(self) -> np.ndarray:
-        return self.images[self.images["kind"] != UNREADABLE]
-
-    @property
-    def per_class(self) -> np.ndarray:
-        """Images of each class, int64 [classes]."""
-        return np.bincount(self.source.labels, minlength=len(self.source.classes))
-
-
-class _Inspector(Dataset):
-    """Runs in a worker: the first index of a piece in, its records out."""
-
-    def __init__(self, source: Source):
-        self.source = source
-
-    def __getitem__(self, begin: int) -> tuple[np.ndarray, dict[int, str]]:
-        indices = range(begin, min(begin + PIECE, len(self.source)))
-        records, unreadable = np.zeros(len(indices), RECORD), {}
-        pixels = torch.empty((1, 3, 32, 32), dtype=torch.uint8, memory_format=torch.channels_last)
-        for record, index in zip(records, indices, strict=True):
-            record["label"], record["kind"] = self.source.labels[index], UNREADABLE
-            try:
-                encoded = self.source.read(index, 1 << 20)
-                record["bytes"] = len(encoded)
-                digest = hashlib.blake2b(encoded, digest_size=16).digest()
-                record["digest"] = np.frombuffer(digest, np.uint64)
-                record["height"], record["width"] = read_header(encoded)[:2]
-                item = BatchItem(0, np.array([index]), *pixels.shape[2:], 0, View(scale=None))
-                decode_batch([encoded], item, 0, pixels)
-                with Image.open(io.BytesIO(encoded)) as opened:
-                    record["kind"] = f"{opened.format} {opened.mode}"
-            except (DecodeError, OSError) as error:
-                unreadable[index] = getattr(error, "strerror", None) or str(error)
-        return records, unreadable
+def inspect_piece(sources: dict[str, Source], piece: Piece) -> pd.DataFrame:
+    """Decode some images; a row for each: `kind` is its format and mode, `digest` a hash of its bytes."""
+    split, indices = piece
+    source, rows = sources[split], []
+    pixels = torch.empty((1, 3, 32, 32), dtype=torch.uint8, memory_format=torch.channels_last)
+    for index in indices:
+        row = {"split": split, "number": index, "class": source.classes[source.labels[index]]}
+        row |= {"bytes": 0, "digest": 0, "height": 0, "width": 0, "kind": UNREADABLE, "why": ""}
+        try:
+            encoded = source.read(index, 1 << 20)
+            digest = hashlib.blake2b(encoded, digest_size=8).digest()
+            row |= {"bytes": len(encoded), "digest": int.from_bytes(digest, signed=True)}
+            # What is read of a pyramid is the largest copy; it knows the originals' sizes.
+            height, width = source.sizes()[index].tolist() if source.prepared else read_header(encoded)[:2]
+            item = BatchItem(0, np.array([index]), *pixels.shape[2:], 0, View(scale=None))
+            decode_batch([encoded], item, 0, pixels)
+            with Image.open(io.BytesIO(encoded)) as opened:
+                row |= {"height": height, "width": width, "kind": f"{opened.format} {opened.mode}"}
+        except (DecodeError, OSError) as error:
+            row["why"] = getattr(error, "strerror", None) or str(error)
+        rows.append(row)
+    return pd.DataFrame(rows)
 
 
-def inspect(source: Source, split: str, workers: int) -> Findings:
-    """Decode all images of a split in worker processes."""
-    starts = range(0, len(source), PIECE)
-    loader = DataLoader(
-        _Inspector(source),
-        batch_size=None,
-        sampler=starts,
-        num_workers=min(workers, len(starts)),
-        collate_fn=as_it_is,
-        worker_init_fn=partial(start_worker, os.getpid()),
-    )
-    parts, unreadable = [], {}
-    with tqdm(total=len(source), desc=f"inspect {split}", unit="image") as bar:
-        for records, failures in loader:
-            parts.append(records)
-            unreadable |= failures
-            bar.update(len(records))
-    images = np.concatenate(parts)
-    if source.prepared:  # what was read is the largest copy
-        images["height"], images["width"] = source.sizes().T
-    return Findings(source, images, unreadable)
+@contextmanager
+def silenced() -> Iterator[TextIO]:
+    """Keep what image libraries write to stderr off the screen; yields a file that still leads there."""
+    sys.stderr.flush()
+    with os.fdopen(os.dup(2), "w") as screen, open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+        try:
+            yield screen
+        finally:
+            os.dup2(screen.fileno(), 2)
 
 
-class Duplicates(NamedTuple):
-    """Images with the same bytes, over all splits."""
-
-    groups: list[list[tuple[str, int]]]  # (split, index) of the members
-    across_classes: int  # groups whose members have different classes
-    across_splits: int  # groups with members in train and val
-
-
-def find_duplicates(found: dict[str, Findings]) -> Duplicates:
-    digests = np.concatenate([findings.images["digest"] for findings in found.values()])
-    members = [(split, index) for split, findings in found.items() for index in range(len(findings.images))]
-    _, group_of, counts = np.unique(digests, axis=0, return_inverse=True, return_counts=True)
-    group_of = group_of.reshape(-1)
-    sizes = np.concatenate([findings.images["bytes"] for findings in found.values()])
-    repeated = np.flatnonzero(
-        (counts[group_of] > 1) & (sizes > 0)
-    )  # empty files are unreadable, that says it
-    groups: dict[int, list[tuple[str, int]]] = {}
-    for place in repeated.tolist():
-        groups.setdefault(int(group_of[place]), []).append(members[place])
-    across_classes = across_splits = 0
-    for group in groups.values():
-        names = {found[split].source.classes[found[split].source.labels[index]] for split, index in group}
-        across_classes += len(names) > 1
-        across_splits += len({split for split, _ in group}) > 1
-    return Duplicates(list(groups.values()), across_classes, across_splits)
+def inspect(sources: dict[str, Source], workers: int) -> pd.DataFrame:
+    """Decode all images; the rows of `inspect_piece`."""
+    pieces = [piece for split, source in sources.items() for piece in cut(split, range(len(source)))]
+    with silenced() as screen:
+        answers = map_in_workers(partial(inspect_piece, sources), pieces, workers)
+        bar = tqdm(answers, "inspect", total=len(pieces), unit="image", unit_scale=PIECE, file=screen)
+        return pd.concat(list(bar), ignore_index=True)
 
 
 # --- the report -----------------------------------------------------------------------------------
 
 
-def report(data_dir: str, found: dict[str, Findings], duplicates: Duplicates) -> str:
+def count_classes(images: pd.DataFrame) -> pd.DataFrame:
+    """Images of each class (rows) in each split (columns), the largest classes first."""
+    counts = pd.crosstab(images["class"], images["split"])
+    return counts.sort_values(counts.columns[0], ascending=False, kind="stable")
+
+
+def find_duplicates(images: pd.DataFrame) -> pd.DataFrame:
+    """The rows of images whose bytes are there several times. Empty files are unreadable, that says it."""
+    return images[images.duplicated(["digest", "bytes"], keep=False) & (images["bytes"] > 0)]
+
+
+def report(data_dir: str, images: pd.DataFrame) -> str:
     """Everything in words and tables."""
-    parts = [data_dir, _splits_table(found), _sizes_table(found), _kinds_table(found), _classes_table(found)]
-    unreadable = sum(len(findings.unreadable) for findings in found.values())
-    extra = sum(len(group) - 1 for group in duplicates.groups)
-    verdicts = [f"unreadable images: {unreadable or 'none'}" + (" (unreadable.txt)" if unreadable else "")]
-    if extra:
-        verdicts.append(
-            f"duplicates: {extra} images repeat another's content, in {len(duplicates.groups)} groups; "
-            f"{duplicates.across_classes} groups span classes, {duplicates.across_splits} span train and val "
-            "(duplicates.txt)"
-        )
-    else:
-        verdicts.append("duplicates: none")
-    return "\n\n".join([*parts, "\n".join(verdicts)]) + "\n"
+    by_split = images.groupby("split")
+    per_class = images.groupby(["split", "class"]).size().groupby("split")
+    splits = pd.DataFrame(
+        {
+            "images": by_split.size(),
+            "classes": per_class.size(),
+            "fewest": per_class.min(),
+            "median": per_class.median().astype(int),
+            "most per class": per_class.max(),
+            "unreadable": by_split["why"].agg(lambda why: (why != "").sum()),
+            "MB": (by_split["bytes"].sum() / 1e6).round(1),
+        }
+    )
+    kinds = pd.crosstab(images["kind"], images["split"])
+    kinds = kinds.loc[kinds.sum(axis=1).sort_values(ascending=False, kind="stable").index]
+    classes = count_classes(images)
+    tables = [splits, _sizes(images), kinds, classes]
+    texts = [
+        table.map("{:,}".format).to_string(index_names=False, max_rows=24, show_dimensions=False)
+        for table in tables
+    ]
+    if (classes.nunique() == 1).all():
+        same = ", all with the same number of images" if len(classes) > 1 else ""
+        texts[-1] = _count(len(classes), "class") + same
+    elif len(classes) > 24:
+        texts[-1] += f"\n(all {len(classes)} classes: classes.csv)"
+    return "\n\n".join([data_dir, *texts, _verdict(images)]) + "\n"
 
 
-def _table(rows: list[list[str]]) -> str:
-    """Columns aligned: the first to the left, the others to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for row in rows:
-        first, *others = (cell.rjust(width) for cell, width in zip(row, widths, strict=True))
-        lines.append("  ".join([row[0].ljust(len(first)), *others]).rstrip())
+def _sizes(images: pd.DataFrame) -> pd.DataFrame:
+    """Quantiles that are images' own values: nothing between two of them."""
+    images = images[images["kind"] != UNREADABLE]
+    sides = images[["height", "width"]]
+    values = pd.DataFrame(
+        {
+            "short side (px)": sides.min(axis=1),
+            "long side (px)": sides.max(axis=1),
+            "width / height": (images["width"] / images["height"]).round(2),
+            "file (kB)": (images["bytes"] / 1e3).round(1),
+        }
+    )
+    names = ["smallest", "5 %", "median", "95 %", "largest"]
+    tables = {}
+    for split, of_split in values.groupby(images["split"]):
+        table = of_split.quantile([0, 0.05, 0.5, 0.95, 1], interpolation="nearest")
+        # As objects, sides stay whole numbers beside the fractions.
+        tables[split] = table.astype(object).set_axis(names).T
+    return pd.concat(tables) if tables else pd.DataFrame()
+
+
+def _count(number: int, word: str) -> str:
+    plural = word + ("es" if word.endswith("s") else "s")
+    return f"{number:,} {word if number == 1 else plural}"
+
+
+def _verdict(images: pd.DataFrame) -> str:
+    unreadable = int((images["kind"] == UNREADABLE).sum())
+    lines = [f"unreadable images: {unreadable} (unreadable.txt)" if unreadable else "unreadable images: none"]
+    repeated = find_duplicates(images)
+    if not len(repeated):
+        return "\n".join([*lines, "duplicates: none"])
+    groups = repeated.groupby("digest")
+    spans = groups[["class", "split"]].nunique().gt(1).sum()
+    extra = _count(len(repeated) - groups.ngroups, "image")
+    lines += [
+        f"duplicates: {extra} with the content of another, in {_count(groups.ngroups, 'group')} (duplicates.txt)",
+        f"  across classes: {_count(spans['class'], 'group')}",
+        f"  across train and val: {_count(spans['split'], 'group')}",
+    ]
     return "\n".join(lines)
 
 
-def _splits_table(found: dict[str, Findings]) -> str:
-    rows = [["split", "images", "classes", "fewest", "median", "most per class", "unreadable", "MB"]]
-    for split, findings in found.items():
-        counts = findings.per_class
-        numbers = [len(findings.images), len(counts), counts.min(), int(np.median(counts)), counts.max()]
-        numbers += [len(findings.unreadable)]
-        rows.append([split, *(f"{n:,}" for n in numbers), f"{findings.images['bytes'].sum() / 1e6:,.1f}"])
-    return _table(rows)
-
-
-def _sizes_table(found: dict[str, Findings]) -> str:
-    rows = [["", "smallest", "5 %", "median", "95 %", "largest"]]
-    for split, findings in found.items():
-        images = findings.readable
-        if not len(images):
-            continue
-        height, width = images["height"].astype(float), images["width"].astype(float)
-        for name, values, style in (
-            ("short side (px)", np.minimum(height, width), "{:.0f}"),
-            ("long side (px)", np.maximum(height, width), "{:.0f}"),
-            ("width / height", width / height, "{:.2f}"),
-            ("file (kB)", images["bytes"] / 1e3, "{:.1f}"),
-        ):
-            # Percentiles that are images' own values: nothing between two of them.
-            shown = np.percentile(values, [0, 5, 50, 95, 100], method="nearest")
-            rows.append([f"{split}: {name}", *(style.format(value) for value in shown)])
-    return _table(rows)
-
-
-def _kinds(found: dict[str, Findings]) -> list[tuple[str, dict[str, int]]]:
-    """Images of each format and mode by split, the most frequent first."""
-    counts: dict[str, dict[str, int]] = {}
-    for split, findings in found.items():
-        for kind, count in zip(*np.unique(findings.images["kind"], return_counts=True), strict=True):
-            counts.setdefault(str(kind), {})[split] = int(count)
-    return sorted(counts.items(), key=lambda kind: -sum(kind[1].values()))
-
-
-def _kinds_table(found: dict[str, Findings]) -> str:
-    rows = [["format and mode", *found]]
-    for kind, counts in _kinds(found):
-        rows.append([kind, *(f"{counts.get(split, 0):,}" for split in found)])
-    return _table(rows)
-
-
-def _classes_table(found: dict[str, Findings], most: int = 24) -> str:
-    """Images per class, or the largest and smallest ones where there are many."""
-    if all(findings.per_class.min() == findings.per_class.max() for findings in found.values()):
-        return "all classes have the same number of images"
-    classes = next(iter(found.values())).source.classes
-    counts = np.stack([_counts_of(findings, classes) for findings in found.values()])
-    order = np.argsort(-counts[0], kind="stable").tolist()
-    names = [[classes[label], *(f"{count:,}" for count in counts[:, label])] for label in order]
-    if len(names) > most:
-        gap = [f"... {len(names) - most} more in classes.csv", *([""] * len(found))]
-        names = [*names[: most // 2], gap, *names[-most // 2 :]]
-    return _table([["class", *found], *names])
-
-
-def _counts_of(findings: Findings, classes: list[str]) -> np.ndarray:
-    """Images of each of these classes, which may be numbered otherwise in this split."""
-    counts = dict(zip(findings.source.classes, findings.per_class.tolist(), strict=True))
-    return np.array([counts.get(name, 0) for name in classes])
-
-
-def write_lists(out: Path, found: dict[str, Findings], duplicates: Duplicates) -> None:
+def write_lists(out: Path, sources: dict[str, Source], images: pd.DataFrame) -> None:
     """Write the lists that are too long for the report."""
-    classes = sorted({name for findings in found.values() for name in findings.source.classes})
-    counts = [_counts_of(findings, classes) for findings in found.values()]
-    with open(out / "classes.csv", "w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["class", *found])
-        writer.writerows(zip(classes, *(column.tolist() for column in counts), strict=True))
-    unreadable = [
-        f"{findings.source.describe(index)}: {why}\n"
-        for findings in found.values()
-        for index, why in sorted(findings.unreadable.items())
-    ]
-    repeated = [
-        "".join(f"{found[split].source.describe(index)}\n" for split, index in group) + "\n"
-        for group in duplicates.groups
-    ]
-    for name, lines in (("unreadable.txt", unreadable), ("duplicates.txt", repeated)):
-        if lines:
-            (out / name).write_text("".join(lines))
-        else:
-            (out / name).unlink(missing_ok=True)  # of an earlier inspection
+    count_classes(images).sort_index().to_csv(out / "classes.csv")
+    places = {"unreadable.txt": "", "duplicates.txt": ""}
+    for row in images[images["kind"] == UNREADABLE].itertuples():
+        places["unreadable.txt"] += f"{sources[row.split].describe(row.number)}: {row.why}\n"
+    for _, group in find_duplicates(images).groupby("digest"):
+        names = [sources[split].describe(index) for split, index in group[["split", "number"]].values]
+        places["duplicates.txt"] += "\n".join([*names, "", ""])
+    for name, text in places.items():
+        # One of an earlier inspection holds no longer.
+        (out / name).unlink(missing_ok=True)
+        if text:
+            (out / name).write_text(text)
 
 
 # --- plots ----------------------------------------------------------------------------------------
 
 
-def write_plots(out: Path, name: str, found: dict[str, Findings]) -> None:
-    """Draw the four plots; `name` is the dataset's, in their corner."""
-    for stem, draw in (
-        ("classes", _draw_classes),
-        ("sizes", _draw_sizes),
-        ("aspect_ratios", _draw_aspects),
-        ("formats", _draw_kinds),
-    ):
-        axes = plots.new_axes()
-        draw(axes, found, name)
-        plots.save(axes, out / f"{stem}.png")
-
-
-def _legend(axes) -> None:
-    """Name the splits in a row under the title."""
-    place = {"loc": "lower left", "bbox_to_anchor": (0, 1.0), "borderaxespad": 0.3}
-    axes.legend(**place, ncols=2, fontsize=9, frameon=False, labelcolor=plots.INK)
-
-
-def _draw_classes(axes, found: dict[str, Findings], name: str) -> None:
-    plots.begin_plot(axes, "Images per class", "classes, the largest first", "images", name)
-    for split, findings in found.items():
-        counts = np.sort(findings.per_class)[::-1]
-        steps = np.arange(len(counts) + 1)
-        label = f"{split}: {len(findings.images):,} images, {counts.min():,} to {counts.max():,} per class"
-        axes.stairs(counts, steps, fill=True, alpha=0.25, color=COLOURS[split])
-        axes.stairs(counts, steps, color=COLOURS[split], linewidth=1.6, label=label)
-    axes.set_xlim(0, max(len(findings.source.classes) for findings in found.values()))
+def write_plots(out: Path, name: str, images: pd.DataFrame) -> None:
+    """Draw the three plots; `name` is the dataset's, in their corner."""
+    axes = plots.new_plot("Images per class", "classes, the largest first", "images", name)
+    for split, of_split in images.groupby("split"):
+        counts = of_split["class"].value_counts()
+        label = f"{split}: {len(of_split):,} images, {counts.min():,} to {counts.max():,} per class"
+        _draw_steps(axes, counts.to_numpy(), np.arange(len(counts) + 1), split, label)
     axes.xaxis.get_major_locator().set_params(integer=True)
-    _legend(axes)
+    plots.add_legend(axes)
+    plots.save(axes, out / "classes.png")
 
+    images = images[images["kind"] != UNREADABLE]
+    short = images[["height", "width"]].min(axis=1)
+    # The last bar holds the largest hundredth as well: one panorama would push all others into a corner.
+    largest = short.quantile(0.99) if len(short) else 1
+    edges = np.arange(0, largest + 2 + largest // 60, 1 + largest // 60)
+    axes = plots.new_plot("Image sizes", "short side (pixels)", "share of the images (%)", name)
+    _draw_shares(axes, short, images["split"], edges)
+    plots.save(axes, out / "sizes.png")
 
-def _sides(found: dict[str, Findings]) -> tuple[np.ndarray, np.ndarray]:
-    readable = np.concatenate([findings.readable for findings in found.values()])
-    return readable["width"].astype(float), readable["height"].astype(float)
-
-
-def _draw_sizes(axes, found: dict[str, Findings], name: str) -> None:
-    from matplotlib.colors import LinearSegmentedColormap, LogNorm
-
-    plots.begin_plot(axes, "Image sizes", "width (pixels)", "height (pixels)", name)
-    width, height = _sides(found)
-    if not len(width):
-        return
-    # The largest hundredth is left out: one panorama would push all others into a corner.
-    limit = float(np.percentile(np.concatenate([width, height]), 99)) * 1.08
-    shades = LinearSegmentedColormap.from_list("blues", ["#CFE3F1", plots.BLUE, "#00263D"])
-    inside = (width <= limit) & (height <= limit)
-    grid = axes.hexbin(
-        width[inside],
-        height[inside],
-        gridsize=(50, 17),
-        extent=(0, limit, 0, limit),
-        norm=LogNorm(),
-        mincnt=1,
-        cmap=shades,
-        linewidths=0.2,
-    )
-    for ratio, words in ((3 / 4, "3:4"), (1, "1:1"), (4 / 3, "4:3"), (2, "2:1")):
-        axes.plot([0, limit], [0, limit / ratio], color=plots.GREY, linewidth=0.6, linestyle=":")
-        x, y = (limit, limit / ratio) if ratio >= 1 else (limit * ratio, limit)
-        axes.annotate(words, (x, y), (3, 3), textcoords="offset points", fontsize=8, color=plots.GREY)
-    axes.set_xlim(0, limit)
-    axes.set_ylim(0, limit)
-    bar = axes.figure.colorbar(grid, ax=axes, pad=0.05, label="images", format="{x:,.0f}")
-    bar.outline.set_visible(False)
-    left = int(np.sum(~inside))
-    words = f"median {np.median(width):.0f} × {np.median(height):.0f}"
-    words += f"; {left:,} larger ones outside" if left else ""
-    axes.text(0, 1.02, words, transform=axes.transAxes, fontsize=9, color=plots.GREY)
-
-
-def _draw_aspects(axes, found: dict[str, Findings], name: str) -> None:
-    plots.begin_plot(axes, "Aspect ratios", "width : height (logarithmic)", "share of the images (%)", name)
-    edges = np.linspace(-2, 2, 65) - 1 / 32  # a bin about each common ratio, in powers of 2
-    for split, findings in found.items():
-        images = findings.readable
-        logs = np.clip(np.log2(images["width"] / np.maximum(images["height"], 1)), edges[0], edges[-1])
-        shares = 100 * np.histogram(logs, edges)[0] / max(1, len(logs))
-        axes.stairs(shares, edges, fill=True, alpha=0.25, color=COLOURS[split])
-        axes.stairs(
-            shares, edges, color=COLOURS[split], linewidth=1.6, label=f"{split}: {len(logs):,} images"
-        )
-    ratios = ((1, 4), (1, 3), (1, 2), (2, 3), (3, 4), (1, 1), (4, 3), (3, 2), (2, 1), (3, 1), (4, 1))
-    axes.set_xticks([math.log2(w / h) for w, h in ratios], [f"{w}:{h}" for w, h in ratios])
-    axes.set_xlim(edges[0], edges[-1])
-    _legend(axes)
-
-
-def _draw_kinds(axes, found: dict[str, Findings], name: str) -> None:
-    plots.begin_plot(axes, "Formats and colour modes", "images (logarithmic)", "", name)
-    kinds = _kinds(found)[:10]
-    height = 0.8 / len(found)
-    for place, (split, findings) in enumerate(found.items()):
-        y = np.arange(len(kinds)) + (place - (len(found) - 1) / 2) * height
-        counts = [kind.get(split, 0) for _, kind in kinds]
-        axes.barh(y, counts, height * 0.92, color=COLOURS[split], label=split)
-        for where, count in zip(y, counts, strict=True):
-            share = f"{count:,} ({count / len(findings.images):.1%})"
-            axes.annotate(
-                share if count else "0",
-                (max(count, 0.7), where),
-                (4, 0),
-                textcoords="offset points",
-                va="center",
-                fontsize=8,
-                color=plots.INK,
-            )
+    # A bar about each common ratio, in powers of 2.
+    edges = 2 ** (np.linspace(-2, 2, 65) - 1 / 32)
+    axes = plots.new_plot("Aspect ratios", "width : height (logarithmic)", "share of the images (%)", name)
+    _draw_shares(axes, images["width"] / images["height"], images["split"], edges)
     axes.set_xscale("log")
-    axes.xaxis.set_major_formatter("{x:,.0f}")
-    axes.set_xlim(0.7, 12 * max(len(findings.images) for findings in found.values()))
-    axes.set_yticks(range(len(kinds)), [kind for kind, _ in kinds])
-    axes.set_ylim(len(kinds) - 0.4, -0.6)
-    axes.grid(visible=False, axis="y")
-    axes.set_position((0.17, plots.BOTTOM, plots.RIGHT - 0.17, plots.TOP - plots.BOTTOM))
-    _legend(axes)
+    axes.set_xticks(list(TICKS.values()), list(TICKS), minor=False)
+    axes.set_xticks([], minor=True)
+    plots.save(axes, out / "aspect_ratios.png")
+
+
+def _draw_shares(axes, values: pd.Series, splits: pd.Series, edges: np.ndarray) -> None:
+    """One histogram per split; what lies outside counts at the ends."""
+    for split, of_split in values.groupby(splits):
+        inside = of_split.clip(edges[0], edges[-1])
+        shares = 100 * np.histogram(inside, edges)[0] / len(inside)
+        _draw_steps(axes, shares, edges, split, f"{split}: median {round(of_split.median(), 2):g}")
+    if len(values):
+        plots.add_legend(axes)
+
+
+def _draw_steps(axes, heights: np.ndarray, edges: np.ndarray, split: str, label: str) -> None:
+    axes.stairs(heights, edges, fill=True, alpha=0.25, color=COLOURS[split])
+    axes.stairs(heights, edges, color=COLOURS[split], linewidth=1.6, label=label)
+    axes.margins(x=0)
 
 
 # --- command line ---------------------------------------------------------------------------------
+
+
+def inspect_into(out: Path, data_dir: str, workers: int) -> str:
+    """Inspect a dataset; write everything into `out`, and return the report."""
+    try:
+        sources = open_splits(data_dir)
+    except MissingSplit:
+        if not Path(data_dir).is_dir():
+            raise
+        sources = {"all": FolderSource(Path(data_dir))}
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {out} cannot be written: {error.strerror}") from error
+    images = inspect(sources, workers)
+    text = report(data_dir, images)
+    (out / "report.txt").write_text(text)
+    write_lists(out, sources, images)
+    write_plots(out, Path(data_dir).name, images)
+    return text
 
 
 def main(args: list[str] | None = None) -> None:
@@ -394,36 +270,15 @@ def main(args: list[str] | None = None) -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument(
-        "--data_dir", required=True, help="a folder, Parquet or Arrow files, or hub dataset org/name"
-    )
-    parser.add_argument(
-        "--out", type=Path, default=Path("inspection"), help="for the results (default: inspection)"
-    )
-    parser.add_argument("--workers", type=int, help="processes (default: one per CPU that may be used)")
+    add = parser.add_argument
+    add("--data_dir", required=True, help="a folder, Parquet or Arrow files, or hub dataset org/name")
+    add("--out", type=Path, default=Path("inspection"), help="for the results (default: inspection)")
+    add("--workers", type=int, default=available_workers(), help="processes (default: one per usable CPU)")
     options = parser.parse_args(args)
     try:
-        workers = available_workers() if options.workers is None else options.workers
-        if workers < 0:
-            raise UserError(f"--workers must not be negative, not {workers}")
-        sources: dict[str, Source] = {}
-        for split in COLOURS:
-            try:
-                sources[split] = open_source(options.data_dir, split)
-            except MissingSplit as error:
-                missing = error
-        if not sources:
-            raise missing
-        try:
-            options.out.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"--out {options.out} cannot be written: {error.strerror}") from error
-        found = {split: inspect(source, split, workers) for split, source in sources.items()}
-        duplicates = find_duplicates(found)
-        text = report(options.data_dir, found, duplicates)
-        (options.out / "report.txt").write_text(text)
-        write_lists(options.out, found, duplicates)
-        write_plots(options.out, Path(options.data_dir).name, found)
+        if options.workers < 0:
+            raise UserError(f"--workers must not be negative, not {options.workers}")
+        text = inspect_into(options.out, options.data_dir, options.workers)
     except UserError as error:
         parser.exit(2, f"error: {error}\n")
     print(text)

@@ -44,10 +44,11 @@ from common import UserError
 from common.data.decode import DecodeError, decode_batch, read_header
 from common.data.loader import available_workers, end_with
 from common.data.order import BatchItem, View
-from common.data.sources.folder import FolderSource, MissingSplit, Source, open_source
+from common.data.sources.base import MissingSplit, Source
+from common.data.sources.folder import FolderSource
+from common.data.sources.open import open_source
 from common.run.checkpoint import write_durably
 
-FORMAT = 1
 SPLITS = {"train": "train", "val": "validation"}  # our names, and those of `datasets`
 PIECE = 16  # images a worker encodes at a time
 BATCH_PIECES = 64  # of a record batch: its bytes stay far below the 2 GiB that 32-bit offsets reach
@@ -135,9 +136,7 @@ def schema_of(source: Source, settings: Settings) -> pa.Schema:
     columns: dict[str, Any] = {f"image_{level}": Image() for level in settings.levels}
     columns["label"] = ClassLabel(names=source.classes)
     columns |= {side: Value("int32") for side in ("height", "width")}
-    schema = Features(columns).arrow_schema
-    about = {"format": FORMAT, "source": source.fingerprint, **asdict(settings)}
-    return schema.with_metadata({**schema.metadata, b"pyramid": json.dumps(about).encode()})
+    return Features(columns).arrow_schema
 
 
 def encode_piece(
@@ -320,7 +319,6 @@ def _stamps(source: Source) -> np.ndarray:
     if not isinstance(source, FolderSource):
         # The fingerprint of Arrow and Parquet files says it already.
         return np.zeros(0, np.uint64)
-
     stamps = np.zeros(len(source), np.uint64)
 
     def stamp(indices: range) -> None:

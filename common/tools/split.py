@@ -23,7 +23,8 @@ import numpy as np
 from tqdm import tqdm
 
 from common import UserError
-from common.data.sources.folder import VAL_NAMES, FolderSource
+from common.data.sources.base import VAL_NAMES
+from common.data.sources.folder import FolderSource
 
 PLAN = "plan.json"
 _TEMPORARY = "plan.tmp"

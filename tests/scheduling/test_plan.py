@@ -6,11 +6,24 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common import UserError
-from common.scheduling import Schedule, Stage, couple_strength, make_plan, scaled_lr
+from common.config import parse_args
+from common.scheduling import Rates, ScheduleSettings, Stage, couple_strength, make_plan, resolve_lr
+from train_hybrid import HybridConfig
 
 
-def plan_for(stages, images=1000, processes=1, accumulation=1, peak=0.4, **schedule):
-    return make_plan(stages, images, processes, accumulation, Schedule(peak, **schedule))
+class Planned:
+    """A plan with its rates."""
+
+    def __init__(self, stages, images=1000, processes=1, accumulation=1, peak=0.4, **settings):
+        self.plan = make_plan(stages, images, processes, accumulation)
+        self.rates = Rates(self.plan, ScheduleSettings(**settings), peak)
+
+    def __getattr__(self, name):
+        return getattr(self.rates if hasattr(Rates, name) else self.plan, name)
+
+
+def plan_for(*args, **settings):
+    return Planned(*args, **settings)
 
 
 @settings(deadline=None, max_examples=40)
@@ -52,18 +65,18 @@ def test_stage_wise_is_one_torch_cycle_per_stage():
 
 def test_progressive_peaks_follow_the_batch_up_to_the_limit():
     stages = [Stage(1, 56, 4096), Stage(1, 112, 1024), Stage(1, 224, 256)]
-    base = scaled_lr(0.1, 4096, "linear")
+    base = resolve_lr(0.1, 4096, "linear")
     plan = plan_for(stages, images=10_000, peak=base, stage_wise=True, max_lr=0.4)
     assert [plan.peak(i) for i in range(3)] == pytest.approx([0.4, 0.4, 0.1])
 
 
 def test_scales_multiply_the_global_cycle_and_never_jump_upward():
     stages = [Stage(4, batch_size=20, lr_scale=1.0), Stage(4, batch_size=20, lr_scale=0.5)]
-    plan = plan_for(stages, dampening=0.2)
+    plan = plan_for(stages)
     unscaled = plan_for([Stage(8, batch_size=20)])
     first = plan.stage_steps(0)
     assert plan.lr(first - 1) == unscaled.lr(first - 1)
-    glide = round(0.2 * plan.stage_steps(1))
+    glide = round(0.1 * plan.stage_steps(1))
     ratios = [plan.lr(s) / unscaled.lr(s) for s in range(first, plan.total_steps)]
     assert ratios[0] == pytest.approx(1.0)
     assert all(a >= b for a, b in itertools.pairwise(ratios))
@@ -93,11 +106,11 @@ def test_a_resumed_plan_holds_the_global_batch_by_accumulation():
     stages = [Stage(2, batch_size=16)]
     eight = plan_for(stages, processes=8)
     for processes, accumulation in ((4, 2), (1, 8), (8, 1), (16, 1)):
-        moved = make_plan(stages, 1000, processes, 1, Schedule(0.4), eight.global_batches)
+        moved = make_plan(stages, 1000, processes, 1, eight.global_batches)
         assert moved.accumulation(0) == accumulation
         assert moved.total_steps == eight.total_steps
     with pytest.raises(UserError, match="--num_processes"):
-        make_plan(stages, 1000, 3, 1, Schedule(0.4), eight.global_batches)
+        make_plan(stages, 1000, 3, 1, eight.global_batches)
 
 
 def test_epochs_are_whole_numbers_of_steps_and_can_be_entered_anywhere():
@@ -119,11 +132,26 @@ def test_a_batch_larger_than_the_data_is_cut_down():
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("epochs", 0), ("img_size", 0), ("batch_size", 0), ("data_fraction", 0), ("lr_scale", -1), ("mixup", 2)],
+    [("epochs", 0), ("img_size", 0), ("batch_size", 0), ("data_fraction", 2), ("lr_scale", -1), ("mixup", 2)],
 )
-def test_impossible_stages_name_the_flag(field, value):
-    with pytest.raises(UserError, match=f"--{field} "):
-        Stage(**{"epochs": 1, field: value})
+def test_impossible_stages_name_the_flag(field, value, capsys):
+    stage = {"epochs": 1, field: value}
+    with pytest.raises(SystemExit):
+        parse_args(HybridConfig, "", ["--stages", str([stage]).replace("'", '"')])
+    assert f"--stages, {field} takes" in capsys.readouterr().err
+
+
+def test_no_data_at_all_is_a_sentence():
+    with pytest.raises(UserError, match="data_fraction"):
+        make_plan([Stage(1, data_fraction=0.0)], 100, 1)
+
+
+@pytest.mark.parametrize("per_process", [97, 96, 64, 7])
+def test_a_batch_that_does_not_fit_is_cut_into_equal_parts_never_into_crumbs(per_process):
+    plan = make_plan([Stage(1, 32, per_process)], 1000, 2).with_micro_batch(0, 50)
+    assert plan.micro_batch(0) > min(25, per_process - 1)
+    assert plan.micro_batch(0) <= 50
+    assert per_process * 2 - plan.global_batches[0] < 2 * plan.accumulation(0)
 
 
 def test_strength_follows_the_image_size():
@@ -132,9 +160,9 @@ def test_strength_follows_the_image_size():
 
 def test_fewer_images_than_processes_is_a_sentence():
     with pytest.raises(UserError, match="3 images, fewer than processes; set --num_processes"):
-        make_plan([Stage(1, 32, 8)], 3, 4, 1, Schedule(0.1))
+        make_plan([Stage(1, 32, 8)], 3, 4)
 
 
 def test_a_batch_larger_than_the_data_is_cut_with_a_sentence():
-    table = make_plan([Stage(1, 32, 1024), Stage(1, 32, 64)], 800, 2, 1, Schedule(0.1)).table()
+    table = plan_for([Stage(1, 32, 1024), Stage(1, 32, 64)], 800, 2).table()
     assert table.splitlines()[-1] == "stage 1 has 800 images: --batch_size 1024 is cut to 400"

@@ -118,6 +118,28 @@ def test_every_epoch_has_enough_steps(name, processes, images):
         assert stage.batch_size >= FEWEST_IMAGES
 
 
+@settings(deadline=None, max_examples=60)
+@given(
+    name=st.sampled_from(list(CONFIGS)),
+    images=st.integers(100, 2_000_000),
+    classes=st.integers(2, 5000),
+    processes=st.sampled_from([1, 2, 4, 8]),
+    short_side=st.integers(0, 80) | st.integers(80, 500),
+    stride=st.sampled_from([0, 8, 16, 32]),
+)
+def test_rules_only_make_a_list_smaller_and_gentler(name, images, classes, processes, short_side, stride):
+    listed = CONFIGS[name].curriculum()
+    recipe = adapted(name, Facts(images, classes, processes, short_side, stride))
+    assert [stage.epochs for stage in recipe.stages] == [stage.epochs for stage in listed]
+    for now, then in zip(recipe.stages, listed, strict=True):
+        assert max(stride, 32) <= now.img_size <= then.img_size
+        assert now.batch_size <= then.batch_size
+        assert now.mixup <= then.mixup
+        assert now.strength <= then.strength
+        assert (now.data_fraction, now.frozen, now.shape) == (then.data_fraction, then.frozen, then.shape)
+    assert sorted(stage.img_size for stage in recipe.stages) == [stage.img_size for stage in recipe.stages]
+
+
 def test_a_short_run_has_a_thousand_steps_and_accumulation_counts():
     (stage,) = adapted("standard", epochs=12).stages
     assert stage.batch_size == 32

@@ -39,4 +39,5 @@ def tool(name: str, *args: object, cache: Path, **options) -> subprocess.Complet
     """Run `python -m common.tools.<name>` as a user would."""
     command = [sys.executable, "-m", f"common.tools.{name}", *map(str, args)]
     environment = {**os.environ, "XDG_CACHE_HOME": str(cache)}
-    return subprocess.run(command, cwd=PROJECT, env=environment, capture_output=True, text=True, **options)
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | options
+    return subprocess.run(command, cwd=PROJECT, env=environment, text=True, **options)

@@ -3,11 +3,12 @@
 import json
 import types
 
+import pandas as pd
 import pytest
 from PIL import Image
 
 from common.tools import benchmark_dataloader as tool
-from common.tools.benchmark_dataloader import Row, recommend_workers, run_pass, verdict, worker_counts
+from common.tools.benchmark_dataloader import measure, recommend_workers, run_pass, verdict, worker_counts
 
 
 @pytest.fixture(autouse=True)
@@ -34,43 +35,50 @@ def test_rows_of_all_loaders(tree, tmp_path, capsys):
     assert [row["loader"] for row in rows] == ["ours", "torchvision", "timm"]
     for row in rows:
         assert row["files"] == "originals"
-        assert (row["img_size"], row["workers"]) == (24, 1)
-        assert row["images_per_s"] > 0
-        assert row["cpu_us_per_image"] > 0
-        assert row["memory_mb"] > 0
+        assert (row["size"], row["workers"]) == (24, 1)
+        assert row["images/s"] > 0
+        assert row["CPU us/image"] > 0
+        assert row["MB"] > 0
     text = capsys.readouterr().out
     assert "recommended: --workers 1 --prefetch" in text
     assert "bound by the loader; prepare a pyramid" in text
 
 
-def row(size: int, workers: int, rate: float, files: str = "originals") -> Row:
-    return Row("ours", files, size, workers, images_per_s=rate)
-
-
 def test_recommended_workers():
-    rows = [
-        row(224, 1, 400),
-        row(224, 2, 800),
-        row(224, 4, 820),
-        row(56, 1, 1000),
-        row(56, 2, 1990),
-        row(56, 4, 3900),
-    ]
-    assert recommend_workers(rows, {}) == 4  # the small size still gains
-    assert recommend_workers(rows[:3], {}) == 2  # 2.5 % more are not worth two processes
+    rates = [(224, 1, 400), (224, 2, 800), (224, 4, 820), (56, 1, 1000), (56, 2, 1990), (56, 4, 3900)]
+    rows = pd.DataFrame(rates, columns=["size", "workers", "images/s"])
+    # The small size still gains.
+    assert recommend_workers(rows, {}) == 4
+    # 2.5 % more are not worth two processes.
+    assert recommend_workers(rows[:3], {}) == 2
     assert recommend_workers(rows, {224: 300, 56: 900}) == 1
     assert recommend_workers(rows, {224: 300, 56: 1500}) == 2
     assert recommend_workers(rows, {224: 10_000, 56: 900}) == 2
 
 
 def test_verdicts():
-    assert verdict(128, 4000, row(128, 4, 4100), 8).endswith("bound by the device")
-    assert "bound by the loader; prepare a pyramid" in verdict(128, 5200, row(128, 4, 4100), 8)
-    assert verdict(128, 5200, row(128, 4, 4100), 8).endswith("or add 2 workers")
-    assert verdict(128, 5200, row(128, 4, 4100, "pyramid"), 8).endswith("loader; add 2 workers")
-    assert verdict(128, 8400, row(128, 8, 4100, "pyramid"), 8).endswith(
-        "about 17 CPUs are needed and there are 8"
-    )
+    assert verdict(128, 4000, 4100, 4, False, 8).endswith("bound by the device")
+    assert "bound by the loader; prepare a pyramid" in verdict(128, 5200, 4100, 4, False, 8)
+    assert verdict(128, 5200, 4100, 4, False, 8).endswith("or take 6 workers")
+    assert verdict(128, 5200, 4100, 4, True, 8).endswith("loader; take 6 workers")
+    assert verdict(128, 8400, 4100, 8, True, 8).endswith("about 17 CPUs are needed and there are 8")
+
+
+def test_medians_of_passes_that_take_turns(monkeypatch):
+    turns = []
+
+    def start(name: str):
+        def batches(*_):
+            turns.append(name)
+            yield 1
+
+        return batches
+
+    rates = iter([10, 1, 90, 2, 20, 7])
+    monkeypatch.setattr(tool, "run_pass", lambda batches, *_: next(batches) and {"images/s": next(rates)})
+    rows = measure({("a", "x"): start("a"), ("b", "x"): start("b")}, 24, 1, 4, passes=3, seconds=1)
+    assert turns == ["a", "b"] * 3
+    assert rows[["loader", "images/s"]].values.tolist() == [["a", 20], ["b", 2]]
 
 
 def test_warm_up_is_not_counted(monkeypatch):
@@ -82,8 +90,7 @@ def test_warm_up_is_not_counted(monkeypatch):
             now[0] += 50 if number < 3 else 0.5
             yield 10
 
-    rate, _, _ = run_pass(batches(), warm_up=3, seconds=5)
-    assert rate == pytest.approx(20)
+    assert run_pass(batches(), warm_up=3, seconds=5)["images/s"] == pytest.approx(20)
 
 
 def test_worker_counts():

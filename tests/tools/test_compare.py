@@ -9,8 +9,8 @@ from PIL import Image
 
 from common import UserError
 from common.run import plots
-from common.tools.compare import as_text, compare, load_run, load_runs, main, make_table
-from tests.test_plots import make_run
+from common.tools.compare import NoRunYet, as_text, compare, load_run, load_runs, main, make_table
+from tests.run.test_plots import make_run
 
 
 @pytest.fixture
@@ -28,8 +28,7 @@ def slow(tmp_path: Path) -> Path:
 
 
 def cells(runs: list[Path], targets: list[float], usd_per_hour: float | None = None) -> list[dict[str, str]]:
-    header, *rows = make_table(load_runs(runs), targets, usd_per_hour)
-    return [dict(zip(header, row, strict=True)) for row in rows]
+    return make_table(load_runs(runs)[0], targets, usd_per_hour).to_dict("records")
 
 
 def test_table(fast: Path, slow: Path) -> None:
@@ -73,7 +72,7 @@ def test_costs(tmp_path: Path, slow: Path) -> None:
 
 def test_the_better_of_raw_and_ema_weights_counts(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", [30, 40, 50], ema_top1=["", 45, 48])
-    assert list(load_run(run).accuracy) == [30, 45, 50]
+    assert list(load_run(run).log["accuracy"]) == [30, 45, 50]
     assert cells([run], [44])[0]["min to 44 %"] == "2.0"
 
 
@@ -93,7 +92,7 @@ def test_default_target_is_the_lowest_best_and_is_said(fast: Path, slow: Path, t
 
 
 def test_columns_are_aligned(fast: Path, slow: Path) -> None:
-    header, first, second = as_text(make_table(load_runs([fast, slow]), [50], None), markdown=False).split(
+    header, first, second = as_text(make_table(load_runs([fast, slow])[0], [50], None), markdown=False).split(
         "\n"
     )
     assert len(header) == len(first) == len(second)
@@ -101,7 +100,7 @@ def test_columns_are_aligned(fast: Path, slow: Path) -> None:
 
 
 def test_markdown(fast: Path) -> None:
-    header, rule, row = as_text(make_table(load_runs([fast]), [50], None), markdown=True).split("\n")
+    header, rule, row = as_text(make_table(load_runs([fast])[0], [50], None), markdown=True).split("\n")
     assert [cell.strip() for cell in header.strip("|").split("|")][:2] == ["run", "strategy"]
     assert [cell.strip("- ") for cell in rule.strip("|").split("|")] == ["", "", "", *":" * 7]
     assert header.count("|") == rule.count("|") == row.count("|") == 11
@@ -111,7 +110,7 @@ def test_markdown(fast: Path) -> None:
 def test_runs_of_one_name_go_by_their_paths(tmp_path: Path) -> None:
     folders = [make_run(tmp_path / place / "run", [10]) for place in ("here", "there")]
     other = make_run(tmp_path / "here" / "other", [10])
-    assert [run.name for run in load_runs([*folders, other])] == [*map(str, folders), "other"]
+    assert [run.name for run in load_runs([*folders, other])[0]] == [*map(str, folders), "other"]
 
 
 def test_plots_are_pictures_in_out(fast: Path, slow: Path, tmp_path: Path) -> None:
@@ -137,7 +136,8 @@ def test_curves(fast: Path, slow: Path, tmp_path: Path, monkeypatch: pytest.Monk
     assert label == "minutes since the run began"
     np.testing.assert_allclose(curves["fast"], [(0.5, 30), (1, 50), (1.5, 60.25)])
     dots = [points.tolist() for points in curves.values() if len(points) == 1]
-    assert dots == [[[1, 50]], [[3, 55.55]]]  # where they reached 50 %
+    # Where they reached 50 %.
+    assert dots == [[[1, 50]], [[3, 55.55]]]
     label, curves = seen["accuracy_images.png"]
     assert label == "training images seen (thousands)"
     np.testing.assert_allclose(curves["slow"], [(1, 20), (2, 40), (3, 55.55), (4, 52)])
@@ -184,8 +184,23 @@ def test_what_is_no_run_is_named_in_one_sentence(tmp_path: Path) -> None:
         assert str(folder) in str(error.value)
         assert "\n" not in str(error.value)
     (header_only / "training_log.csv").write_text("epoch,lr,val_top1,total_s,images_seen\n")
-    with pytest.raises(UserError, match="fresh cannot be compared yet: no epoch of it has ended"):
+    with pytest.raises(NoRunYet, match="fresh cannot be compared yet: no epoch of it has ended"):
         load_run(header_only)
+
+
+def test_what_is_no_run_yet_is_left_out_and_named(fast: Path, slow: Path, tmp_path: Path) -> None:
+    fresh = make_run(tmp_path / "runs" / "fresh", [])
+    (tmp_path / "runs" / "notes.txt").write_text("not a folder")
+    text = compare(sorted((tmp_path / "runs").iterdir()), out=tmp_path / "out")
+    assert [line.split()[0] for line in text.splitlines()[:3]] == ["run", "fast", "slow"]
+    assert f"Left out: {fresh} cannot be compared yet: no epoch of it has ended." in text
+    assert f"Left out: {tmp_path / 'runs' / 'notes.txt'} is not a run: it has no training_log.csv." in text
+    with pytest.raises(UserError, match=f"no run to compare. Left out: {fresh} cannot be compared yet"):
+        compare([fresh], out=tmp_path / "out")
+    # A damaged log is no reason to look away.
+    make_run(tmp_path / "runs" / "words", [10], lr=["high"])
+    with pytest.raises(UserError, match=r"words.* cannot be read as a training log"):
+        compare(sorted((tmp_path / "runs").iterdir()), out=tmp_path / "out")
 
 
 def test_numbers_that_make_no_sense_and_a_folder_that_cannot_be_written(fast: Path, tmp_path: Path) -> None:
@@ -211,8 +226,9 @@ def test_command_line(
     assert (tmp_path / "comparison" / "lr.png").exists()
 
     with pytest.raises(SystemExit) as end:
-        main([str(fast), str(tmp_path)])
+        main([str(tmp_path)])
     assert end.value.code == 2
     captured = capsys.readouterr()
-    assert captured.err == f"error: {tmp_path} is not a run: it has no training_log.csv\n"
+    left_out = f"{tmp_path} is not a run: it has no training_log.csv"
+    assert captured.err == f"error: no run to compare. Left out: {left_out}.\n"
     assert captured.out == ""

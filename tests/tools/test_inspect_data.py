@@ -1,17 +1,18 @@
 import csv
 import shutil
+import subprocess
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from common.data.sources.folder import open_source
-from common.tools.inspect_data import find_duplicates, inspect, main, report
+from common.data.sources.open import open_source
+from common.tools.inspect_data import inspect, main, report
 from common.tools.prepare import Settings, prepare
-from tests.tools.pictures import image_folder, picture
+from tests.tools.pictures import image_folder, picture, tool
 
-PLOTS = {"classes.png", "sizes.png", "aspect_ratios.png", "formats.png"}
+PLOTS = {"classes.png", "sizes.png", "aspect_ratios.png"}
 
 
 @pytest.fixture(autouse=True)
@@ -53,10 +54,11 @@ def test_everything_there_is_to_know_is_in_the_report(tree: Path, tmp_path: Path
     assert ["unreadable", "1", "0"] in lines
     assert ["ant", "12", "5"] in lines
     assert ["bee", "8", "5"] in lines
-    assert ["train:", "short", "side", "(px)", "30", "30", "40", "40", "40"] in lines
+    assert ["train", "short", "side", "(px)", "30", "30", "40", "40", "40"] in lines
     assert "unreadable images: 1 (unreadable.txt)" in printed
-    assert "duplicates: 3 images repeat another's content, in 2 groups" in printed
-    assert "1 groups span classes, 2 span train and val (duplicates.txt)" in printed
+    assert "duplicates: 3 images with the content of another, in 2 groups (duplicates.txt)" in printed
+    assert "across classes: 1 group\n" in printed
+    assert "across train and val: 2 groups\n" in printed
     assert (out / "report.txt").read_text() in printed
 
 
@@ -104,21 +106,45 @@ def test_one_split_alone_and_a_pyramid_with_its_originals_sizes(tree: Path, tmp_
     prepare(str(tree), tmp_path / "pyramid", Settings((32, 16)), workers=0)
     printed = run(tmp_path / "pyramid", tmp_path / "out", capsys)
     lines = [line.split() for line in printed.splitlines()]
-    assert ["train:", "short", "side", "(px)", "30", "30", "40", "40", "40"] in lines
+    assert ["train", "short", "side", "(px)", "30", "30", "40", "40", "40"] in lines
     assert "duplicates: none" in printed
 
 
-def test_many_classes_are_shortened_and_equal_ones_are_one_line(tmp_path: Path):
-    image_folder(
-        tmp_path / "many" / "train", {f"class{n:02}": 1 + n % 3 for n in range(40)}, width=9, height=8
-    )
-    image_folder(tmp_path / "same" / "train", {f"class{n:02}": 2 for n in range(4)}, width=9, height=8)
-    texts = {}
-    for name in ("many", "same"):
-        found = {"train": inspect(open_source(str(tmp_path / name), "train"), "train", 0)}
-        texts[name] = report(name, found, find_duplicates(found))
-    assert "... 16 more in classes.csv" in texts["many"]
-    assert "all classes have the same number of images" in texts["same"]
+@pytest.mark.parametrize(
+    ("classes", "words"),
+    [
+        ({f"class{n:02}": 1 + n % 3 for n in range(40)}, "(all 40 classes: classes.csv)"),
+        ({f"class{n:02}": 2 for n in range(4)}, "4 classes, all with the same number of images"),
+        ({"only": 2}, "\n1 class\n"),
+    ],
+)
+def test_many_classes_are_shortened_and_equal_ones_are_one_line(tmp_path: Path, classes: dict, words: str):
+    image_folder(tmp_path / "train", classes, width=9, height=8)
+    images = inspect({"train": open_source(str(tmp_path), "train")}, 0)
+    text = report("photos", images)
+    assert words in text
+    assert text.count("\n") < 50
+
+
+def test_one_folder_of_class_folders_is_enough(tmp_path: Path, capsys):
+    image_folder(tmp_path / "photos", {"ant": 3, "bee": 2})
+    printed = run(tmp_path / "photos", tmp_path / "out", capsys)
+    lines = [line.split() for line in printed.splitlines()]
+    assert ["all", "5", "2", "2", "2", "3", "0"] in [line[:7] for line in lines]
+    assert {path.name for path in (tmp_path / "out").glob("*.png")} == PLOTS
+
+
+def test_the_report_comes_last_and_whole_and_libraries_are_silent(tree: Path, tmp_path: Path):
+    Image.new("1", (11_000, 9_000)).save(tree / "train" / "ant" / "warns.png")
+    spoilt = bytearray((tree / "train" / "ant" / "002.jpg").read_bytes())
+    spoilt[len(spoilt) // 2 :] = b"\x11" * 20 + spoilt[len(spoilt) // 2 + 20 :]
+    (tree / "train" / "ant" / "libjpeg complains.jpg").write_bytes(spoilt)
+    flags = ["--data_dir", tree, "--out", tmp_path / "out"]
+    done = tool("inspect_data", *flags, cache=tmp_path / "cache", stderr=subprocess.STDOUT)
+    report = (tmp_path / "out" / "report.txt").read_text()
+    bar, _, rest = done.stdout.partition(str(tree))
+    assert all(line.startswith("inspect:") for line in bar.split("\n") if line.strip())
+    assert str(tree) + rest == f"{report}\nplots and lists are in {tmp_path / 'out'}\n"
 
 
 def test_empty_files_are_unreadable_but_no_duplicates(tmp_path: Path, capsys):

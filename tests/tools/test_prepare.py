@@ -16,7 +16,7 @@ import pytest
 from PIL import Image, JpegImagePlugin
 
 from common import UserError
-from common.data.sources.folder import open_source
+from common.data.sources.open import open_source
 from common.tools import prepare as prepare_tool
 from common.tools.prepare import NOTES, Settings, encode_levels, main, prepare
 from tests.tools.pictures import files, image_folder, picture, tool
