@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from accelerate.state import AcceleratorState
+from accelerate.state import AcceleratorState, PartialState
 from torch import Tensor, nn
 
 from common.config import TrainConfig
@@ -45,9 +45,13 @@ def small_trainer(
     images: int = 64,
     model: nn.Module | None = None,
     scaler: Any = None,
+    device: str = "cpu",
     **settings: Any,
 ) -> Iterator[Trainer]:
-    """A trainer before its first stage; `scaler` takes the place of Accelerate's, which has none on a CPU."""
+    """A trainer before its first stage; `scaler` takes the place of Accelerate's, which has none on a CPU.
+
+    On the device "meta" there are shapes and no numbers, so nothing can be read that a GPU would have to be waited for.
+    """
     defaults = {
         "wandb": "off",
         "resume": "none",
@@ -63,6 +67,7 @@ def small_trainer(
         with start_run(cfg) as run:
             if scaler is not None:
                 run.accelerator.scaler = scaler
+            PartialState().device = run.accelerator.state.device = torch.device(device)
             run.stages = cfg.stages
             source = Blank(images, CLASSES)
             state = prepare_state(run, model or Small(), source)
