@@ -1,6 +1,7 @@
 """What a GPU would show, tested without one: between two looks nothing waits for the device, and results stay there."""
 
 from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -107,6 +108,14 @@ def test_a_step_sends_one_table_of_draws_and_fetches_nothing(optimizer):
             t.look()
 
 
+def test_adamws_counters_stay_on_the_host_when_a_run_goes_on():
+    """Read on the device they would be waited for, for each parameter and step."""
+    with small_trainer([STAGE], device="meta", optimizer="adamw") as t:
+        counted(t, 2)
+        Trainer(t.run, t.state, t.plan, t.batches, None)
+        assert {state["step"].device.type for state in t.state.optimizer.state.values()} == {"cpu"}
+
+
 def test_the_watch_sees_what_waits():
     values = torch.arange(4.0)
     for wait in (
@@ -149,8 +158,9 @@ def test_an_epoch_looks_at_its_pace(monkeypatch):
 class Placed(TorchDispatchMode):
     """Notes operations whose result lies on the host although what they worked on lay on the device."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: str) -> None:
         super().__init__()
+        self.device = device
         self.left: list[str] = []
         self.on_device = 0
 
@@ -158,68 +168,64 @@ class Placed(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         came = {leaf.device.type for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)}
         went = {leaf.device.type for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)}
-        self.on_device += "cuda" in went
-        if "cuda" in came and "cpu" in went:
+        self.on_device += self.device in went
+        if self.device in came and "cpu" in went:
             self.left.append(str(func))
         return result
 
 
-@pytest.fixture
-def gpu(monkeypatch):
-    """Tensors that say they are on a GPU and hold no numbers, and an accelerator that believes it has one."""
+def accelerator_on(device, monkeypatch):
+    """An accelerator that believes it has that device, and the augmentation's constants made anew there."""
     accelerator = Accelerator(cpu=True)
-    monkeypatch.setattr(PartialState(), "device", torch.device("cuda"))
-    monkeypatch.setattr(accelerator.state, "device", torch.device("cuda"))
-    # Constants that augmentation keeps would be tensors without numbers.
-    _affine.cache_clear()
-    with FakeTensorMode(), Placed() as placed:
-        yield accelerator, placed
-    _affine.cache_clear()
+    monkeypatch.setattr(PartialState(), "device", torch.device(device))
+    monkeypatch.setattr(accelerator.state, "device", torch.device(device))
+    # They would be tensors without numbers, for whoever comes after.
+    monkeypatch.setattr("common.augment._affine", _affine.__wrapped__)
+    return accelerator
 
 
 def images_on(device):
-    return torch.empty(4, 3, 16, 16, dtype=torch.uint8, device=device), torch.empty(
-        4, dtype=torch.int64, device=device
-    )
+    images = torch.empty(4, 3, 16, 16, dtype=torch.uint8, device=device)
+    return images, torch.empty(4, dtype=torch.int64, device=device)
 
 
-def test_forward_and_meter_stay_on_the_device(gpu):
-    accelerator, placed = gpu
-    run = type("Run", (), {"accelerator": accelerator, "is_main": False})
-    plan = type("Plan", (), {"total_epochs": 1})
-    epoch = type("Epoch", (), {"index": 0, "steps": 4, "first_step": 0})
-    progress = type("Progress", (), {"step": 0, "epoch_sums": [0.0, 0.0]})
-    meter = Meter(run, plan, epoch, progress)
+def test_forward_and_meter_stay_on_the_device(monkeypatch):
+    run = SimpleNamespace(accelerator=accelerator_on("cuda", monkeypatch), is_main=False)
+    epoch = SimpleNamespace(index=0, steps=4, first_step=0)
+    progress = SimpleNamespace(step=0, epoch_sums=[0.0, 0.0])
     augment = Augment(AugmentSettings(), num_classes=CLASSES, seed=0)
-    images, labels = images_on("cuda")
-    with torch.device("cuda"):
-        model = Small()
-    with torch.no_grad():
-        logits = model(augment.normalise(images))
-    targets = nn.functional.one_hot(labels, CLASSES).float()
-    meter.add(nn.functional.cross_entropy(logits, targets), logits, targets, 0.0)
-    meter.tick()
-    for tensor in (logits, meter.sums, meter.not_finite, meter.skipped):
-        assert tensor.device.type == "cuda"
+    with FakeTensorMode(), Placed("cuda") as placed:
+        meter = Meter(run, SimpleNamespace(total_epochs=1), epoch, progress)
+        images, labels = images_on("cuda")
+        with torch.device("cuda"):
+            model = Small()
+        # A fake backward pass would ask the driver.
+        with torch.no_grad():
+            logits = model(augment.normalise(images))
+        targets = nn.functional.one_hot(labels, CLASSES).float()
+        meter.add(nn.functional.cross_entropy(logits, targets), logits, targets, 0.0)
+        meter.tick()
+        for tensor in (logits, meter.sums, meter.not_finite, meter.skipped):
+            assert tensor.device.type == "cuda"
     assert placed.left == []
     assert placed.on_device > 20
 
 
-def test_evaluation_sums_on_the_device_and_leaves_it_at_the_end(gpu, monkeypatch):
-    accelerator, placed = gpu
-    with torch.device("cuda"):
-        models = [Small(), Small()]
-    batches = (Batch(*images_on("cuda"), None, 0.0) for _ in range(3))
+def test_evaluation_sums_on_the_device_until_all_images_are_seen(monkeypatch):
+    accelerator = accelerator_on("meta", monkeypatch)
     augment = Augment(AugmentSettings(), num_classes=CLASSES, seed=0)
     reduced = []
 
     def reduce(tensor, how):
         reduced.append(tensor)
-        # What is fetched has no numbers here.
-        return np.full(tensor.shape, 12.0) if tensor.ndim else 12
+        return np.full(tensor.shape, 12) if tensor.ndim else 12
 
     monkeypatch.setattr(accelerator, "reduce", reduce)
-    evaluate(models, batches, 3, 12, accelerator, augment)
-    assert [tensor.device.type for tensor in reduced] == ["cuda", "cuda"]
+    with torch.device("meta"):
+        models = [Small(), Small()]
+    batches = (Batch(*images_on("meta"), None, 0.0) for _ in range(3))
+    with Placed("meta") as placed:
+        evaluate(models, batches, 3, 12, accelerator, augment)
+    assert [tensor.device.type for tensor in reduced] == ["meta", "meta"]
     assert placed.left == []
     assert placed.on_device > 60
