@@ -33,6 +33,8 @@ class FinetuneConfig(TrainConfig):
 
     strategy = "finetune"
 
+    weights: str = ""
+    """Start from these: a run or model folder, a .safetensors or .pth file, a timm pretrained tag, or "timm"."""
     epochs: PositiveInt = 50
     """Passes over the training set, the head's included."""
     head_epochs: PositiveInt | None = None

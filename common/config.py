@@ -12,7 +12,7 @@ import os
 import re
 import sys
 import textwrap
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar, get_type_hints
 
@@ -37,8 +37,6 @@ class ModelSettings:
 
     model: str = "resnet50"
     """resnet18, resnet34, resnet50, resnet101, or any timm model name."""
-    weights: str = ""
-    """Start from these weights: a run or model folder, a .safetensors or .pth file, a timm pretrained tag, or "timm"."""
 
 
 @dataclass
@@ -227,8 +225,8 @@ WORDS = {
     "NonNegativeFloat": "a number from 0",
     "ClosedUnitInterval": "a number from 0 to 1",
     "OpenUnitInterval": "a number between 0 and 1",
-    "tuple[float, float]": 'two numbers such as "[0.35, 1]"',
-    "list[Stage]": "a list of stages (README.md shows one)",
+    "tuple": 'two numbers such as "[0.35, 1]"',
+    "list": "a list of stages (README.md shows one)",
     "None": "null",
     "bool": "true or false",
     "int": "a whole number",
@@ -245,9 +243,11 @@ def parse_args(config_class: type[Config], description: str, args: list[str] | N
     """
     import jsonargparse.typing
 
+    args = _normalised(config_class, sys.argv[1:] if args is None else args)
+
     class OneSentenceParser(jsonargparse.ArgumentParser):
         def error(self, message: str, ex: Exception | None = None) -> None:
-            print(f"error: {explain(config_class, message)} (see --help)", file=sys.stderr)
+            print(f"error: {explain(config_class, message, args)} (see --help)", file=sys.stderr)
             raise SystemExit(2)
 
     parser = OneSentenceParser(
@@ -269,7 +269,6 @@ def parse_args(config_class: type[Config], description: str, args: list[str] | N
         for name, text in own.items():
             shown = "" if defaults[name] in ("", []) else f" [{defaults[name]}]".replace("[None]", "[null]")
             group.add_argument(f"--{name}", type=types[name], default=defaults[name], help=text + shown)
-    args = _normalised(config_class, sys.argv[1:] if args is None else args)
     namespace = parser.parse_args(args)
     cfg = config_class(**_without_config(parser.instantiate_classes(namespace)))
     cfg.given = frozenset(_without_config(parser.parse_args(args, defaults=False)))
@@ -300,7 +299,7 @@ def _normalised(config_class: type[TrainConfig], args: list[str]) -> list[str]:
     """Let `--batch-size` stand for `--batch_size`, `--debug` for `--debug true`, and `0.35,1` for `[0.35, 1]`."""
     types = {name: str(f.type) for name, f in _fields(config_class).items()}
     result = []
-    for arg, after in zip(args, [*args[1:], ""], strict=True):
+    for arg, after in zip(args, [*args[1:], ""], strict=False):
         if arg.startswith("--"):
             flag, equals, value = arg.partition("=")
             arg = flag.replace("-", "_").replace("__", "--", 1) + equals + value
@@ -312,22 +311,25 @@ def _normalised(config_class: type[TrainConfig], args: list[str]) -> list[str]:
     return result
 
 
-def explain(config_class: type[TrainConfig], message: str) -> str:
+def explain(config_class: type[TrainConfig], message: str, args: Sequence[str]) -> str:
     """The parser's complaint as one sentence that names the flag and what it takes."""
     fields = {**_fields(Stage), **_fields(config_class)}
-    keys = re.findall(r'(?:Parser key|Configuration key) "(\w+)"', message)
-    if unknown := re.search(r"[Uu]nrecognized arguments: (\S+)|Option '(\w+)' is not accepted", message):
-        name = (unknown[1] or unknown[2]).removeprefix("--").partition("=")[0]
+    if unknown := re.search(r"[Uu]nrecognized arguments: --([^ =]+)|Option '(\w+)' is not accepted", message):
+        name, dashes = unknown[1] or unknown[2], "--" if unknown[1] else ""
         close = difflib.get_close_matches(name, fields, n=3, cutoff=0.5)
-        where = f" in {keys[0]}" if keys else ""
-        hint = f"; did you mean {', '.join(close)}?" if close else ""
-        return f"{'--' if unknown[1] else ''}{name} is no setting{where}{hint}"
-    if keys and keys[-1] in fields:
-        where = f"--{keys[0]}" + "".join(f", {key}" for key in keys[1:])
-        given = re.search(r"Given value: (.*)|Got value: (.*)|type \w+: (\S+) does not conform", message)
-        value = next(filter(None, given.groups()), "") if given else ""
-        return f"{where} takes {in_words(str(fields[keys[-1]].type))}" + (f", not {value}" if value else "")
-    return " ".join(message.split())
+        hint = f"; did you mean {', '.join(dashes + each for each in close)}?" if close else ""
+        return f"{dashes}{name} is no setting{hint}"
+    keys = [key for key in re.findall(r'Parser key "(\w+)"', message) if key in fields]
+    if not keys:
+        return " ".join(message.split())
+    # A key of a stage, or of a file, bears no dashes.
+    flags = {arg.partition("=")[0] for arg in args}
+    inside = "--stages: " if "--stages" in flags else "--config: "
+    where = f"--{keys[-1]}" if f"--{keys[-1]}" in flags else f"{inside}{keys[-1]}"
+    given = re.search(r"Given value: (.*)|Got value: (.*)|type \w+: (\S+) does not conform", message)
+    value = next(filter(None, given.groups()), "") if given else ""
+    kind = in_words(str(fields[keys[-1]].type))
+    return f"{where} takes {kind}" + (f", not {value}" if value else "")
 
 
 def in_words(annotation: str) -> str:
@@ -335,7 +337,8 @@ def in_words(annotation: str) -> str:
     parts = []
     for part in re.split(r" \| ", annotation):
         literal = re.fullmatch(r"Literal\[(.*)\]", part)
-        parts.append(literal[1].replace('"', "") if literal else WORDS.get(part, part))
+        word = re.sub("[\"']", "", literal[1]) if literal else WORDS.get(part.partition("[")[0], part)
+        parts.append(word)
     return " or ".join(parts)
 
 

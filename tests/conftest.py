@@ -145,6 +145,16 @@ def _free_ports(count: int) -> list[int]:
         return [each.getsockname()[1] for each in sockets]
 
 
+@pytest.fixture(autouse=True)
+def own_accelerator() -> Iterator[None]:
+    """Let each test choose its precision, which Accelerate holds for the whole process."""
+    yield
+    if "accelerate" in sys.modules:
+        from accelerate.state import AcceleratorState
+
+        AcceleratorState._reset_state(reset_partial_state=True)
+
+
 @pytest.fixture(scope="session")
 def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
     """One server for all tests, which keep apart by the name of their run; most tests want `s3`."""

@@ -110,7 +110,7 @@ def fails(capsys, config=StandardConfig, *args):
         (("--data_dir", "nowhere"), "nowhere"),
         (("--mixed_precision", "fp16"), "--mixed_precision"),
         (("--resume", "nowhere"), "--resume"),
-        (("--weights", "nowhere.pth"), "nowhere.pth"),
+        (("--weights", "nowhere.pth"), "--weights is no setting"),
     ],
 )
 def test_wrong_flags_are_named(flags, named, data, tmp_path, capsys):

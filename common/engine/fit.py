@@ -28,8 +28,8 @@ from common.run.records import draw
 from common.run.run import Run
 from common.scheduling import EpochPlan, Rates, resolve_lr
 
-# Per 256 images, when the finder's curve cannot be trusted (Goyal et al., 2017).
-FALLBACK_LR = 0.1
+# Per 256 images, when the finder's curve cannot be trusted: SGD's (Goyal et al., 2017), and the usual one of Adam and its like.
+FALLBACK_LR, ADAPTIVE_FALLBACK_LR = 0.1, 1e-3
 
 
 def fit(run: Run, model: nn.Module, train: Source, val: Source, source: PretrainedCfg | None = None) -> None:
@@ -170,7 +170,8 @@ def find_peak(t: Trainer) -> float:
         loss = run.accelerator.reduce(t.meter.sums - before, "sum")[0]
         return float(loss) / epoch.global_batch
 
-    fallback = resolve_lr(FALLBACK_LR, plan.global_batches[0], "linear")
+    base = FALLBACK_LR if "sgd" in cfg.optimizer else ADAPTIVE_FALLBACK_LR
+    fallback = resolve_lr(base, plan.global_batches[0], "linear")
     run.log.info("finding the learning rate: %d steps", cfg.lr_finder_iterations)
     with out_of_memory_advice(epoch, plan.micro_batch(0)):
         sweep = find_lr(t.state, step, cfg.lr_finder_iterations, fallback=fallback, report=run.log.info)

@@ -90,43 +90,6 @@ def write_plots(run_dir: Path) -> None:
         save(axes, plots / f"{column}_live.png")
 
 
-def plot_lr_finder(run_dir: Path) -> None:
-    """Draw `plots/lr_finder_plot.png` from `lr_finder.csv` (step,lr,loss,smoothed,suggested).
-
-    Raises:
-        FileNotFoundError: the run has no `lr_finder.csv`.
-        ValueError: a cell is not a number.
-    """
-    sweep = _read_table(run_dir / "lr_finder.csv")
-    lr, loss, smoothed, suggested = (sweep[name] for name in ("lr", "loss", "smoothed", "suggested"))
-    axes = new_plot(
-        "Learning-rate finder", "learning rate (logarithmic)", "training loss (nats)", run_dir.resolve().name
-    )
-    axes.set_xscale("log")
-    finite = np.isfinite(smoothed)
-    if finite.any():
-        axes.plot(lr, loss, color=SKY, linewidth=1, label="loss of each step")
-        axes.plot(lr, smoothed, color=BLUE, linewidth=2, label="smoothed")
-        # The descent is what one looks at; an exploding loss may leave through the top.
-        start, bottom = smoothed[finite][0], smoothed[finite].min()
-        depth = max(start - bottom, 0.1 * start)
-        axes.set_ylim(min(bottom, loss[np.isfinite(loss)].min()) - 0.1 * depth, start + 0.8 * depth)
-        height = np.interp(np.log(suggested[-1]), np.log(lr[finite]), smoothed[finite])
-        axes.axvline(suggested[-1], color=GREEN, linewidth=1.2, linestyle="--")
-        axes.plot(suggested[-1], height, "o", color=GREEN, markersize=8, markeredgecolor="white")
-        label_above(axes, suggested[-1], f"suggested: {suggested[-1]:.3g}", GREEN)
-        # Also where the last loss is NaN.
-        if not loss[-1] <= 4 * bottom:
-            axes.axvline(lr[-1], color=VERMILION, linewidth=1.2, linestyle=":")
-            # One line higher than the suggestion, which may be near.
-            label_above(axes, lr[-1], f"diverged at {lr[-1]:.3g}\n", VERMILION, align="right")
-        add_legend(axes)
-    else:
-        axes.text(0.5, 0.5, "no finite loss", transform=axes.transAxes, ha="center", color=GREY)
-    (run_dir / "plots").mkdir(exist_ok=True)
-    save(axes, run_dir / "plots" / "lr_finder_plot.png")
-
-
 # ---------------------------------------------------------------------------------------------------- reading
 
 

@@ -88,7 +88,6 @@ def adapt(
         return result
     length, free = fitting_level(stages, facts), settings.keys() - set(given)
     if "stages" not in given:
-        _fit_head(result, free)
         _fit_sizes(result, settings, free, facts)
         _fit_batches(result, settings, free, facts)
     smaller = [s.batch_size for s in result.stages] != [s.batch_size for s in stages]
@@ -97,16 +96,6 @@ def adapt(
     _fit_regularisation(result, settings, free, length if recipe == "auto" else recipe)
     _fit_horizons(result, settings, free, facts)
     return result
-
-
-def _fit_head(recipe: Recipe, free: set[str]) -> None:
-    """Fine-tuning in fewer epochs than listed leaves most of them to the whole network."""
-    head, *body = recipe.stages
-    total = sum(stage.epochs for stage in recipe.stages)
-    epochs = max(1, round(HEAD_SHARE * total))
-    if BACKBONE in head.frozen and "head_epochs" in free and len(body) == 1 and epochs < head.epochs:
-        recipe.stages[:] = [replace(head, epochs=epochs), replace(body[0], epochs=total - epochs)]
-        recipe.notes.append(f"{epochs} epochs for the head alone, not {head.epochs} (--head_epochs)")
 
 
 def _fit_sizes(recipe: Recipe, settings: Mapping[str, Any], free: set[str], facts: Facts) -> None:

@@ -61,18 +61,19 @@ def test_pixels_do_not_depend_on_workers_or_what_was_loaded_before(tree):
 
 @pytest.mark.parametrize("taken", [0, 1, 5, 19])
 def test_a_stream_that_is_left_does_not_disturb_the_next(tree, taken):
+    others = children()  # that earlier tests left
     train, val = opened(tree)
     loader = make_loader(train, val, seed=0, workers=2)
     first = loader.stream(items(20, epoch=1))
     for _ in range(taken):
         next(first)
-    processes = children()
+    processes = children() - others
     wanted = items(15, epoch=2)
     for _ in range(3):
         batches = list(loader.stream(wanted))
         assert [b.item.indices.tolist() for b in batches] == [w.indices.tolist() for w in wanted]
     if taken:
-        assert children() == processes  # the same workers
+        assert children() - others == processes  # the same workers
         with pytest.raises(AssertionError, match="ended when another one was begun"):
             next(first)
     del batches, first
@@ -171,10 +172,12 @@ def test_batches_are_copied_to_the_device_one_ahead(tree, workers, monkeypatch):
 def test_a_slot_is_free_when_its_bytes_are_pinned(tree, monkeypatch):
     Device(monkeypatch)
     loader = make_loader(*opened(tree), workers=1, device="cuda")
-    kept = list(loader.stream(items(40)))  # nobody runs out of slots by keeping batches on the device
+    kept = []  # nobody runs out of slots by keeping batches on the device
+    for batch in loader.stream(items(40)):
+        kept.append(batch)
+        assert len(loader._slots._free) + len(loader._slots._sent) == len(loader._slots.slots)
     assert len(kept) == 40
     assert not loader._slots._sent
-    assert len(loader._slots._free) == len(loader._slots.slots)
     loader.close()
 
 

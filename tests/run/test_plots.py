@@ -247,39 +247,6 @@ def test_epochs_of_a_schedule_may_differ_in_length(tmp_path: Path) -> None:
     assert plots.read_schedule(tmp_path / "elsewhere") is None
 
 
-def test_finder_plot_names_the_suggestion_and_where_it_diverged(tmp_path: Path, drawn: dict) -> None:
-    write_finder(tmp_path, [2.3, 2.3, 2.0, 1.5, 1.0, 1.2, 4.5], suggested=0.0123)
-    plots.plot_lr_finder(tmp_path)
-    plot = drawn["lr_finder_plot.png"]
-    assert [text.strip() for text in plot["texts"]] == ["suggested: 0.0123", "diverged at 1"]
-    assert plot["verticals"] == pytest.approx([0.0123, 1])
-
-
-def test_finder_plot_of_a_sweep_that_never_diverged(tmp_path: Path, drawn: dict) -> None:
-    write_finder(tmp_path, [2.3, 2.3, 2.0, 1.5, 1.0, 1.2])
-    plots.plot_lr_finder(tmp_path)
-    assert drawn["lr_finder_plot.png"]["texts"] == ["suggested: 0.02"]
-
-
-@pytest.mark.parametrize("end", [float("inf"), float("nan")])
-def test_finder_plot_of_a_loss_that_is_no_longer_finite(tmp_path: Path, drawn: dict, end: float) -> None:
-    write_finder(tmp_path, [2.3, 2.0, 1.0, end])
-    plots.plot_lr_finder(tmp_path)
-    assert drawn["lr_finder_plot.png"]["texts"][-1].strip() == "diverged at 1"
-    write_finder(tmp_path, [end])
-    plots.plot_lr_finder(tmp_path)
-    assert drawn["lr_finder_plot.png"]["texts"] == ["no finite loss"]
-
-
-@pytest.mark.filterwarnings("error")
-@pytest.mark.parametrize("losses", [[2.3, 2.0, 1.0, 1.1], [2.3, 2.0, 1.0, float("inf")], [float("nan")]])
-def test_finder_plot_is_a_picture(tmp_path: Path, losses: list[float]) -> None:
-    write_finder(tmp_path, losses)
-    plots.plot_lr_finder(tmp_path)
-    with Image.open(tmp_path / "plots" / "lr_finder_plot.png") as image:
-        assert len(image.getcolors(1 << 20)) > 20
-
-
 def test_a_plot_is_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = make_run(tmp_path / "run", [10, 20])
     plots.write_plots(run)

@@ -201,7 +201,6 @@ def test_a_short_curriculum_has_one_cycle_and_the_finders_rate():
 def test_strength_follows_the_size():
     recipe = adapted("progressive", epochs=12, img_size=96)
     assert [stage.strength for stage in recipe.stages] == pytest.approx([1 / 3, 2 / 3, 1])
-    assert every(adapted("progressive", epochs=12, couple_strength=False), "strength") == {1.0}
 
 
 def test_fine_tuning_keeps_its_two_cycles_and_a_tenth_for_the_head():
@@ -210,7 +209,6 @@ def test_fine_tuning_keeps_its_two_cycles_and_a_tenth_for_the_head():
     assert BACKBONE in recipe.stages[0].frozen
     assert recipe.stages[1].lr_scale == 0.3
     assert "stage_wise" not in recipe.values
-    assert [stage.epochs for stage in adapted("finetune", epochs=12, head_epochs=5).stages] == [5, 7]
 
 
 def test_ema_and_finder_follow_the_number_of_steps():
@@ -224,7 +222,7 @@ def test_ema_and_finder_follow_the_number_of_steps():
 
 GIVEN = {
     "crop_scale": (0.08, 1.0), "mixup_alpha": 0.2, "erasing_prob": 0.25, "lr": 0.1, "max_lr": 0.4, "stage_wise": True,
-    "ema_decay": 0.9999, "lr_finder_iterations": 100, "couple_strength": False,
+    "ema_decay": 0.9999, "lr_finder_iterations": 100,
 }  # fmt: skip
 
 
@@ -245,5 +243,4 @@ def test_every_change_is_noted_with_its_flag(name):
     assert all(f"--{setting}" in notes for setting in recipe.values if setting != "max_lr")
     assert "--batch_size" in notes
     assert ("--target_size" if name == "rect" else "--img_size") in notes or name == "finetune"
-    assert ("--head_epochs" in notes) == (name == "finetune")
     assert ("--stage_wise" in notes) == (name == "progressive")

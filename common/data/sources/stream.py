@@ -202,7 +202,7 @@ def open_stream(data_dir: str, split: str) -> StreamSource:
 
     Args:
         data_dir: s3://bucket/prefix, hf://datasets/org/name, a hub dataset org/name, or a folder.
-        split: "train" or "val", as in `sources.open_source`.
+        split: "train" or "val", as in `open_source`.
 
     Raises:
         UserError: cannot be read, or holds no such shards.

@@ -1,12 +1,12 @@
 """Folders of class folders: listed once, by one process, and again when they change."""
 
 import json
+import multiprocessing
 import os
 import shutil
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -14,6 +14,7 @@ import pytest
 
 from common.data.sources import cache as cache_module
 from common.data.sources import folder as sources
+from common.data.sources import sizes
 from common.data.sources.folder import FolderSource
 from common.data.sources.open import open_source
 from tests.data.examples import opened, picture
@@ -124,32 +125,37 @@ def test_a_cache_folder_that_cannot_be_written(tree, cache, caplog):
     assert "not kept for the next start" in caplog.text
 
 
-TOGETHER = """
-import sys, time
-from pathlib import Path
-from common.data.sources import folder, sizes
+def test_one_process_of_a_machine_lists_the_folder_and_reads_the_headers(tree, tmp_path, monkeypatch):
+    """Three processes start at once; each notes what it scans and what it gets."""
+    notes = tmp_path / "notes"
 
-def slow(function, name):
-    def counted(*args):
-        print(name, flush=True)
-        time.sleep(0.5)  # long enough for the other to come
-        return function(*args)
-    return counted
+    def note(line: str) -> None:
+        with open(notes, "a") as file:
+            file.write(line + "\n")
 
-folder._scan = slow(folder._scan, "scan")
-sizes._scan_sizes = slow(sizes._scan_sizes, "sizes")
-source = folder.FolderSource(Path(sys.argv[1]))
-print(source.fingerprint, source.sizes().tolist())
-"""
+    def slow(function, name):
+        def noted(*args):
+            note(name)
+            time.sleep(0.5)  # long enough for the others to come
+            return function(*args)
 
+        return noted
 
-def test_one_process_of_a_machine_lists_the_folder_and_reads_the_headers(tree):
-    root = Path(__file__).parents[3]
-    command = [sys.executable, "-c", TOGETHER, str(tree / "train")]
-    processes = [subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, text=True) for _ in range(3)]
-    lines = [line for process in processes for line in process.communicate(timeout=60)[0].splitlines()]
-    assert sorted(line for line in lines if line in ("scan", "sizes")) == ["scan", "sizes"]
-    results = [line for line in lines if line not in ("scan", "sizes")]
+    monkeypatch.setattr(sources, "_scan", slow(sources._scan, "scan"))
+    monkeypatch.setattr(sizes, "_scan_sizes", slow(sizes._scan_sizes, "sizes"))
+
+    def start() -> None:
+        source = FolderSource(tree / "train")
+        note(f"got {source.fingerprint} {source.sizes().tolist()}")
+
+    processes = [multiprocessing.get_context("fork").Process(target=start) for _ in range(3)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+    lines = notes.read_text().splitlines()
+    assert sorted(line for line in lines if not line.startswith("got")) == ["scan", "sizes"]
+    results = [line for line in lines if line.startswith("got")]
     assert len(results) == 3
     assert len(set(results)) == 1
 
