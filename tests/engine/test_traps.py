@@ -363,6 +363,44 @@ def test_a_process_that_fails_ends_the_job_soon_with_its_own_sentence_first(case
     assert f"the disk of rank {fields['rank']} is on fire" in complaints[0], done.stderr[-3000:]
 
 
+# --- two processes that stop and go on -----------------------------------------------------------------------------
+
+STOP = """
+import importlib, os, signal
+import common.run.run
+from common.config import run_script
+from train_standard import StandardConfig, main
+
+fit = importlib.import_module("common.engine.fit")
+common.run.run.LOOK_S = 0.0
+original = fit.train_step
+
+def stopped(t, *args):
+    if os.environ["RANK"] == "1" and t.state.progress.step == 2:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return original(t, *args)
+
+if os.environ.get("STOP"):
+    fit.train_step = stopped
+run_script(main, StandardConfig, "")
+"""
+
+
+def test_a_resumed_epochs_loss_counts_once_on_two_processes(data, tmp_path, monkeypatch):
+    script = tmp_path / "stop.py"
+    script.write_text(STOP)
+    flags = ["--data_dir", str(data), "--output", str(tmp_path), *FLAGS.split(), "--epochs", "1"]
+    recorded = {}
+    for name, stops in (("whole", [""]), ("parts", ["1", ""])):
+        for stop in stops:
+            monkeypatch.setenv("STOP", stop)
+            done = launch(2, str(script), *flags, "--run_name", name, timeout=120)
+            assert (done.returncode == 0) == (stop == ""), done.stderr[-2000:]
+        with open(tmp_path / name / "training_log.csv", newline="") as file:
+            recorded[name] = [(row["train_loss"], row["train_top1"]) for row in csv.DictReader(file)]
+    assert recorded["parts"] == recorded["whole"]
+
+
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     return make_images(tmp_path_factory.mktemp("data") / "images")
