@@ -106,15 +106,16 @@ def ready(cfg: TrainConfig, steps: int) -> Iterator[Bench]:
         epoch = next(plan.epochs())
         trainer.enter_stage(epoch)
         items = islice(batches.train_items(epoch), READY_BATCHES)
-        ready_batches = [fill(item, train, run.accelerator.device) for item in items]
+        ready_batches = [fill(item, train, run.accelerator.device, cfg.channels_last) for item in items]
         yield Bench(trainer, epoch, Rates(plan, cfg, 0.1), ready_batches)
 
 
-def fill(item: BatchItem, source: Blank, device: torch.device) -> Batch:
-    """A batch of noise for an item."""
+def fill(item: BatchItem, source: Blank, device: torch.device, channels_last: bool = True) -> Batch:
+    """A batch of noise for an item, in the memory layout that the loader would give it."""
     shape = (len(item.indices), item.height, item.width, 3)
     noise = np.random.default_rng(int(item.indices[0])).integers(0, 256, shape, np.uint8)
-    images = torch.from_numpy(noise).permute(0, 3, 1, 2)
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    images = torch.from_numpy(noise).permute(0, 3, 1, 2).contiguous(memory_format=layout)
     return Batch(images.to(device), torch.from_numpy(source.labels[item.indices]).to(device), item, 0.0)
 
 

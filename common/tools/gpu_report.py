@@ -228,7 +228,7 @@ def gpu_tests(sizes: Sizes, seconds_left: float) -> Figures:
 
 
 def timm_train(sizes: Sizes, peers: str, seconds_left: float) -> Figures:
-    """timm's own training script on JPEGs of a folder: its images/s as it logs them, the mean of its second epoch."""
+    """timm's own training script on JPEGs of a folder: the median of the images/s that it logs in its second epoch."""
     script = Path(peers).resolve() / "train.py"
     if not peers or not script.is_file():
         raise UserError("pass --peers FOLDER with timm's train.py")
@@ -253,10 +253,10 @@ def timm_train(sizes: Sizes, peers: str, seconds_left: float) -> Figures:
         flags += ["--img-size", str(sizes.large), "--workers", str(available_workers())]
         flags += ["--device", "cpu", "--no-prefetcher"] * sizes.rehearsed
         done = call([sys.executable, str(script), *TIMM_FLAGS.split(), *flags], seconds_left)
-    means = re.findall(r"Train: 1 .*?\([\d.]+s, +([\d.]+)/s\)", done.stdout + done.stderr)
-    if done.returncode or not means:
+    steps = re.findall(r"Train: 1 .*?Time: [\d.]+s, +([\d.]+)/s", done.stdout + done.stderr)
+    if done.returncode or not steps:
         raise RuntimeError(f"train.py: {(done.stderr.strip() or 'no rate in its output').splitlines()[-1]}")
-    return {"images/s": float(means[-1])}
+    return {"images/s": statistics.median(map(float, steps))}
 
 
 def call(command: list[str], seconds: float) -> subprocess.CompletedProcess[str]:
