@@ -97,9 +97,8 @@ class Row:
     seconds: float = 0.0
 
     def cells(self) -> str:
-        numbers = {
-            k: f"{v:,.{0 if v > 99 else 3}f}" for k, v in self.figures.items() if not isinstance(v, str)
-        }
+        figures = self.figures.items()
+        numbers = {k: f"{v:,.{0 if v > 99 else 3}f}" for k, v in figures if not isinstance(v, str)}
         result = ", ".join(f"{name} {value}" for name, value in (self.figures | numbers).items())
         return f"| {self.what} | {result or f'*not measured*: {self.reason}'} | {self.seconds:.0f} s |"
 
@@ -240,19 +239,13 @@ def timm_train(sizes: Sizes, peers: str, seconds_left: float) -> Figures:
             for index in range(images):
                 # Small files, for it is the training that is to be measured.
                 pictures.read(index, 0).tofile(place / f"{index}.jpg")
-        flags = [
-            "--data-dir",
-            folder,
-            "--output",
-            f"{folder}/out",
-            "--model",
-            sizes.model,
-            "-b",
-            str(sizes.batch),
-        ]
-        flags += ["--img-size", str(sizes.large), "--workers", str(available_workers())]
-        flags += ["--device", "cpu", "--no-prefetcher"] * sizes.rehearsed
-        done = call([sys.executable, str(script), *TIMM_FLAGS.split(), *flags], seconds_left)
+        flags = (
+            f"--model {sizes.model} -b {sizes.batch} --img-size {sizes.large} --workers {available_workers()}"
+        )
+        flags += (
+            f" --data-dir {folder} --output {folder}/out" + " --device cpu --no-prefetcher" * sizes.rehearsed
+        )
+        done = call([sys.executable, str(script), *TIMM_FLAGS.split(), *flags.split()], seconds_left)
     steps = re.findall(r"Train: 1 .*?Time: [\d.]+s, +([\d.]+)/s", done.stdout + done.stderr)
     if done.returncode or not steps:
         raise RuntimeError(f"train.py: {(done.stderr.strip() or 'no rate in its output').splitlines()[-1]}")
@@ -342,16 +335,18 @@ def one_line(error: BaseException) -> str:
 def environment() -> dict[str, str]:
     """The machine and the software, each as a line of text."""
     query = "nvidia-smi --query-gpu=name,driver_version,memory.total,power.limit --format=csv,noheader"
-    gpu = call(query.split(), 30).stdout.strip() if shutil.which("nvidia-smi") else "none"
+    programs = {"nvidia-smi": query, "git": "git describe --always --dirty --exclude *"}
+    said = {
+        name: call(line.split(), 30).stdout.strip() for name, line in programs.items() if shutil.which(name)
+    }
     versions = {module.__name__: module.__version__ for module in (torch, torchvision, timm, accelerate)}
     return {
-        "GPU, driver, memory, power limit": gpu.replace("\n", "; "),
+        "GPU, driver, memory, power limit": said.get("nvidia-smi", "none").replace("\n", "; "),
         "CPUs": str(os.cpu_count()),
         **versions,
         "CUDA, cuDNN": f"{torch.version.cuda}, {torch.backends.cudnn.version()}",
         "Python": platform.python_version(),
-        "commit": call(["git", "describe", "--always", "--dirty", "--exclude", "*"], 30).stdout.strip()
-        or "unknown",
+        "commit": said.get("git") or "unknown",
         "date": f"{datetime.now():%Y-%m-%d %H:%M}",
         "command": " ".join(["python -m common.tools.gpu_report", *sys.argv[1:]]),
     }
@@ -362,18 +357,13 @@ def write(out: Path, head: dict[str, str], sizes: Sizes, rows: list[Row]) -> Non
     content = {"environment": head, "sizes": asdict(sizes), "rows": [asdict(row) for row in rows]}
     lines = ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in head.items()), ""]
     lines += ["| what | result | took |", "|---|---|---|", *(row.cells() for row in rows), ""]
-    for name, text in (
-        ("gpu_report.json", json.dumps(content, indent=1)),
-        ("gpu_report.md", "\n".join(lines)),
-    ):
-        write_durably(out / name, text.encode())
+    write_durably(out / "gpu_report.json", json.dumps(content, indent=1).encode())
+    write_durably(out / "gpu_report.md", "\n".join(lines).encode())
 
 
 def main(arguments: list[str] | None = None) -> None:
     began = time.monotonic()
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--minutes", type=float, default=8.0, help="stop in time")
     parser.add_argument("--rehearse", action="store_true", help="tiny sizes, on any machine")
     parser.add_argument("--out", type=Path, default=Path("gpu_report"), help="folder of the report")
