@@ -152,6 +152,8 @@ def test_unreadable_images_end_training_with_their_path_or_are_replaced(kind, da
         "0.1",
         "--batch_size",
         "24",
+        "--mixed_precision",
+        "no",
     )
     text = fails(capsys, StandardConfig, *flags, "--run_name", "stops")
     assert str(broken) in text

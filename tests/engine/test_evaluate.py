@@ -2,7 +2,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from common.augment import Augment
+from common.augment import Augment, AugmentSettings
 from common.data.loader import Batch
 from common.engine.evaluate import evaluate
 
@@ -15,7 +15,7 @@ class Fixed(torch.nn.Module):
 
 
 class Plain(Augment):
-    def normalise(self, images, dtype=None):
+    def normalise(self, images):
         return images.float()
 
 
@@ -36,7 +36,7 @@ def test_exact_whatever_the_batches(size):
         number,
         7,
         Accelerator(cpu=True),
-        Plain(num_classes=6),
+        Plain(AugmentSettings(), num_classes=6, seed=0),
     )
     assert scores[0] == scores[1]
     assert scores[0].top1 == pytest.approx(100 * 5 / 7)
@@ -50,4 +50,11 @@ def test_exact_whatever_the_batches(size):
 
 def test_a_missing_image_is_an_error():
     with pytest.raises(RuntimeError, match="6 of 7"):
-        evaluate([Fixed()], batches([0] * 6, [0] * 6, 3), 2, 7, Accelerator(cpu=True), Plain(num_classes=6))
+        evaluate(
+            [Fixed()],
+            batches([0] * 6, [0] * 6, 3),
+            2,
+            7,
+            Accelerator(cpu=True),
+            Plain(AugmentSettings(), num_classes=6, seed=0),
+        )
