@@ -1,0 +1,68 @@
+import csv
+
+import pytest
+
+from common import UserError
+from common.run.records import Background, Records, draw, start_tracker
+
+
+def test_work_is_done_in_order_and_its_errors_come_when_it_is_drained():
+    background, done = Background(), []
+    for number in range(5):
+        background.submit(done.append, number)
+    background.drain()
+    assert done == [0, 1, 2, 3, 4]
+
+    def fail():
+        raise UserError("the disk is full")
+
+    background.submit(fail)
+    with pytest.raises(UserError, match="disk is full"):
+        background.drain()
+    background.drain()
+    background.close()
+
+
+def test_a_plot_that_fails_is_a_warning(tmp_path, caplog):
+    def fail(folder):
+        raise ValueError("a cell is not a number")
+
+    draw(fail, tmp_path)
+    assert "no plots this time: a cell is not a number" in caplog.text
+
+
+def test_columns_are_those_of_the_first_row_and_late_rows_are_dropped(tmp_path):
+    records = Records(tmp_path, Background())
+    for epoch in (1, 2, 3):
+        records.add({"epoch": epoch, "top1": epoch / 3})
+    records.background.drain()
+    records.keep_epochs(2)
+    with open(records.csv_path) as file:
+        assert list(csv.reader(file)) == [["epoch", "top1"], ["1", "0.333333"], ["2", "0.666667"]]
+    records.keep_epochs(0)
+    assert not records.csv_path.exists()
+
+
+def test_wandb_that_cannot_be_reached_falls_back_to_offline(tmp_path, monkeypatch, caplog):
+    import wandb
+
+    from train_standard import StandardConfig
+
+    modes = []
+
+    class Accelerator:
+        is_main_process = True
+
+        def init_trackers(self, project, config, init_kwargs):
+            modes.append(init_kwargs["wandb"]["mode"])
+            if modes[-1] == "online":
+                raise wandb.errors.CommError("no route to host")
+
+        def get_tracker(self, name, unwrap):
+            return type("Tracker", (), {"define_metric": lambda *args, **kwargs: None})()
+
+    monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
+    monkeypatch.setattr("wandb.api", type("Api", (), {"api_key": "k" * 40})())
+    assert start_tracker(StandardConfig(), Accelerator(), tmp_path, "abc") == "abc"
+    assert modes == ["online", "offline"]
+    assert "kept offline" in caplog.text
