@@ -11,6 +11,7 @@ from torch import nn
 from common import UserError
 from common.model.freezing import set_trainable_layers, train_mode
 from common.run.checkpoint import TrainState, rng_state, set_rng_state
+from common.run.processes import rank0_errors
 from common.run.progress import peak_memory_mb
 from common.run.run import Run
 from common.scheduling import EpochPlan, Plan, Stage
@@ -136,6 +137,9 @@ def warm_up(
             counters["unique_graphs"] - before,
         )
     if stage.frozen:
+        with rank0_errors():
+            # A checkpoint that is being written would take time from the steps that are compared.
+            run.background.drain()
         report = freezing_report(run, model, epoch, size, *shapes[0])
         run.log.info("freezing %s: %s", ", ".join(stage.frozen), report)
 
