@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from accelerate.utils import launch as accelerate_launch
 from torch.nn import functional as F
 
 from common.config import TrainConfig
+from common.engine import trainer
 from common.engine.fit import train_epoch, train_step
 from common.run import start_run
 from common.run.processes import UNSUPPORTED
@@ -317,6 +319,22 @@ def test_rows_later_than_the_checkpoint_are_written_again(data, tmp_path):
     run_training(StandardConfig, data, tmp_path, "run", *flags)
     assert epochs_and_losses(run) == before
     assert newest.exists()
+
+
+def test_the_best_the_numbered_and_the_newest_checkpoints_are_kept(data, tmp_path, monkeypatch):
+    original = trainer.evaluate
+
+    def never_better(*args, **kwargs):
+        return [replace(score, top1=50.0) for score in original(*args, **kwargs)]
+
+    monkeypatch.setattr(trainer, "evaluate", never_better)
+    flags = ("--epochs", "8", "--batch_size", "24", "--keep_every", "3", "--save_freq_last", "100")
+    run = run_training(StandardConfig, data, tmp_path, "run", *flags)
+    # The first epoch is the best; 3 and 6 are numbered; 8 is the last. Epochs have 3 steps.
+    kept = sorted(
+        int(folder.name.removeprefix("step_")) // 3 for folder in (run / "checkpoints").glob("step_*")
+    )
+    assert kept == [1, 3, 6, 8]
 
 
 # --- a process that fails ------------------------------------------------------------------------------------------
