@@ -30,9 +30,6 @@ ELSEWHERE = {
     "aws, docker, sbatch, ruff": "--only-show-errors --ipc --signal --check",
     "the original rect script": "--dist_port",
 }
-# Described before the code has them: delete each when its program does (the test below asks for it).
-COMING_FLAGS = {"--minutes", "--rehearse"}
-COMING_MODULES = {"common.tools.gpu_report"}
 
 FENCE = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
 FLAG = re.compile(r"(?<![\w-])--[a-z][a-z0-9]*(?:[_-][a-z0-9]+)*")
@@ -71,7 +68,7 @@ def flags_of(program: str) -> set[str]:
 
 def modules() -> set[str]:
     mentioned = {module for page in PAGES for code in commands(page) for _, module in PROGRAM.findall(code)}
-    return {module for module in mentioned if module} - COMING_MODULES
+    return {module for module in mentioned if module}
 
 
 @functools.cache
@@ -139,7 +136,7 @@ def test_pages_that_the_code_names_exist() -> None:
 
 
 def test_every_flag_is_some_programs() -> None:
-    known = our_flags() | elsewhere() | COMING_FLAGS
+    known = our_flags() | elsewhere()
     unknown = {page.name: sorted(set(FLAG.findall(page.read_text())) - known) for page in PAGES}
     assert {page: flags for page, flags in unknown.items() if flags} == {}
 
@@ -152,18 +149,14 @@ def test_commands_give_a_program_its_own_flags(page: Path) -> None:
         for script, module, after in zip(pieces, pieces, pieces, strict=True):
             program = script or module
             if program in SCRIPTS or program in modules():
-                strange = set(FLAG.findall(after)) - flags_of(program) - COMING_FLAGS
+                strange = set(FLAG.findall(after)) - flags_of(program)
                 wrong += [f"{program} {flag}" for flag in sorted(strange)]
     assert wrong == []
 
 
 def test_the_lists_above_hold_nothing_superfluous() -> None:
     mentioned = set(FLAG.findall("\n".join(page.read_text() for page in PAGES)))
-    assert sorted((elsewhere() | COMING_FLAGS) - mentioned) == [], "mentioned nowhere"
-    assert sorted(COMING_FLAGS & our_flags()) == [], "has come: delete it from COMING_FLAGS"
-    assert [module for module in COMING_MODULES if file_of(module).exists()] == [], (
-        "has come: delete it from COMING_MODULES"
-    )
+    assert sorted(elsewhere() - mentioned) == [], "mentioned nowhere"
 
 
 def test_the_readme_is_short() -> None:

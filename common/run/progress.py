@@ -38,7 +38,9 @@ class Meter:
     def __init__(self, run: Run, plan: Plan, epoch: EpochPlan, progress: Progress) -> None:
         self.run, self.plan, self.epoch = run, plan, epoch
         device = run.accelerator.device
+        # A resumed epoch's sums are all processes': each takes its share, since they are summed again in the end.
         self.sums = torch.tensor(progress.epoch_sums, dtype=torch.float64, device=device)
+        self.sums /= run.accelerator.num_processes
         self.not_finite = torch.zeros((), dtype=torch.int64, device=device)
         self.skipped = torch.zeros((), dtype=torch.int64, device=device)
         self.first_step = self.step = progress.step
