@@ -149,6 +149,14 @@ def test_moves_to_another_number_of_processes_in_mid_epoch(data, tmp_path):
     assert len(after) == 2 * 4 - 3
 
 
+TIMES = {"images_per_s", "data_wait", "memory_mb", "epoch_s", "total_s"}
+
+
+def without_times(run):
+    with open(run / "training_log.csv") as file:
+        return [{k: v for k, v in row.items() if k not in TIMES} for row in csv.DictReader(file)]
+
+
 def test_interrupted_equals_uninterrupted_on_two_processes(data, tmp_path):
     flags = ["--data_dir", str(data), "--output", str(tmp_path), *FLAGS, "--batch_size", "8", "--ema"]
     script = tmp_path / "stop.py"
@@ -162,6 +170,8 @@ def test_interrupted_equals_uninterrupted_on_two_processes(data, tmp_path):
         assert (done.returncode == 0) == (arguments[0] != str(script)), done.stderr[-2000:]
     for file in ("model", "optimizer", "ema", "ranks"):
         assert_same(weights(tmp_path / "whole", file=file), weights(tmp_path / "parts", file=file))
+    # A resumed epoch's sums are those of all processes, once.
+    assert without_times(tmp_path / "whole") == without_times(tmp_path / "parts")
     # Each process has statistics of its own images while it trains, and the mean of all where they are evaluated.
     statistics = weights(tmp_path / "whole", file="ranks")
     name = next(name for name in statistics if name.startswith("model.") and "running_mean" in name)

@@ -16,7 +16,7 @@ from common.run.checkpoint import TrainState, rng_state, set_rng_state
 
 FEWEST = 15  # steps of a sweep; with fewer, noise decides
 DIVERGED = 4.0  # a sweep ends as soon as its smoothed loss is this many times its first
-REPORT_S = 2.0  # between two lines of progress
+REPORT_S = 5.0  # between two lines of progress
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def find_lr(
             every process sees the same curve and stops at the same step.
         iterations: steps to take; fewer than `FEWEST` are not taken at all.
         fallback: the rate to take when the curve cannot be trusted.
-        report: is given a line of progress about every two seconds, and one if the curve cannot be trusted.
+        report: is given a line of progress every few seconds, and one if the curve cannot be trusted.
 
     Raises:
         UserError: the first loss is not finite.

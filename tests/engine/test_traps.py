@@ -404,21 +404,6 @@ run_script(main, StandardConfig, "")
 """
 
 
-def test_a_resumed_epochs_loss_counts_once_on_two_processes(data, tmp_path, monkeypatch):
-    script = tmp_path / "stop.py"
-    script.write_text(STOP)
-    flags = ["--data_dir", str(data), "--output", str(tmp_path), *FLAGS.split(), "--epochs", "1"]
-    recorded = {}
-    for name, stops in (("whole", [""]), ("parts", ["1", ""])):
-        for stop in stops:
-            monkeypatch.setenv("STOP", stop)
-            done = launch(2, str(script), *flags, "--run_name", name, timeout=120)
-            assert (done.returncode == 0) == (stop == ""), done.stderr[-2000:]
-        with open(tmp_path / name / "training_log.csv", newline="") as file:
-            recorded[name] = [(row["train_loss"], row["train_top1"]) for row in csv.DictReader(file)]
-    assert recorded["parts"] == recorded["whole"]
-
-
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     return make_images(tmp_path_factory.mktemp("data") / "images")
