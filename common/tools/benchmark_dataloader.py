@@ -21,7 +21,7 @@ import psutil
 from torch.utils.data import DataLoader
 
 from common import UserError
-from common.data.loader import Loader, available_workers
+from common.data.loader import PREFETCH, Loader, LoaderSettings, available_workers
 from common.data.order import BatchItem, View
 from common.data.sources.base import Source
 from common.data.sources.folder import FolderSource
@@ -31,13 +31,13 @@ SCALE = (0.08, 1.0)  # of the random crops, the same for all
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 REPEATED = 1 << 16  # images in an epoch of the other loaders: enough for a pass of any dataset
 
-# Makes batches for ever, and yields their sizes: image size, workers and prefetch in.
-Start = Callable[[int, int, int], Iterator[int]]
+# Makes batches for ever, and yields their sizes: image size and workers in.
+Start = Callable[[int, int], Iterator[int]]
 
 
 def ours(source: Source, batch_size: int) -> Start:
-    def start(size: int, workers: int, prefetch: int) -> Iterator[int]:
-        loader = Loader(source, source, seed=0, workers=workers, prefetch=prefetch)
+    def start(size: int, workers: int) -> Iterator[int]:
+        loader = Loader(source, source, seed=0, settings=LoaderSettings(workers))
         order = np.random.default_rng(0)
 
         def items() -> Iterator[BatchItem]:
@@ -71,7 +71,7 @@ def others(folder: Path, batch_size: int) -> dict[str, Start]:
         def __getitem__(self, index: int):
             return super().__getitem__(index % len(self.samples))
 
-    def with_torchvision(size: int, workers: int, prefetch: int) -> Iterator[int]:
+    def with_torchvision(size: int, workers: int) -> Iterator[int]:
         steps = [
             transforms.RandomResizedCrop(size, SCALE),
             transforms.RandomHorizontalFlip(),
@@ -83,12 +83,12 @@ def others(folder: Path, batch_size: int) -> dict[str, Start]:
             batch_size,
             shuffle=True,
             num_workers=workers,
-            prefetch_factor=prefetch,
+            prefetch_factor=PREFETCH,
         )
         for images, _ in loader:
             yield len(images)
 
-    def with_timm(size: int, workers: int, prefetch: int) -> Iterator[int]:
+    def with_timm(size: int, workers: int) -> Iterator[int]:
         loader = create_loader(
             Repeated(folder),
             (3, size, size),
@@ -140,17 +140,17 @@ def run_pass(batches: Iterator[int], warm_up: int, seconds: float) -> dict[str, 
 
 
 def measure(
-    loaders: dict[tuple[str, str], Start], size: int, workers: int, prefetch: int, passes: int, seconds: float
+    loaders: dict[tuple[str, str], Start], size: int, workers: int, passes: int, seconds: float
 ) -> pd.DataFrame:
     """Measure loaders in turn, several times over: a row of medians for each."""
     rows = []
     for _ in range(passes):
         for (loader, files), start in loaders.items():
-            batches = start(size, workers, prefetch)
-            row = {"loader": loader, "files": files, "size": size, "workers": workers, "prefetch": prefetch}
-            rows.append(row | run_pass(batches, workers * (prefetch + 1), seconds))
+            batches = start(size, workers)
+            row = {"loader": loader, "files": files, "size": size, "workers": workers}
+            rows.append(row | run_pass(batches, workers * (PREFETCH + 1), seconds))
             batches.close()
-    keys = ["loader", "files", "size", "workers", "prefetch"]
+    keys = ["loader", "files", "size", "workers"]
     return pd.DataFrame(rows).groupby(keys, sort=False).median().reset_index()
 
 
@@ -206,18 +206,14 @@ def benchmark(options: argparse.Namespace) -> pd.DataFrame:
     parts = []
     for workers in options.workers or worker_counts(cpus):
         for size in options.sizes:
-            parts.append(measure(loaders, size, workers, options.prefetch, *effort))
+            parts.append(measure(loaders, size, workers, *effort))
             print(parts[-1].to_string(index=False, float_format="{:,.0f}".format), flush=True)
     rows = pd.concat(parts, ignore_index=True)
 
     rates = dict(zip(options.sizes, options.device_rate or (), strict=False))
     own = rows[(rows["loader"] == mine[0]) & (rows["files"] == mine[1])]
     chosen = recommend_workers(own, rates)
-    first, reference = options.sizes[0], {mine: loaders[mine]}
-    ahead = pd.concat(measure(reference, first, chosen, prefetch, *effort) for prefetch in (2, 4, 8))
-    # The fewest batches ahead per worker within 3 % of the best rate.
-    prefetch = ahead.loc[ahead["images/s"] >= 0.97 * ahead["images/s"].max(), "prefetch"].min()
-    print(f"recommended: --workers {chosen} --prefetch {prefetch}")
+    print(f"recommended: --workers {chosen}")
     for _, row in own[(own["workers"] == chosen) & own["size"].isin(rates)].iterrows():
         print(verdict(row["size"], rates[row["size"]], row["images/s"], chosen, source.prepared, cpus))
     return rows
@@ -234,7 +230,6 @@ def main(args: list[str] | None = None) -> None:
     add("--originals", help="the folder of class folders a pyramid was made of, for the other loaders")
     add("--sizes", type=int, nargs="+", default=[224, 128, 56], help="of the stages (default: 224 128 56)")
     add("--workers", type=int, nargs="+", help="counts to try (default: 1, 2, 4 ... up to the CPUs)")
-    add("--prefetch", type=int, default=4, help="batches ahead per worker (default: 4)")
     add("--batch_size", type=int, default=64)
     add("--passes", type=int, default=3, help="of which the median counts (default: 3)")
     add("--seconds", type=float, default=3.0, help="that a pass takes (default: 3)")

@@ -40,7 +40,7 @@ def test_rows_of_all_loaders(tree, tmp_path, capsys):
         assert row["CPU us/image"] > 0
         assert row["MB"] > 0
     text = capsys.readouterr().out
-    assert "recommended: --workers 1 --prefetch" in text
+    assert "recommended: --workers 1" in text
     assert "bound by the loader; prepare a pyramid" in text
 
 
