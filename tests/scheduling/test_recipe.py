@@ -140,11 +140,11 @@ def test_rules_only_make_a_list_smaller_and_gentler(name, images, classes, proce
     assert sorted(stage.img_size for stage in recipe.stages) == [stage.img_size for stage in recipe.stages]
 
 
-def test_a_short_run_has_a_thousand_steps_and_accumulation_counts():
+def test_a_short_run_has_five_hundred_steps_and_accumulation_counts():
     (stage,) = adapted("standard", epochs=12).stages
-    assert stage.batch_size == 32
+    assert stage.batch_size == 64
     (stage,) = adapted("standard", epochs=12, accumulation=2).stages
-    assert stage.batch_size == 16
+    assert stage.batch_size == 32
     assert adapted("standard", imagenet(8), epochs=16).stages[0].batch_size == 512
 
 
