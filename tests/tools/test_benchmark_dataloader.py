@@ -76,7 +76,7 @@ def test_medians_of_passes_that_take_turns(monkeypatch):
 
     rates = iter([10, 1, 90, 2, 20, 7])
     monkeypatch.setattr(tool, "run_pass", lambda batches, *_: next(batches) and {"images/s": next(rates)})
-    rows = measure({("a", "x"): start("a"), ("b", "x"): start("b")}, 24, 1, 4, passes=3, seconds=1)
+    rows = measure({("a", "x"): start("a"), ("b", "x"): start("b")}, 24, 1, passes=3, seconds=1)
     assert turns == ["a", "b"] * 3
     assert rows[["loader", "images/s"]].values.tolist() == [["a", 20], ["b", 2]]
 
