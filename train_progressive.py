@@ -39,11 +39,8 @@ class ProgressiveConfig(CurriculumConfig):
     strategy = "progressive"
 
     lr: PositiveFloat | Literal["auto"] = 0.1
-    """Base learning rate per 256 images, or "auto" for the LR finder's suggestion as the peak."""
     max_lr: PositiveFloat | None = 0.4
-    """Upper limit of every stage's peak learning rate; null = none."""
     stage_wise: bool = True
-    """One OneCycle per stage instead of one over the whole run."""
 
     def listed(self) -> list[Stage]:
         return STAGES

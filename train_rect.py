@@ -43,19 +43,12 @@ class RectConfig(TrainConfig):
     no_amp: bool = False
     """No mixed precision, whatever `accelerate launch` was told."""
     lr: PositiveFloat | Literal["auto"] = 0.1
-    """Base learning rate per 256 images, or "auto" for the LR finder's suggestion as the peak."""
     pct_start: ClosedUnitInterval = 0.05
-    """Share of the cycle spent warming up."""
     momentum_swing: NonNegativeFloat = 0.0
-    """The momentum cycles between momentum + swing and momentum - swing; 0 = constant."""
     batch_aug_prob: ClosedUnitInterval = 0.5
-    """Probability that a batch is mixed at all."""
     erasing_prob: ClosedUnitInterval = 0.25
-    """Probability of Random Erasing, per image."""
     crop_scale: tuple[float, float] = (0.35, 1.0)
-    """Smallest and largest share of the image that a random training crop covers."""
     rect_val: bool = True
-    """Evaluate each image whole, at the aspect ratio nearest its own."""
 
     def __post_init__(self) -> None:
         if self.no_amp:

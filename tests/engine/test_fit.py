@@ -304,3 +304,10 @@ def test_frozen_layers_stay_bit_for_bit(data, tmp_path):
     assert frozen
     assert all(torch.equal(first[name], second[name]) for name in frozen)
     assert any(not torch.equal(first[name], second[name]) for name in first)
+
+
+def test_the_peak_that_is_printed_is_the_one_in_force(data, tmp_path):
+    stages = '[{"epochs": 1, "img_size": 32, "batch_size": 16}]'
+    flags = ("--stages", stages, "--lr", "8", "--max_lr", "0.3")
+    run = run_training(ProgressiveConfig, data, tmp_path, "run", *flags)
+    assert "peak learning rate 0.3 " in (run / "training_log.txt").read_text()

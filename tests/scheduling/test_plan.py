@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from common import UserError
 from common.config import parse_args
 from common.scheduling import Rates, ScheduleSettings, Stage, couple_strength, make_plan, resolve_lr
+from common.scheduling.rates import cosine_cycle
 from train_hybrid import HybridConfig
 
 
@@ -166,3 +167,21 @@ def test_fewer_images_than_processes_is_a_sentence():
 def test_a_batch_larger_than_the_data_is_cut_with_a_sentence():
     table = plan_for([Stage(1, 32, 1024), Stage(1, 32, 64)], 800, 2).table()
     assert table.splitlines()[-1] == "stage 1 has 800 images: --batch_size 1024 is cut to 400"
+
+
+def test_a_cycle_whose_rise_is_one_step_begins_at_its_peak():
+    assert cosine_cycle(0, 10, 0.1, start=0.0, peak=1.0, end=0.0) == 1.0
+    assert cosine_cycle(0, 1, 1.0, start=0.0, peak=1.0, end=0.0) == 1.0
+
+
+def test_the_table_has_a_line_for_each_stage():
+    stages = [Stage(2, 32, 64), Stage(1, 48, 32, frozen=("conv1",), strength=0.5)]
+    lines = plan_for(stages, 640, 2, 2).table().splitlines()
+    assert [line.split()[0] for line in lines] == ["stage", "1", "2"]
+    assert lines[1].split()[1:7] == ["2", "32", "square", "100%", "64×2×2", "4"]
+    assert lines[2].split()[-1] == "conv1"
+
+
+def test_the_sentence_counts_stages_from_one():
+    with pytest.raises(UserError, match="stage 2 has 10 images"):
+        make_plan([Stage(1, 32, 8), Stage(1, 32, 8, data_fraction=0.1)], 100, 1, 1, [8, 16])
