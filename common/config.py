@@ -14,7 +14,7 @@ import sys
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar, get_type_hints
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Never, TypeVar, get_type_hints
 
 from common import UserError
 from common.augment import AugmentSettings
@@ -108,8 +108,8 @@ class TrainConfig(
     """The curriculum"""
 
     strategy: ClassVar[str] = "train"
-    # Names of the settings that the user gave, on the command line or in a file.
-    given: ClassVar[frozenset[str]] = frozenset()
+    # Names of the settings that the user gave, on the command line or in a file; not annotated, for it is none itself.
+    given = frozenset[str]()
 
     recipe: Literal["auto", "mild", "medium", "strong", "listed"] = "auto"
     """Defaults that fit data, length and machine, printed where they differ from those listed here; listed = these."""
@@ -210,7 +210,7 @@ def adopt(cfg: TrainConfig, recorded: Mapping[str, Any]) -> None:
 
 def read_stages(plain: list[dict[str, Any]]) -> list[Stage]:
     """Stages as `as_plain` wrote them."""
-    return [Stage(**{k: tuple(v) if isinstance(v, list) else v for k, v in s.items()}) for s in plain]
+    return [Stage(**s | {"frozen": tuple(s["frozen"])}) for s in plain]
 
 
 # --- the command line ----------------------------------------------------------------------------------------------
@@ -243,11 +243,11 @@ def parse_args(config_class: type[Config], description: str, args: list[str] | N
     """
     import jsonargparse.typing
 
-    args = _normalised(config_class, sys.argv[1:] if args is None else args)
+    words = _normalised(config_class, sys.argv[1:] if args is None else args)
 
     class OneSentenceParser(jsonargparse.ArgumentParser):
-        def error(self, message: str, ex: Exception | None = None) -> None:
-            print(f"error: {explain(config_class, message, args)} (see --help)", file=sys.stderr)
+        def error(self, message: str, ex: Exception | None = None) -> Never:
+            print(f"error: {explain(config_class, message, words)} (see --help)", file=sys.stderr)
             raise SystemExit(2)
 
     parser = OneSentenceParser(
@@ -265,13 +265,15 @@ def parse_args(config_class: type[Config], description: str, args: list[str] | N
         # A script's own word for a setting comes before its room's.
         own = {name: text for name, text in docs_of(kind).items() if name not in documented}
         documented |= own.keys()
-        group = parser.add_argument_group((kind.__doc__ or "").partition("\n")[0]) if own else None
+        if not own:
+            continue
+        group = parser.add_argument_group((kind.__doc__ or "").partition("\n")[0])
         for name, text in own.items():
             shown = "" if defaults[name] in ("", []) else f" [{defaults[name]}]".replace("[None]", "[null]")
             group.add_argument(f"--{name}", type=types[name], default=defaults[name], help=text + shown)
-    namespace = parser.parse_args(args)
+    namespace = parser.parse_args(words)
     cfg = config_class(**_without_config(parser.instantiate_classes(namespace)))
-    cfg.given = frozenset(_without_config(parser.parse_args(args, defaults=False)))
+    cfg.given = frozenset(_without_config(parser.parse_args(words, defaults=False)))
     return cfg
 
 
@@ -284,8 +286,9 @@ def docs_of(kind: type) -> dict[str, str]:
     if not dataclasses.is_dataclass(kind):
         return {}
     tree = ast.parse(textwrap.dedent(inspect.getsource(kind))).body[0]
+    assert isinstance(tree, ast.ClassDef)
     return {
-        field_node.target.id: " ".join(doc.value.value.split())
+        ast.unparse(field_node.target): " ".join(ast.literal_eval(doc.value).split())
         for field_node, doc in itertools.pairwise(tree.body)
         if isinstance(field_node, ast.AnnAssign) and isinstance(doc, ast.Expr)
     }

@@ -142,6 +142,7 @@ def crop_boxes(
         box_h, box_w = np.maximum(np.rint(box_h), 1), np.maximum(np.rint(box_h * aspect), 1)
         return np.stack([(image_h - box_h) // 2, (image_w - box_w) // 2, box_h, box_w], 1).astype(np.int64)
 
+    assert draws is not None
     low, high = np.multiply(view.ratio, aspect)
     area, shape, top, left = draws.reshape(len(sizes), 4, TRIES).transpose(1, 0, 2)
     area = (view.scale[0] + area * (view.scale[1] - view.scale[0])) * (image_h * image_w)[:, None]
@@ -235,7 +236,7 @@ def _torchvision(data: np.ndarray) -> torch.Tensor:
 
 
 def _pillow(data: np.ndarray) -> torch.Tensor:
-    with Image.open(io.BytesIO(data)) as opened:
+    with Image.open(io.BytesIO(data.data)) as opened:
         image = ImageOps.exif_transpose(opened)
         if image.mode.startswith("I"):  # 16 bits of grey, which convert("RGB") would clip to white
             image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from common import UserError
 from common.data.decode import DecodeError, decode_batch
@@ -178,7 +179,7 @@ def end_with(parent: int) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def _identity(answer: _Answer) -> _Answer:
+def _identity(answer: object) -> object:
     return answer
 
 
@@ -258,9 +259,9 @@ class Loader:
                     self.unreadable[path] = why
             if answer.failure:
                 raise UserError(answer.failure)
-            images, item = answer.images, answer.item
-            if answer.slot is not None:
-                images = self._slots.images(answer.slot, item)
+            item = answer.item
+            images = answer.images if answer.slot is None else self._slots.images(answer.slot, item)
+            assert images is not None
             labels = torch.from_numpy(self._sources[item.split].labels[item.indices])
             if self.device.type == "cuda":
                 # Only from pinned memory do copies run beside the host's work. It is torch's own, which is handed
@@ -293,6 +294,7 @@ class Loader:
 
     def close(self) -> None:
         """End the workers."""
-        if self._loader._iterator is not None:  # which lasts from epoch to epoch, and has no public end
+        # They last from epoch to epoch, and have no public end.
+        if isinstance(self._loader._iterator, _MultiProcessingDataLoaderIter):
             self._loader._iterator._shutdown_workers()
             self._loader._iterator = None

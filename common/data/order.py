@@ -120,8 +120,9 @@ def eval_items(
     mine = np.lexsort(shape_of_image.T)[rank::world]
     changes = np.flatnonzero((np.diff(shape_of_image[mine], axis=0) != 0).any(axis=1)) + 1
     return [
-        BatchItem(1, run[first : first + batch_size], *shape_of_image[run[0]].tolist(), 0, view)
+        BatchItem(1, run[first : first + batch_size], height, width, 0, view)
         for run in np.split(mine, changes)
+        for height, width in shape_of_image[run[:1]].tolist()
         for first in range(0, len(run), batch_size)
     ]
 

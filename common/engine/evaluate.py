@@ -99,8 +99,7 @@ def evaluate(
             hits = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
             loss = F.cross_entropy(logits, labels, reduction="sum")
             row += torch.stack([loss, hits[:, 0].sum(), hits.sum()])
-    count = torch.tensor(seen, device=accelerator.device)
-    count = int(accelerator.reduce(count, "sum"))
+    count = int(accelerator.reduce(torch.tensor(seen, device=accelerator.device), "sum"))
     if count != num_images:
         raise RuntimeError(f"evaluated {count} of {num_images} images")
     return [

@@ -141,9 +141,8 @@ def settle_rates(t: Trainer) -> Rates:
     """Learning rates around the peak that was given, found now, or found before."""
     run, cfg, progress = t.run, t.run.cfg, t.state.progress
     if progress.peak_lr == 0:
-        given = cfg.lr != "auto"
         progress.peak_lr = (
-            resolve_lr(cfg.lr, t.plan.global_batches[0], cfg.lr_scaling) if given else find_peak(t)
+            find_peak(t) if cfg.lr == "auto" else resolve_lr(cfg.lr, t.plan.global_batches[0], cfg.lr_scaling)
         )
     rates = Rates(t.plan, cfg, progress.peak_lr)
     highest = max(rates.peak(index) for index in range(len(t.plan.stages)))
@@ -175,7 +174,7 @@ def find_peak(t: Trainer) -> float:
     run.log.info("finding the learning rate: %d steps", cfg.lr_finder_iterations)
     with out_of_memory_advice(epoch, plan.micro_batch(0)):
         sweep = find_lr(t.state, step, cfg.lr_finder_iterations, fallback=fallback, report=run.log.info)
-    t.meter = None
+    t.meter.bar.close()
     with rank0_errors():
         if run.is_main:
             sweep.write_csv(run.folder / "lr_finder.csv")

@@ -31,7 +31,7 @@ class Sweep:
     problem: str  # why the curve cannot be trusted; empty if it can
 
     def write_csv(self, path: Path) -> None:
-        steps = list(
+        steps: list[tuple[object, ...]] = list(
             zip(range(len(self.lrs)), self.lrs, self.losses, self.smoothed, self.threshold, strict=True)
         )
         with open(path, "w", newline="") as file:

@@ -33,7 +33,8 @@ def record(t: Trainer, epoch: EpochPlan, rates: Rates, scores: list[Score]) -> N
         progress.best_is_ema = top1 > raw.top1
     progress.epochs_done, progress.epoch_sums = epoch.index + 1, [0.0, 0.0]
     progress.wall_s = time.monotonic() - t.started
-    t.meter = None
+    # A checkpoint of the epoch's end holds nothing of the next.
+    meter.sums.zero_()
     row = {
         "epoch": epoch.index + 1,
         "stage": epoch.stage_index + 1,
@@ -75,8 +76,7 @@ def save(t: Trainer) -> None:
     run, progress = t.run, t.state.progress
     began = time.monotonic()
     progress.wall_s = began - t.started
-    if t.meter is not None:
-        progress.epoch_sums = run.accelerator.reduce(t.meter.sums, "sum").tolist()
+    progress.epoch_sums = run.accelerator.reduce(t.meter.sums, "sum").tolist()
     config = {
         "strategy": run.cfg.strategy,
         "stages_in_force": [as_plain(stage) for stage in run.stages],

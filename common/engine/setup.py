@@ -65,7 +65,7 @@ def prepare_state(run: Run, model: nn.Module, train: Source) -> TrainState:
     """Model on its device, optimizer and EMA: new ones, or as the resumed checkpoint holds them."""
     cfg, accelerator = run.cfg, run.accelerator
     layout = torch.channels_last if cfg.channels_last else torch.contiguous_format
-    model = model.to(accelerator.device, memory_format=layout)
+    model = model.to(accelerator.device).to(memory_format=layout)
     ema = Ema(model, cfg.ema_decay) if cfg.ema else None
     # Dropout differs between processes; the first weights did not.
     seed_everything(cfg.seed + accelerator.process_index)

@@ -35,7 +35,7 @@ class Trainer:
     Attributes:
         net: the model as training calls it: with autocast, and wrapped for several processes.
         optimizer: Accelerate's, which steps at the end of an accumulation window only.
-        meter: of the epoch under way.
+        meter: of the epoch that was begun last.
         recent: step and images of the last micro-batches, for when the loss is not finite.
     """
 
@@ -58,7 +58,7 @@ class Trainer:
         self.optimizer = run.accelerator.prepare_optimizer(state.optimizer, device_placement=False)
         self.net: nn.Module = state.model
         self.stage_index = -1
-        self.meter: Meter | None = None
+        self.meter: Meter
         self.recent: deque = deque(maxlen=2 * NAN_PATIENCE)
         self.started = time.monotonic() - state.progress.wall_s
         if run.cfg.compile:

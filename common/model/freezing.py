@@ -14,7 +14,8 @@ def under(name: str, prefix: str) -> bool:
 
 def classifiers(model: nn.Module) -> list[str]:
     """Names of the modules that make logits: one, but for distilled transformers, which have two."""
-    found = model.get_classifier()
+    # torch's stubs take every other attribute of a module for a tensor or a module.
+    found = model.get_classifier()  # type: ignore[operator]
     modules = found if isinstance(found, tuple) else (found,)
     return [name for name, module in model.named_modules() if any(module is each for each in modules)]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -53,7 +54,7 @@ def create_optimizer(
     """
     from timm.optim import create_optimizer_v2, list_optimizers
 
-    known = list_optimizers()
+    known = list(map(str, list_optimizers()))
     if settings.optimizer not in known:
         raise UserError(
             f"--optimizer {settings.optimizer} is unknown{did_you_mean(settings.optimizer, known)}"
@@ -62,9 +63,10 @@ def create_optimizer(
         "timm would leave frozen ones out"
     )
     # Fused: several times faster on a CPU. With gradient scaling it skips a step inside the kernel, in silence.
-    own = {"fused": True, "nesterov": momentum > 0} if settings.optimizer == "sgd" else {}
+    own = partial(create_optimizer_v2, fused=True, nesterov=momentum > 0)
+    create = own if settings.optimizer == "sgd" else create_optimizer_v2
     try:
-        optimizer = create_optimizer_v2(
+        optimizer = create(
             model,
             settings.optimizer,
             lr=0.1,
@@ -72,7 +74,6 @@ def create_optimizer(
             momentum=momentum,
             filter_bias_and_bn=not settings.decay_norm_and_bias,
             layer_decay=settings.layer_decay,
-            **own,
         )
     except (AssertionError, ImportError) as error:  # needs a GPU, or a package that is not installed
         raise UserError(f"--optimizer {settings.optimizer} cannot be used here: {error}") from error

@@ -49,6 +49,7 @@ class PretrainedCfg:
         import timm
 
         known = timm.get_pretrained_cfg(self.architecture)
+        assert known is not None
         args = size_args(self.architecture, self.img_size)
         return {
             "architecture": self.architecture,
@@ -103,6 +104,7 @@ def timm_pretrained_cfg(name: str) -> PretrainedCfg:
     from timm.data import ImageNetInfo, infer_imagenet_subset
 
     cfg = timm.get_pretrained_cfg(name)
+    assert cfg is not None
     subset = infer_imagenet_subset(cfg.to_dict())
     classes = ImageNetInfo(subset).label_names() if subset else []
     return PretrainedCfg(
@@ -132,6 +134,7 @@ def size_args(timm_architecture: str, img_size: int | None) -> dict[str, Any]:
     import timm
 
     cfg = timm.get_pretrained_cfg(timm_architecture)
+    assert cfg is not None
     if not cfg.fixed_input_size:
         return {}
     if _can_be_dynamic(timm_architecture):
@@ -145,4 +148,4 @@ def _can_be_dynamic(timm_architecture: str) -> bool:
 
     with torch.device("meta"):
         kinds = type(timm.create_model(timm_architecture)).__mro__
-    return any("dynamic_img_size" in inspect.signature(kind.__init__).parameters for kind in kinds)
+    return any("dynamic_img_size" in inspect.signature(kind).parameters for kind in kinds)

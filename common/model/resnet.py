@@ -56,6 +56,11 @@ class ResNet(nn.Module):
     Parameters are named as in torchvision and timm, so weights travel between the three.
     """
 
+    layer1: nn.Sequential
+    layer2: nn.Sequential
+    layer3: nn.Sequential
+    layer4: nn.Sequential
+
     def __init__(
         self, block: type[BasicBlock] | type[Bottleneck], depths: Sequence[int], num_classes: int
     ) -> None:
@@ -98,7 +103,7 @@ class ResNet(nn.Module):
         return {"stem": r"^(?:conv1|bn1)", "blocks": r"^layer(\d+)" if coarse else r"^layer(\d+)\.(\d+)"}
 
 
-RESNETS = {
+RESNETS: dict[str, tuple[type[BasicBlock] | type[Bottleneck], Sequence[int]]] = {
     "resnet18": (BasicBlock, (2, 2, 2, 2)),
     "resnet34": (BasicBlock, (3, 4, 6, 3)),
     "resnet50": (Bottleneck, (3, 4, 6, 3)),

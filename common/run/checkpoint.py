@@ -88,7 +88,7 @@ class TrainState:
 def _pack_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Split an optimizer's state into tensors by name `<parameter>.<key>` and the rest as JSON."""
     packed = optimizer.state_dict()
-    tensors, rest = {}, {}
+    tensors, rest = dict[str, Tensor](), dict[str, Any]()
     for index, entries in packed["state"].items():
         for key, value in entries.items():
             (tensors if isinstance(value, Tensor) else rest)[f"{index}.{key}"] = value

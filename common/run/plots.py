@@ -165,7 +165,7 @@ def new_plot(title: str, x_label: str, y_label: str, corner: str) -> "Axes":
 def save(axes: "Axes", path: Path) -> None:
     """Write a PNG under another name, then rename it: a viewer sees the old plot, not half of one."""
     temporary = path.with_name(f".{path.name}.tmp")
-    axes.figure.savefig(temporary, format="png", pil_kwargs={"compress_level": 1})
+    axes.figure.canvas.print_figure(temporary, format="png", pil_kwargs={"compress_level": 1})
     os.replace(temporary, path)
 
 
@@ -176,9 +176,9 @@ def label_above(axes: "Axes", x: float, text: str, colour: str, align: str = "ce
 
 def add_legend(axes: "Axes") -> None:
     """Name the curves in a row under the title, where no curve can run through it."""
-    place = {"loc": "lower left", "bbox_to_anchor": (LEFT, 0.875), "bbox_transform": axes.figure.transFigure}
+    place = {"bbox_to_anchor": (LEFT, 0.875), "bbox_transform": axes.figure.transFigure}
     spaces = {"borderaxespad": 0, "borderpad": 0, "handlelength": 2.4, "columnspacing": 1.4}
-    axes.legend(**place, **spaces, ncols=6, frameon=False, fontsize=8, labelcolor=INK)
+    axes.legend(loc="lower left", **place, **spaces, ncols=6, frameon=False, fontsize=8, labelcolor=INK)
 
 
 def _draw_panel(axes: "Axes", panel: Panel, log: Table, x: np.ndarray) -> None:

@@ -7,6 +7,7 @@ import time
 from contextlib import AbstractContextManager
 from pathlib import Path
 from types import FrameType, TracebackType
+from typing import Literal, cast
 
 import torch
 from accelerate import Accelerator, PartialState
@@ -16,6 +17,7 @@ from torch.nn import functional as F
 from common import UserError
 from common.config import TrainConfig
 
+Precision = Literal["no", "fp16", "bf16"]
 # A launcher forwards what its whole process group was sent: that is one signal, not two.
 REPEAT_S = 2.0
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
@@ -87,7 +89,7 @@ def make_accelerator(cfg: TrainConfig) -> tuple[Accelerator, str]:
     return accelerator, note
 
 
-def resolve_precision(asked: str | None, cpu: bool) -> tuple[str, str]:
+def resolve_precision(asked: Precision | None, cpu: bool) -> tuple[Precision, str]:
     """The precision in force and a line that says why; "" where there is nothing to say.
 
     On a CPU, `mixed_precision: no` of a launcher's file means that nobody asked, for Accelerate writes it always.
@@ -95,11 +97,12 @@ def resolve_precision(asked: str | None, cpu: bool) -> tuple[str, str]:
     Raises:
         UserError: fp16 on a CPU.
     """
-    told = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    # Or fp8, which nobody offers here: what becomes of it is left to Accelerate.
+    told = cast(Precision, os.environ.get("ACCELERATE_MIXED_PRECISION", "no"))
     if not cpu:
         return asked or told, ""
     fast = has_fast_bf16()
-    wanted = asked or (told if told != "no" else "bf16" if fast else "no")
+    wanted: Precision = asked or (told if told != "no" else "bf16" if fast else "no")
     if wanted == "fp16":
         raise UserError("--mixed_precision fp16 needs a GPU; use bf16 or no on a CPU")
     if wanted == "bf16" and not fast:
@@ -173,6 +176,7 @@ class Votes:
         """For each value, the largest of all processes; a collective."""
         if self._group is None:
             return list(values)
+        assert not isinstance(self._group, int), "every process is a member"
         numbers = torch.tensor(values)
         torch.distributed.all_reduce(numbers, torch.distributed.ReduceOp.MAX, group=self._group)
         return numbers.tolist()

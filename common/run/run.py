@@ -161,7 +161,8 @@ class Run:
 
     def end(self, error: BaseException | None) -> int | None:
         """Say how it ended and take everything down; returns the exit code, or None for an unforeseen error."""
-        code, several = 0, self.accelerator.num_processes > 1
+        code: int | None = 0
+        several = self.accelerator.num_processes > 1
         if isinstance(error, Interrupted):
             code = EXIT_INTERRUPTED
             self.log.info(
@@ -174,7 +175,7 @@ class Run:
             # Whose console is silent otherwise.
             if not self.is_main:
                 print(f"error in process {self.accelerator.process_index}: {error}", file=sys.stderr)
-        elif isinstance(error, SystemExit):
+        elif isinstance(error, SystemExit) and isinstance(error.code, int):
             code = error.code
         elif error is not None:
             code = None

@@ -290,6 +290,7 @@ class S3Mirror:
 
     def _send_checkpoint(self, manifest: str) -> None:
         """Upload a checkpoint's files, the manifest last and only if all others have arrived."""
+        assert self._stored is not None
         # That of another course, which `--resume` of an older checkpoint has left.
         if manifest in self._stored:
             self._client.delete_object(Bucket=self._bucket, Key=self._prefix + manifest)
@@ -327,7 +328,7 @@ class S3Mirror:
             return False
         self._bytes += stored.bytes
         self._sent[name] = (version, stored.etag)
-        if _checkpoint(name) is None or _is_manifest(name):
+        if not _checkpoint(name) or _is_manifest(name):
             self._uploaded[_label(name)] = None
         return True
 
@@ -347,10 +348,11 @@ class S3Mirror:
         """
         from botocore.exceptions import ClientError
 
+        assert self._stored is not None
         whole = [_checkpoint(name) for name in self._stored if _is_manifest(name)]
         sent = [name for name in whole if f"checkpoints/{name}" in self._uploaded]
-        keep = {max(sent or whole, default=None), *map(_checkpoint, self._manifests())}
-        old = [name for name in self._stored if _checkpoint(name) not in {None, *keep}]
+        keep = {max(sent or whole, default=""), *map(_checkpoint, self._manifests())}
+        old = [name for name in self._stored if _checkpoint(name) not in {"", *keep}]
         try:
             for name in sorted(old, key=_is_manifest, reverse=True) if self._may_delete else ():
                 self._client.delete_object(Bucket=self._bucket, Key=self._prefix + name)
@@ -522,19 +524,19 @@ def _list(client: Any, bucket: str, prefix: str) -> dict[str, Stored]:
     return found
 
 
-def _checkpoint(name: str) -> str | None:
-    """The name of the checkpoint that a file belongs to, if any."""
+def _checkpoint(name: str) -> str:
+    """The name of the checkpoint that a file belongs to; empty if there is none."""
     match = re.fullmatch(r"checkpoints/([^/]+)/.+", name)
-    return match and match[1]
+    return match[1] if match else ""
 
 
 def _is_manifest(name: str) -> bool:
-    return _checkpoint(name) is not None and name == f"checkpoints/{_checkpoint(name)}/{MANIFEST}"
+    return _checkpoint(name) != "" and name == f"checkpoints/{_checkpoint(name)}/{MANIFEST}"
 
 
 def _label(name: str) -> str:
     """What a report calls a file: itself, or its checkpoint."""
-    return name if _checkpoint(name) is None else f"checkpoints/{_checkpoint(name)}"
+    return f"checkpoints/{_checkpoint(name)}" if _checkpoint(name) else name
 
 
 def _is_safe(name: str) -> bool:

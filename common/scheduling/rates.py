@@ -142,9 +142,10 @@ class Rates:
             batch = f"{plan.micro_batch(i)}×{plan.processes}" + (
                 f"×{accumulation}" if accumulation > 1 else ""
             )
-            cells = (i + 1, stage.epochs, stage.img_size, stage.shape, f"{stage.data_fraction:.0%}", batch)
-            cells += (plan.stage_steps(i), f"{float(stage.mixup):.0%}", f"{stage.strength:.2g}")
-            cells += (f"{peak:.3g}", f"{self.lr(last_step):.3g}", ", ".join(stage.frozen) or "–")
+            cells: list[object] = [i + 1, stage.epochs, stage.img_size, stage.shape]
+            cells += [f"{stage.data_fraction:.0%}", batch, plan.stage_steps(i), f"{float(stage.mixup):.0%}"]
+            frozen = ", ".join(stage.frozen) or "–"
+            cells += [f"{stage.strength:.2g}", f"{peak:.3g}", f"{self.lr(last_step):.3g}", frozen]
             rows.append([str(cell) for cell in cells])
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = ["  ".join(map(str.rjust, row, widths)) for row in rows]

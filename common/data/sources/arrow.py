@@ -94,7 +94,7 @@ def find_places(column: pa.ChunkedArray) -> Places:
         starts.append(offsets[:-1].astype(np.int64))
         lengths.append(length.astype(np.int32))
         chunks.append(np.frombuffer(content or b"", np.uint8))
-    return Places(chunks, *map(np.concatenate, (numbers, starts, lengths)))
+    return Places(chunks, *(np.concatenate(parts) for parts in (numbers, starts, lengths)))
 
 
 def choose_level(levels: list[int], short_side: int) -> int:

@@ -23,7 +23,10 @@ class Source(Protocol):
     labels: np.ndarray  # int64 [N]
     fingerprint: str  # changes when the data change
     prepared: bool  # the bytes are upright JPEGs by `prepare`, maybe smaller than the originals in sizes()
-    group_rows: np.ndarray | None  # int64 [G], rows that are fetched together; None for random access
+
+    @property
+    def group_rows(self) -> np.ndarray | None:
+        """Rows that are fetched together, int64 [G]; None for random access."""
 
     def __len__(self) -> int: ...
 

@@ -7,7 +7,7 @@ import hashlib
 import logging
 import os
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -26,11 +26,11 @@ def cache_folder() -> Path:
     return Path(base) / "image-classification-training"
 
 
-def fingerprint_of(*parts) -> str:
+def fingerprint_of(*parts: object) -> str:
     """Hash arrays by their bytes, and anything else by its `repr`."""
     state = hashlib.blake2b(digest_size=16)
     for part in parts:
-        state.update(np.ascontiguousarray(part) if isinstance(part, np.ndarray) else repr(part).encode())
+        state.update(np.ascontiguousarray(part).data if isinstance(part, np.ndarray) else repr(part).encode())
     return state.hexdigest()
 
 
@@ -86,12 +86,11 @@ def derived(
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
     """Let one process in at a time; where the cache folder cannot be written, all derive the same for themselves."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lock: AbstractContextManager = open(path, "w")  # noqa: SIM115 -- to close it lets the next process in
-        fcntl.flock(lock, fcntl.LOCK_EX)
-    except OSError as error:
-        log.warning("%s cannot be locked, so every process derives it: %s", path, error.strerror)
-        lock = nullcontext()
-    with lock:
+    with ExitStack() as held:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            # To close it lets the next process in.
+            fcntl.flock(held.enter_context(open(path, "w")), fcntl.LOCK_EX)
+        except OSError as error:
+            log.warning("%s cannot be locked, so every process derives it: %s", path, error.strerror)
         yield

@@ -85,6 +85,7 @@ class Storage:
                 log.warning("cannot read %s, trying again: %s", what, _first_line(error))
                 self._process = 0  # with a new connection
                 sleep(2**attempt)
+        raise AssertionError("the last attempt returns or raises")
 
 
 def download(data_dir: str) -> Path:
