@@ -2,8 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import closing
-from dataclasses import replace
-from itertools import chain, count, islice
+from itertools import islice
 
 import torch
 from torch import nn
@@ -13,23 +12,18 @@ from common.data.batches import Batches
 from common.data.loader import Batch, Loader
 from common.data.sources.base import Source
 from common.engine.evaluate import final_grid
-from common.engine.lr_finder import find_lr
 from common.engine.memory import out_of_memory_advice
+from common.engine.peak import settle_rates
 from common.engine.preflight import preflight
 from common.engine.profiler import traced
 from common.engine.recording import record, save
 from common.engine.setup import adapt_settings, prepare_state, settle_plan
 from common.engine.trainer import Trainer
 from common.model.pretrained_cfg import PretrainedCfg
-from common.run.finder_plot import plot_lr_finder
-from common.run.processes import Interrupted, rank0_errors
+from common.run.processes import Interrupted
 from common.run.progress import closing_block
-from common.run.records import draw
 from common.run.run import Run
-from common.scheduling import EpochPlan, Rates, resolve_lr
-
-# Per 256 images, when the finder's curve cannot be trusted: SGD's (Goyal et al., 2017), and the usual one of Adam and its like.
-FALLBACK_LR, ADAPTIVE_FALLBACK_LR = 0.1, 1e-3
+from common.scheduling import EpochPlan, Rates
 
 
 def fit(run: Run, model: nn.Module, train: Source, val: Source, source: PretrainedCfg | None = None) -> None:
@@ -58,7 +52,7 @@ def fit(run: Run, model: nn.Module, train: Source, val: Source, source: Pretrain
     )
     with closing(loader):
         trainer = Trainer(run, state, plan, batches, loader, source)
-        rates = settle_rates(trainer)
+        rates = settle_rates(trainer, train_step)
         run.log.info("%s", "\n".join(filter(None, (rates.table(), batches.bucket_tables()))))
         if progress.epochs_done == plan.total_epochs:
             run.log.info("this run is complete: %d of %d epochs", progress.epochs_done, plan.total_epochs)
@@ -135,48 +129,3 @@ def set_rates(optimizer: torch.optim.Optimizer, lr: float, momentum: float) -> N
             group["momentum"] = momentum
         elif "betas" in group:
             group["betas"] = (momentum, *group["betas"][1:])
-
-
-def settle_rates(t: Trainer) -> Rates:
-    """Learning rates around the peak that was given, found now, or found before."""
-    run, cfg, progress = t.run, t.run.cfg, t.state.progress
-    if progress.peak_lr == 0:
-        progress.peak_lr = (
-            find_peak(t) if cfg.lr == "auto" else resolve_lr(cfg.lr, t.plan.global_batches[0], cfg.lr_scaling)
-        )
-    rates = Rates(t.plan, cfg, progress.peak_lr)
-    highest = max(rates.peak(index) for index in range(len(t.plan.stages)))
-    run.log.info("peak learning rate %.4g (--lr %s)", highest, cfg.lr)
-    with rank0_errors():
-        if run.is_main:
-            run.records.write_schedule(t.plan, rates)
-    return rates
-
-
-def find_peak(t: Trainer) -> float:
-    """Sweep the learning rate over the first stage's batches; the training state is as before afterwards."""
-    run, cfg, plan = t.run, t.run.cfg, t.plan
-    epoch = next(plan.epochs())
-    t.enter_stage(epoch)
-    t.begin_epoch(epoch)
-    passes = (replace(epoch, index=index) for index in count())
-    stream = t.loader.stream(chain.from_iterable(map(t.batches.train_items, passes)))
-
-    def step(lr: float) -> float:
-        run.stop_if_asked()
-        before = t.meter.sums.clone()
-        train_step(t, epoch, lr, cfg.momentum, stream)
-        loss = run.accelerator.reduce(t.meter.sums - before, "sum")[0]
-        return float(loss) / epoch.global_batch
-
-    base = FALLBACK_LR if "sgd" in cfg.optimizer else ADAPTIVE_FALLBACK_LR
-    fallback = resolve_lr(base, plan.global_batches[0], "linear")
-    run.log.info("finding the learning rate: %d steps", cfg.lr_finder_iterations)
-    with out_of_memory_advice(epoch, plan.micro_batch(0)):
-        sweep = find_lr(t.state, step, cfg.lr_finder_iterations, fallback=fallback, report=run.log.info)
-    t.meter.bar.close()
-    with rank0_errors():
-        if run.is_main:
-            sweep.write_csv(run.folder / "lr_finder.csv")
-            run.background.submit(draw, plot_lr_finder, run.folder)
-    return sweep.suggested

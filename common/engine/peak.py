@@ -1,0 +1,65 @@
+"""The peak of the learning rate: given, found by a sweep over the first stage's batches, or found before."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from itertools import chain, count
+
+from common.data.loader import Batch
+from common.engine.lr_finder import find_lr
+from common.engine.memory import out_of_memory_advice
+from common.engine.trainer import Trainer
+from common.run.finder_plot import plot_lr_finder
+from common.run.processes import rank0_errors
+from common.run.records import draw
+from common.scheduling import EpochPlan, Rates, resolve_lr
+
+TrainStep = Callable[[Trainer, EpochPlan, float, float, Iterator[Batch]], None]
+# Per 256 images, when the finder's curve cannot be trusted: SGD's (Goyal et al., 2017), and the usual one of Adam and its like.
+FALLBACK_LR, ADAPTIVE_FALLBACK_LR = 0.1, 1e-3
+
+
+def settle_rates(t: Trainer, train_step: TrainStep) -> Rates:
+    """Learning rates around the peak that was given, found now, or found before."""
+    run, cfg, progress = t.run, t.run.cfg, t.state.progress
+    if progress.peak_lr == 0:
+        progress.peak_lr = (
+            find_peak(t, train_step)
+            if cfg.lr == "auto"
+            else resolve_lr(cfg.lr, t.plan.global_batches[0], cfg.lr_scaling)
+        )
+    rates = Rates(t.plan, cfg, progress.peak_lr)
+    highest = max(rates.peak(index) for index in range(len(t.plan.stages)))
+    run.log.info("peak learning rate %.4g (--lr %s)", highest, cfg.lr)
+    with rank0_errors():
+        if run.is_main:
+            run.records.write_schedule(t.plan, rates)
+    return rates
+
+
+def find_peak(t: Trainer, train_step: TrainStep) -> float:
+    """Sweep the learning rate over the first stage's batches; the training state is as before afterwards."""
+    run, cfg, plan = t.run, t.run.cfg, t.plan
+    epoch = next(plan.epochs())
+    t.enter_stage(epoch)
+    t.begin_epoch(epoch)
+    passes = (replace(epoch, index=index) for index in count())
+    stream = t.loader.stream(chain.from_iterable(map(t.batches.train_items, passes)))
+
+    def step(lr: float) -> float:
+        run.stop_if_asked()
+        before = t.meter.sums.clone()
+        train_step(t, epoch, lr, cfg.momentum, stream)
+        loss = run.accelerator.reduce(t.meter.sums - before, "sum")[0]
+        return float(loss) / epoch.global_batch
+
+    base = FALLBACK_LR if "sgd" in cfg.optimizer else ADAPTIVE_FALLBACK_LR
+    fallback = resolve_lr(base, plan.global_batches[0], "linear")
+    run.log.info("finding the learning rate: %d steps", cfg.lr_finder_iterations)
+    with out_of_memory_advice(epoch, plan.micro_batch(0)):
+        sweep = find_lr(t.state, step, cfg.lr_finder_iterations, fallback=fallback, report=run.log.info)
+    t.meter.bar.close()
+    with rank0_errors():
+        if run.is_main:
+            sweep.write_csv(run.folder / "lr_finder.csv")
+            run.background.submit(draw, plot_lr_finder, run.folder)
+    return sweep.suggested
