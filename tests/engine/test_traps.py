@@ -20,7 +20,7 @@ from common.run import start_run
 from common.run.processes import UNSUPPORTED
 from common.scheduling import Stage
 from tests.engine.trainers import Small, noise, rates_of, small_trainer
-from tests.helpers import launch, make_images, progress, run_training, stop_after, weights
+from tests.helpers import launch, progress, run_training, stop_after, weights
 from train_standard import StandardConfig
 
 
@@ -360,7 +360,6 @@ run_script(main, StandardConfig, "")
 PLACES = {
     "training": ("common.engine.fit", "", "train_step", 1, 3, "common.UserError"),
     "evaluation": ("common.augment", ".Augment", "normalise", 1, 2, "RuntimeError"),
-    "collecting a checkpoint": ("common.run.checkpoint", "", "capture", 1, 1, "RuntimeError"),
     "writing a checkpoint": ("common.run.checkpoint", "", "write", 0, 1, "RuntimeError"),
 }
 FLAGS = """--model test_resnet --img_size 32 --batch_size 8 --epochs 2 --lr 0.1 --mixed_precision no --workers 0
@@ -379,31 +378,3 @@ def test_a_process_that_fails_ends_the_job_soon_with_its_own_sentence_first(case
     assert time.time() - float((tmp_path / "failed_at").read_text()) < 30
     complaints = [line for line in done.stderr.splitlines() if re.search("error|Error|ends because", line)]
     assert f"the disk of rank {fields['rank']} is on fire" in complaints[0], done.stderr[-3000:]
-
-
-# --- two processes that stop and go on -----------------------------------------------------------------------------
-
-STOP = """
-import importlib, os, signal
-import common.run.run
-from common.config import run_script
-from train_standard import StandardConfig, main
-
-fit = importlib.import_module("common.engine.fit")
-common.run.run.LOOK_S = 0.0
-original = fit.train_step
-
-def stopped(t, *args):
-    if os.environ["RANK"] == "1" and t.state.progress.step == 2:
-        os.kill(os.getpid(), signal.SIGTERM)
-    return original(t, *args)
-
-if os.environ.get("STOP"):
-    fit.train_step = stopped
-run_script(main, StandardConfig, "")
-"""
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return make_images(tmp_path_factory.mktemp("data") / "images")

@@ -80,7 +80,7 @@ def test_logs_are_closed_after_a_run(data, tmp_path):
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_real_signal_saves_and_exits_with_75(data, tmp_path, number):
     args = [
         sys.executable,
