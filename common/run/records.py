@@ -111,7 +111,7 @@ def start_tracker(cfg: TrainConfig, accelerator: Accelerator, folder: Path, wand
     import wandb
 
     wandb_id = wandb_id or secrets.token_hex(4)
-    online = cfg.wandb == "auto" and wandb.login(prompt=False, verify=False)
+    online = cfg.wandb == "auto" and bool(wandb.api.api_key)
 
     def start(mode: str) -> None:
         settings = {

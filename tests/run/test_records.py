@@ -62,6 +62,7 @@ def test_wandb_that_cannot_be_reached_falls_back_to_offline(tmp_path, monkeypatc
             return type("Tracker", (), {"define_metric": lambda *args, **kwargs: None})()
 
     monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
+    monkeypatch.setattr("wandb.api", type("Api", (), {"api_key": "k" * 40})())
     assert start_tracker(StandardConfig(), Accelerator(), tmp_path, "abc") == "abc"
     assert modes == ["online", "offline"]
     assert "kept offline" in caplog.text
