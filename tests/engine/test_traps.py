@@ -20,8 +20,13 @@ from common.run import start_run
 from common.run.processes import UNSUPPORTED
 from common.scheduling import Stage
 from tests.engine.trainers import Small, noise, rates_of, small_trainer
-from tests.helpers import launch, progress, run_training, stop_after, weights
+from tests.helpers import launch, make_images, progress, run_training, stop_after, weights
 from train_standard import StandardConfig
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return make_images(tmp_path_factory.mktemp("data") / "images")
 
 
 def stage(**changes):
