@@ -41,7 +41,7 @@ def fit(run: Run, model: nn.Module, train: Source, val: Source, source: Pretrain
         if run.is_main:
             print(preflight(run, plan, batches))
         return
-    progress.wandb_id = run.begin(progress.epochs_done, progress.wandb_id)
+    run.begin(progress)
     loader = Loader(
         train,
         val,

@@ -58,6 +58,7 @@ def find_peak(t: Trainer, train_step: TrainStep) -> float:
     with out_of_memory_advice(epoch, plan.micro_batch(0)):
         sweep = find_lr(t.state, step, cfg.lr_finder_iterations, fallback=fallback, report=run.log.info)
     t.meter.bar.close()
+    t.not_finite.zero_()
     with rank0_errors():
         if run.is_main:
             sweep.write_csv(run.folder / "lr_finder.csv")

@@ -89,18 +89,21 @@ def save(t: Trainer) -> None:
             # What an earlier save met is raised here; and no more than one checkpoint waits in memory.
             run.background.drain()
             if all(tensor.isfinite().all() for tensor in files["model.safetensors"].values()):
-                run.background.submit(_write, t, files, progress.step, began)
+                # What is described is this stage's model, also if the next one has begun when it is written.
+                stage = t.plan.stages[t.stage_index]
+                run.background.submit(_write, t, files, stage.img_size, began)
             else:
                 run.log.info("not saved: the weights are not finite")
     run.sync()
 
 
-def _write(t: Trainer, files: dict[str, Any], step: int, began: float) -> None:
+def _write(t: Trainer, files: dict[str, Any], img_size: int, began: float) -> None:
     run, folder = t.run, t.run.folder / "checkpoints"
-    progress = files["state.json"]["progress"]
+    progress = files[checkpoint.STATE]["progress"]
     checkpoint.write(folder, files)
-    if progress["best_step"] == step:
-        _write_model(t, files["ema.safetensors" if progress["best_is_ema"] else "model.safetensors"])
+    if progress["best_step"] == progress["step"]:
+        weights = "ema.safetensors" if progress["best_is_ema"] else "model.safetensors"
+        _write_model(t, files[weights], img_size)
     keep = {checkpoint.name_of(progress["best_step"])}
     if every := run.cfg.keep_every:
         kept_epochs = (epoch for epoch in t.plan.epochs() if (epoch.index + 1) % every == 0)
@@ -108,16 +111,15 @@ def _write(t: Trainer, files: dict[str, Any], step: int, began: float) -> None:
     if run.mirror is not None:
         keep |= run.mirror.uploading()
     checkpoint.prune(folder, KEEP_CHECKPOINTS, keep)
-    run.log.info("saved step %d in %.2f s", step, time.monotonic() - began)
+    run.log.info("saved step %d in %.2f s", progress["step"], time.monotonic() - began)
 
 
-def _write_model(t: Trainer, weights: dict[str, Tensor]) -> None:
+def _write_model(t: Trainer, weights: dict[str, Tensor], img_size: int) -> None:
     """`model/`: weights that know their network, their classes and their images, in timm's format."""
     cfg, folder = t.run.cfg, t.run.folder / "model"
     folder.mkdir(exist_ok=True)
-    stage = t.plan.stages[t.stage_index]
     description = replace(
-        t.model_cfg, img_size=stage.img_size, test_size=None, crop_pct=cfg.crop_pct, interpolation="bilinear"
+        t.model_cfg, img_size=img_size, test_size=None, crop_pct=cfg.crop_pct, interpolation="bilinear"
     )
     checkpoint.write_durably(folder / "model.safetensors", to_safetensors(weights))
     t.run.records.write_json("model/config.json", description.timm_config())

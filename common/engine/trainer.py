@@ -59,6 +59,7 @@ class Trainer:
         self.net: nn.Module = state.model
         self.stage_index = -1
         self.meter: Meter
+        self.not_finite = torch.zeros((), dtype=torch.int64, device=run.accelerator.device)
         self.recent: deque = deque(maxlen=2 * NAN_PATIENCE)
         self.started = time.monotonic() - state.progress.wall_s
         if run.cfg.compile:
@@ -118,7 +119,7 @@ class Trainer:
 
     def begin_epoch(self, epoch: EpochPlan) -> None:
         train_mode(self.state.model, epoch.stage.frozen)
-        self.meter = Meter(self.run, self.plan, epoch, self.state.progress)
+        self.meter = Meter(self.run, self.plan, epoch, self.state.progress, self.not_finite)
 
     @contextmanager
     def counting_skips(self) -> Iterator[None]:

@@ -31,17 +31,19 @@ class Meter:
 
     Attributes:
         sums: float64 [2], loss and hits over this process's images of the epoch.
-        not_finite: int64 [], micro-batches in a row without a finite loss.
+        not_finite: int64 [], micro-batches in a row without a finite loss; the run's, since an epoch may be short.
         skipped: int64 [], steps that gradient scaling left out.
     """
 
-    def __init__(self, run: Run, plan: Plan, epoch: EpochPlan, progress: Progress) -> None:
+    def __init__(
+        self, run: Run, plan: Plan, epoch: EpochPlan, progress: Progress, not_finite: Tensor
+    ) -> None:
         self.run, self.plan, self.epoch = run, plan, epoch
         device = run.accelerator.device
         # A resumed epoch's sums are all processes': each takes its share, since they are summed again in the end.
         self.sums = torch.tensor(progress.epoch_sums, dtype=torch.float64, device=device)
         self.sums /= run.accelerator.num_processes
-        self.not_finite = torch.zeros((), dtype=torch.int64, device=device)
+        self.not_finite = not_finite
         self.skipped = torch.zeros((), dtype=torch.int64, device=device)
         self.first_step = self.step = progress.step
         self.waited = 0.0
@@ -59,7 +61,7 @@ class Meter:
         """Count a micro-batch: its mean loss, logits and soft targets [B, classes], and seconds waited for it."""
         hits = (logits.argmax(1) == targets.argmax(1)).sum()
         self.sums += torch.stack([loss * len(targets), hits])
-        self.not_finite = torch.where(loss.isfinite(), 0, self.not_finite + 1)
+        self.not_finite.add_(1).mul_(~loss.isfinite())
         self.waited += waited
 
     def tick(self) -> None:

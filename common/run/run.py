@@ -16,6 +16,7 @@ import torch
 
 from common import UserError
 from common.config import TrainConfig
+from common.run.checkpoint import Progress
 from common.run.folder import claim_folder, create_folder
 from common.run.processes import (
     Interrupted,
@@ -75,27 +76,28 @@ class Run:
         self.records = Records(self.folder, self.background)
         self.mirror: Any = None
         self._save_due = time.monotonic() + 60 * cfg.checkpoint_minutes
-        self._next_look, self._looked_at = 0, (0, 0.0)
+        self._next_look, self._looked_at = 0, (0, time.monotonic())
 
     # --- its folder ------------------------------------------------------------------------------------------------
 
-    def begin(self, epochs_done: int, wandb_id: str) -> str:
-        """Write to the disk from now on, all checks being passed; returns the W&B run's id. A collective."""
+    def begin(self, progress: Progress) -> None:
+        """Write to the disk from now on, all checks being passed; `progress` gets the W&B run's id. A collective."""
+        # The steps of a resumed run were another process's: they tell nothing about the pace of this one.
+        self._looked_at = (progress.step, time.monotonic())
         with rank0_errors():
             if self.is_main:
                 create_folder(self.folder, self.cfg)
-                self.records.keep_epochs(epochs_done)
+                self.records.keep_epochs(progress.epochs_done)
                 self._log_to_file(self.folder / "training_log.txt")
                 if self.cfg.s3:
                     from common.run.s3 import S3Mirror
 
                     self.mirror = S3Mirror(self.folder, self.cfg.s3)
-                wandb_id = start_tracker(self.cfg, self.accelerator, self.folder, wandb_id)
+                progress.wandb_id = start_tracker(self.cfg, self.accelerator, self.folder, progress.wandb_id)
         # The folder may be another machine's disk.
         (self.folder / "logs").mkdir(parents=True, exist_ok=True)
         self._log_to_file(self.folder / "logs" / f"rank{self.accelerator.process_index}.log")
         self._early.buffer.clear()
-        return wandb_id
 
     def _log_to_file(self, path: Path) -> None:
         handler = logging.FileHandler(path)
@@ -135,8 +137,8 @@ class Run:
         """
         now = time.monotonic()
         steps, seconds = step - self._looked_at[0], now - self._looked_at[1]
-        # At LOOK_S = 0, after every step.
-        pace = int(LOOK_S * steps / max(seconds, 1e-9)) if steps > 0 else 1
+        # Steps of a second, as the last ones went; at LOOK_S = 0, after every step.
+        pace = int(LOOK_S * steps / max(seconds, 1e-9))
         save = self.is_main and self.cfg.checkpoint_minutes > 0 and now > self._save_due
         stop, save, problem, fewest = self.votes.largest(
             self._signal(), int(save), problem, -min(max(pace, 1), MOST_STEPS_UNSEEN)

@@ -195,7 +195,8 @@ def test_forward_and_meter_stay_on_the_device(monkeypatch):
     progress = SimpleNamespace(step=0, epoch_sums=[0.0, 0.0])
     augment = Augment(AugmentSettings(), num_classes=CLASSES, seed=0)
     with FakeTensorMode(), Placed("cuda") as placed:
-        meter = Meter(run, SimpleNamespace(total_epochs=1), epoch, progress)
+        not_finite = torch.zeros((), dtype=torch.int64, device="cuda")
+        meter = Meter(run, SimpleNamespace(total_epochs=1), epoch, progress, not_finite)
         images, labels = images_on("cuda")
         with torch.device("cuda"):
             model = Small()

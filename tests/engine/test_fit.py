@@ -311,3 +311,15 @@ def test_the_peak_that_is_printed_is_the_one_in_force(data, tmp_path):
     flags = ("--stages", stages, "--lr", "8", "--max_lr", "0.3")
     run = run_training(ProgressiveConfig, data, tmp_path, "run", *flags)
     assert "peak learning rate 0.3 " in (run / "training_log.txt").read_text()
+
+
+def test_a_loss_that_is_never_finite_is_noticed_in_epochs_shorter_than_the_patience(
+    data, tmp_path, capsys, monkeypatch
+):
+    """The weights are lost before the first evaluation; four steps an epoch never make ten in a row."""
+    cross_entropy = fit_module.F.cross_entropy
+    monkeypatch.setattr(fit_module.F, "cross_entropy", lambda *a, **k: cross_entropy(*a, **k) * float("nan"))
+    with pytest.raises(SystemExit) as stop:
+        run_training(StandardConfig, data, tmp_path, "run", "--epochs", "8", "--batch_size", "16")
+    assert stop.value.code == 2
+    assert "lower --lr" in capsys.readouterr().out

@@ -92,6 +92,26 @@ def test_looks_come_about_once_a_second_however_long_a_step_takes(monkeypatch):
         assert looks[-1] - looks[-2] == pytest.approx(wanted, abs=1)
 
 
+def test_a_resumed_run_does_not_take_the_steps_before_it_for_its_pace(tmp_path, monkeypatch):
+    """Else a machine that was started a minute ago would not see a signal for 50 steps."""
+    data = make_images(tmp_path / "images", train=8, val=2)
+    flags = ("--epochs", "2", "--batch_size", "8")
+    with monkeypatch.context() as patch:
+        stop_after(patch, 2)
+        with pytest.raises(SystemExit):
+            run_training(StandardConfig, data, tmp_path, "run", *flags)
+    begun = []
+    begin = Run.begin
+
+    def note(self, progress):
+        begin(self, progress)
+        begun.append((progress.step, self._looked_at[0]))
+
+    monkeypatch.setattr(Run, "begin", note)
+    run_training(StandardConfig, data, tmp_path, "run", *flags)
+    assert begun == [(2, 2)]
+
+
 def test_seeds_are_torchs():
     processes.seed_everything(5)
     first = torch.rand(2)
