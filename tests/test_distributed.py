@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 
-from tests.helpers import assert_same, launch, make_images, progress, weights
+from tests.helpers import FAST, assert_same, launch, make_images, progress, weights
 
 PROBE = """
 import importlib, json, os, sys
@@ -52,21 +52,7 @@ def train_step(t, *args):
 fit.train_step = train_step
 run_script(main, StandardConfig, "")
 """
-FLAGS = [
-    "--model",
-    "test_resnet",
-    "--wandb",
-    "off",
-    "--workers",
-    "0",
-    "--lr",
-    "0.1",
-    "--img_size",
-    "32",
-    "--epochs",
-    "2",
-]
-FLAGS += ["--recipe", "listed", "--mixed_precision", "no"]  # fmt: skip
+FLAGS = [*FAST, "--img_size", "32", "--epochs", "2"]
 
 
 @pytest.fixture(scope="module")

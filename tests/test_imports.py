@@ -53,7 +53,5 @@ def test_no_strategy_is_named(path):
     if "tools" not in path.parts:
         text = path.read_text().lower()
         assert not [
-            name
-            for name in ("train_progressive", "train_hybrid", "train_rect", "train_standard")
-            if name in text
+            name for name in ("progressive", "hybrid", "train_rect", "train_standard") if name in text
         ]

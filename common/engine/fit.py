@@ -42,6 +42,8 @@ def fit(run: Run, model: nn.Module, train: Source, val: Source, source: Pretrain
             print(preflight(run, plan, batches))
         return
     run.begin(progress)
+    # Not prepared: Accelerate's loader fills the last batch up with images seen before, and its order is another one on
+    # another number of processes.
     loader = Loader(
         train,
         val,
@@ -122,7 +124,10 @@ def train_step(t: Trainer, epoch: EpochPlan, lr: float, momentum: float, stream:
 
 
 def set_rates(optimizer: torch.optim.Optimizer, lr: float, momentum: float) -> None:
-    """Set every group's learning rate, and its momentum or first beta."""
+    """Set every group's learning rate, and its momentum or first beta.
+
+    By hand: `AcceleratedScheduler` steps once for every process, and a rate that is asked for by step needs no state.
+    """
     for group in optimizer.param_groups:
         group["lr"] = lr * group["lr_scale"]
         if "momentum" in group:

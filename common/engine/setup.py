@@ -73,7 +73,7 @@ def prepare_state(run: Run, model: nn.Module, train: Source) -> TrainState:
     state = TrainState(model, optimizer, ema, accelerator.scaler, Progress(num_images=len(train)))
     with rank0_errors():
         if run.checkpoint is not None:
-            recorded = run.checkpoint["state.json"]["progress"]["num_images"]
+            recorded = run.checkpoint[checkpoint.STATE]["progress"]["num_images"]
             if recorded != len(train):
                 raise UserError(
                     f"the checkpoint was made with {recorded} training images, --data_dir {cfg.data_dir} has {len(train)}"

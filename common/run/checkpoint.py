@@ -8,6 +8,7 @@
                               manifest.json          size and SHA-256 of the others
 
 A checkpoint exists when its manifest does: it is written last and deleted first. The highest step is the newest.
+Not `Accelerator.save_state`: that pickles, and a run could not go on with another number of processes.
 """
 
 import contextlib

@@ -5,8 +5,19 @@ from pathlib import Path
 
 import numpy as np
 
-BLUE, VERMILION, GREEN, SKY = "#0072B2", "#D55E00", "#009E73", "#56B4E9"  # Okabe and Ito (2008)
-INK, GREY, PALE = "#222222", "#6B6B6B", "#E2E2E2"
+from common.run.plots import (
+    BLUE,
+    GREEN,
+    GREY,
+    INK,
+    PALE,
+    SKY,
+    VERMILION,
+    add_legend,
+    label_above,
+    new_plot,
+    save,
+)
 
 
 def plot_lr_finder(run_dir: Path) -> None:
@@ -16,8 +27,6 @@ def plot_lr_finder(run_dir: Path) -> None:
         FileNotFoundError: the run has no `lr_finder.csv`.
         ValueError: a cell is not a number.
     """
-    from matplotlib.figure import Figure
-
     with (run_dir / "lr_finder.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     lr, loss, smoothed, threshold = (
@@ -26,17 +35,10 @@ def plot_lr_finder(run_dir: Path) -> None:
     )
     suggested, problem = float(rows[0]["suggested"]), rows[0]["problem"]
 
-    figure = Figure(figsize=(8.4, 4.8), dpi=110)
-    axes = figure.add_axes((0.1, 0.125, 0.875, 0.66))
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.tick_params(which="both", color=GREY, labelcolor=INK, labelsize=9)
-    axes.grid(color=PALE, linewidth=0.7)
+    axes = new_plot(
+        "Learning-rate finder", "learning rate (logarithmic)", "training loss (nats)", run_dir.resolve().name
+    )
     axes.set_xscale("log")
-    axes.set_xlabel("learning rate (logarithmic)", color=INK)
-    axes.set_ylabel("training loss (nats)", color=INK)
-    figure.text(0.1, 0.94, "Learning-rate finder", fontsize=13, fontweight="bold", color=INK)
-    figure.text(0.975, 0.94, run_dir.resolve().name, fontsize=9, color=GREY, ha="right")
-
     finite = np.isfinite(smoothed)
     if finite.any():
         # An exploding loss may leave through the top: the descent is what one looks at.
@@ -56,13 +58,12 @@ def plot_lr_finder(run_dir: Path) -> None:
     else:
         axes.text(0.5, 0.5, "no step was taken", transform=axes.transAxes, ha="center", color=GREY)
     axes.axvline(suggested, color=VERMILION if problem else GREEN, linewidth=1.4, linestyle="-.")
-    words = f"suggested: {suggested:.3g}"
+    label_above(axes, suggested, f"{'taken instead' if problem else 'suggested'}: {suggested:.3g}", INK)
     if problem:
-        words = f"taken instead: {suggested:.3g}"
-        figure.text(0.1, 0.89, f"not trusted: {problem}", fontsize=10, color=VERMILION)
-    axes.text(
-        suggested, 1.015, words, transform=axes.get_xaxis_transform(), ha="center", fontsize=9, color=INK
-    )
-    axes.legend(loc="lower left", bbox_to_anchor=(0, 1.06), ncols=5, frameon=False, fontsize=8, borderpad=0)
+        box = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8}
+        where = axes.transAxes
+        axes.text(0.01, 0.95, f"not trusted: {problem}", transform=where, va="top", color=VERMILION, bbox=box)
+    if finite.any():
+        add_legend(axes)
     (run_dir / "plots").mkdir(exist_ok=True)
-    figure.savefig(run_dir / "plots" / "lr_finder_plot.png")
+    save(axes, run_dir / "plots" / "lr_finder_plot.png")

@@ -38,7 +38,7 @@ def claim_folder(cfg: TrainConfig, state: PartialState) -> tuple[list[Stage], di
             output, name, asked = _place(cfg)
             _fetch(cfg, output / name)
             files = _find(cfg, output / name, asked)
-            recorded = files["state.json"]["config"] if files else None
+            recorded = files[checkpoint.STATE]["config"] if files else None
             _must_match(cfg, recorded, output / name)
             place = [(str(output), name, recorded)]
     if state.num_processes > 1:
@@ -112,7 +112,7 @@ def _must_match(cfg: TrainConfig, recorded: dict[str, Any] | None, folder: Path)
         raise UserError(
             f"{folder} already holds a run; choose another --run_name, or --resume auto to go on with it"
         )
-    strategy = recorded.get("strategy", cfg.strategy)
+    strategy = recorded["strategy"]
     if strategy != cfg.strategy:
         raise UserError(
             f"{folder} holds a run of train_{strategy}.py; go on with that script, or choose another --run_name"

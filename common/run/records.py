@@ -53,7 +53,7 @@ def draw(plot: Callable[[Path], None], folder: Path) -> None:
 
 
 class Records:
-    """The files of a run that people and tools read; only the main process has one."""
+    """The files of a run that people and tools read; only the main process writes them."""
 
     def __init__(self, folder: Path, background: Background) -> None:
         self.folder, self.background = folder, background

@@ -63,17 +63,21 @@ def test_each_stage_begins_with_a_new_window():
         assert stepped == list(range(3, 3 * (first.steps + second.steps) + 1, 3))
 
 
-def test_windows_are_whole_after_a_resume(data, tmp_path, monkeypatch):
-    flags = ("--epochs", "2", "--batch_size", "4", "--accumulation", "3")
+def ends_alike_if_stopped_after(steps, flags, data, tmp_path, monkeypatch):
     whole = run_training(StandardConfig, data, tmp_path, "whole", *flags)
     with monkeypatch.context() as patch:
-        stop_after(patch, 2)
+        stop_after(patch, steps)
         with pytest.raises(SystemExit):
             run_training(StandardConfig, data, tmp_path, "parts", *flags)
     assert 0 < progress(tmp_path / "parts")["step"] < progress(whole)["step"]
     run_training(StandardConfig, data, tmp_path, "parts", *flags)
     for name, value in weights(whole).items():
         assert torch.equal(value, weights(tmp_path / "parts")[name]), name
+
+
+def test_windows_are_whole_after_a_resume(data, tmp_path, monkeypatch):
+    flags = ("--epochs", "2", "--batch_size", "4", "--accumulation", "3")
+    ends_alike_if_stopped_after(2, flags, data, tmp_path, monkeypatch)
 
 
 # --- 2. backward divides by the accumulation itself ----------------------------------------------------------------
@@ -292,16 +296,7 @@ def test_the_average_is_told_the_number_of_the_step():
 def test_random_numbers_go_on_where_they_stopped(data, tmp_path, monkeypatch):
     """Dropout draws from torch's generator, so a resumed run that began it anew would train otherwise."""
     monkeypatch.setattr("train_standard.create_model", lambda name, classes: DroppingThree())
-    flags = ("--epochs", "2", "--batch_size", "8")
-    whole = run_training(StandardConfig, data, tmp_path, "whole", *flags)
-    with monkeypatch.context() as patch:
-        stop_after(patch, 3)
-        with pytest.raises(SystemExit):
-            run_training(StandardConfig, data, tmp_path, "parts", *flags)
-    assert 0 < progress(tmp_path / "parts")["step"] < progress(whole)["step"]
-    run_training(StandardConfig, data, tmp_path, "parts", *flags)
-    for name, value in weights(whole).items():
-        assert torch.equal(value, weights(tmp_path / "parts")[name]), name
+    ends_alike_if_stopped_after(3, ("--epochs", "2", "--batch_size", "8"), data, tmp_path, monkeypatch)
 
 
 class DroppingThree(Small):
