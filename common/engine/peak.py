@@ -1,4 +1,4 @@
-"""The peak of the learning rate: given, found by a sweep over batches of the largest images, or found before."""
+"""The peak of the learning rate: given, found by a sweep over the first stage's batches, or found before."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -37,12 +37,9 @@ def settle_rates(t: Trainer, train_step: TrainStep) -> Rates:
 
 
 def find_peak(t: Trainer, train_step: TrainStep) -> float:
-    """The first stage's peak, by a sweep over the stage with the largest images; the training state is as before afterwards.
-
-    Small images bear, and show, less: a rate found on them was too low for the run (docs/recipe.md).
-    """
+    """Sweep the learning rate over the first stage's batches; the training state is as before afterwards."""
     run, cfg, plan = t.run, t.run.cfg, t.plan
-    epoch = max(plan.epochs(), key=lambda epoch: epoch.stage.img_size)
+    epoch = next(plan.epochs())
     t.enter_stage(epoch)
     t.begin_epoch(epoch)
     passes = (replace(epoch, index=index) for index in count())
@@ -56,9 +53,9 @@ def find_peak(t: Trainer, train_step: TrainStep) -> float:
         return float(loss) / epoch.global_batch
 
     base = FALLBACK_LR if "sgd" in cfg.optimizer else ADAPTIVE_FALLBACK_LR
-    fallback = resolve_lr(base, epoch.global_batch, "linear")
+    fallback = resolve_lr(base, plan.global_batches[0], "linear")
     run.log.info("finding the learning rate: %d steps", cfg.lr_finder_iterations)
-    with out_of_memory_advice(epoch, plan.micro_batch(epoch.stage_index)):
+    with out_of_memory_advice(epoch, plan.micro_batch(0)):
         sweep = find_lr(t.state, step, cfg.lr_finder_iterations, fallback=fallback, report=run.log.info)
     t.meter.bar.close()
     t.not_finite.zero_()
@@ -66,4 +63,4 @@ def find_peak(t: Trainer, train_step: TrainStep) -> float:
         if run.is_main:
             sweep.write_csv(run.folder / "lr_finder.csv")
             run.background.submit(draw, plot_lr_finder, run.folder)
-    return sweep.suggested / Rates(plan, cfg, 1.0).scale(epoch.stage_index)
+    return sweep.suggested

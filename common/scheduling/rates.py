@@ -84,17 +84,13 @@ class Rates:
         if s.momentum + s.momentum_swing >= 1 or s.momentum < s.momentum_swing:
             raise UserError("--momentum plus or minus --momentum_swing must stay from 0 to below 1")
 
-    def scale(self, stage_index: int) -> float:
-        """A stage's peak relative to the first stage's: its `lr_scale`, or in proportion to its batch."""
-        batches, listed = self.plan.global_batches, self.plan.stages[stage_index].lr_scale
-        return batches[stage_index] / batches[0] if listed is None else listed
-
     def peak(self, stage_index: int) -> float:
-        """A stage's highest learning rate; `max_lr` limits the first stage's, from which listed scales come down, or the stage's own."""
+        """A stage's highest learning rate: the first stage's times `lr_scale`, or in proportion to the stage's batch."""
+        stage, batches = self.plan.stages[stage_index], self.plan.global_batches
         limit = math.inf if self.settings.max_lr is None else self.settings.max_lr
-        if self.plan.stages[stage_index].lr_scale is not None:
-            return min(self.peak_lr, limit) * self.scale(stage_index)
-        return min(self.peak_lr * self.scale(stage_index), limit)
+        if stage.lr_scale is not None:
+            return min(self.peak_lr, limit) * stage.lr_scale
+        return min(self.peak_lr * batches[stage_index] / batches[0], limit)
 
     def lr(self, step: int) -> float:
         """Learning rate of an optimizer step, before a parameter group's own scale."""
