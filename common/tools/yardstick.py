@@ -159,7 +159,7 @@ def draw(jobs: Sequence[Job], path: Path) -> None:
         axes.plot(curve["cpu_minutes"], curve["top1"], color=colour, linestyle=style, label=label)
     axes.set_position((plots.LEFT, plots.BOTTOM, plots.RIGHT - plots.LEFT, 0.77))
     axes.set_xlim(left=0)
-    axes.legend(loc="lower right", fontsize=8, framealpha=0.8, edgecolor="none", labelcolor=plots.INK)
+    axes.legend(loc="best", fontsize=8, framealpha=0.8, edgecolor="none", labelcolor=plots.INK)
     plots.save(axes, path)
 
 
