@@ -1,0 +1,212 @@
+"""Name what is on images, with the weights of a run or of a model folder.
+
+    python -m common.tools.predict runs/demo photo.jpg more_photos/
+    python -m common.tools.predict runs/demo/model photos/ --topk 3 --csv predictions.csv --json predictions.json
+
+Images are read, cropped, resized and normalised as the run's evaluation did it, so that on its validation images as many are
+right as its log says (a run evaluated in bf16: --mixed_precision bf16). Any format that training reads. What cannot be read is
+named and left out; exit code 1 if nothing could be.
+"""
+
+import argparse
+import csv
+import json
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from common import UserError
+from common.augment import Augment, AugmentSettings
+from common.data.decode import DecodeError, decode_batch
+from common.data.order import BatchItem, View
+from common.data.sources.base import EXTENSIONS
+from common.model.create import create_finetuned_model
+from common.model.pretrained_cfg import CONFIG, PretrainedCfg, read_pretrained_cfg
+
+VAL = 1
+
+
+class Prediction(NamedTuple):
+    """The likeliest classes of an image with their probabilities, best first."""
+
+    path: Path
+    names: list[str]
+    probabilities: list[float]
+
+    def as_plain(self) -> dict[str, Any]:
+        ranks = zip(self.names, self.probabilities, strict=True)
+        return {"path": str(self.path), "predictions": [{"label": n, "probability": p} for n, p in ranks]}
+
+
+class Predictor:
+    """A model with its classes, and images as it was evaluated on.
+
+    Args:
+        folder: a run's folder, or a model's.
+        mixed_precision: no, bf16 or fp16, as Accelerate means it.
+
+    Raises:
+        UserError: the folder holds no model, or one that does not know its classes.
+    """
+
+    def __init__(self, folder: Path, mixed_precision: str = "no") -> None:
+        found = next((place for place in (folder / "model", folder) if (place / CONFIG).is_file()), None)
+        if found is None:
+            raise UserError(f"{folder} is neither a run's folder nor a model's: it has no {CONFIG}")
+        self.cfg: PretrainedCfg = read_pretrained_cfg(found)
+        if not self.cfg.classes:
+            raise UserError(f"{found / CONFIG} names no classes")
+        self.accelerator = Accelerator(mixed_precision=mixed_precision)
+        size = self.cfg.img_size
+        model, _ = create_finetuned_model(self.cfg.architecture, self.cfg.classes, str(found), size)
+        self.model: nn.Module = model.to(self.accelerator.device, memory_format=torch.channels_last).eval()
+        self.augment = Augment(
+            AugmentSettings(),
+            num_classes=len(self.cfg.classes),
+            seed=0,
+            mean=self.cfg.mean,
+            std=self.cfg.std,
+        )
+
+    def decode(self, path: Path) -> Tensor | str:
+        """An image's pixels as evaluation sees them, uint8 [1, 3, size, size]; or why it cannot be read."""
+        size = self.cfg.img_size
+        pixels = torch.empty(1, 3, size, size, dtype=torch.uint8).to(memory_format=torch.channels_last)
+        view = View(None, crop_pct=self.cfg.crop_pct)
+        try:
+            data = np.frombuffer(path.read_bytes(), np.uint8)
+            decode_batch([data], BatchItem(VAL, np.zeros(1, np.int64), size, size, 0, view), 0, pixels)
+        except DecodeError as error:
+            return str(error)
+        except OSError as error:
+            return error.strerror or str(error)
+        return pixels
+
+    @torch.inference_mode()
+    def logits(self, pixels: Tensor) -> Tensor:
+        """uint8 [B, 3, size, size] to float32 [B, classes] on the CPU."""
+        images = self.augment.normalise(pixels.to(self.accelerator.device))
+        with self.accelerator.autocast():
+            return self.model(images).float().cpu()
+
+
+def predict(
+    predictor: Predictor, paths: Sequence[Path], topk: int, batch_size: int, unreadable: list[str]
+) -> Iterator[Prediction]:
+    """Predictions in the order of the paths; a line about each that cannot be read goes to `unreadable`."""
+    names = predictor.cfg.classes
+    with (
+        ThreadPoolExecutor(os.cpu_count()) as threads,
+        tqdm(total=len(paths), unit="img", disable=None) as bar,
+    ):
+        for start in range(0, len(paths), batch_size):
+            some = paths[start : start + batch_size]
+            decoded = dict(zip(some, threads.map(predictor.decode, some), strict=True))
+            unreadable += [f"{path}: {why}" for path, why in decoded.items() if isinstance(why, str)]
+            pixels = {path: image for path, image in decoded.items() if isinstance(image, Tensor)}
+            bar.update(len(some))
+            if not pixels:
+                continue
+            best = predictor.logits(torch.cat(list(pixels.values()))).softmax(1).topk(min(topk, len(names)))
+            for path, values, classes in zip(
+                pixels, best.values.tolist(), best.indices.tolist(), strict=True
+            ):
+                yield Prediction(path, [names[index] for index in classes], values)
+
+
+def find_images(paths: Sequence[Path]) -> list[Path]:
+    """Files as they are named, and all images below folders, in order, each once.
+
+    Raises:
+        UserError: a path does not exist, or there is no image.
+    """
+    found: dict[Path, None] = {}
+    for path in paths:
+        if not path.exists():
+            raise UserError(f"{path} does not exist")
+        below = (
+            sorted(p for p in path.rglob("*") if p.suffix.lower() in EXTENSIONS) if path.is_dir() else [path]
+        )
+        found |= dict.fromkeys(below)
+    if not found:
+        raise UserError(f"no image below {', '.join(map(str, paths))}")
+    return list(found)
+
+
+def write(predictions: Sequence[Prediction], csv_path: Path | None, json_path: Path | None) -> None:
+    """The CSV has a row for each image: path, label_1, probability_1, label_2, ..."""
+    try:
+        if csv_path:
+            with csv_path.open("w", newline="") as file:
+                writer = csv.writer(file)
+                ranks = range(1, len(predictions[0].names) + 1)
+                writer.writerow(
+                    ["path", *(f"{part}_{rank}" for rank in ranks for part in ("label", "probability"))]
+                )
+                for path, *columns in predictions:
+                    writer.writerow([path, *(cell for rank in zip(*columns, strict=True) for cell in rank)])
+        if json_path:
+            json_path.write_text(json.dumps([prediction.as_plain() for prediction in predictions], indent=1))
+    except OSError as error:
+        raise UserError(f"{error.filename} cannot be written: {error.strerror}") from error
+
+
+def as_line(prediction: Prediction) -> str:
+    ranks = zip(prediction.names, prediction.probabilities, strict=True)
+    return f"{prediction.path}  " + "  ".join(
+        f"{name} {100 * probability:.1f} %" for name, probability in ranks
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line; what the user can mend ends in one sentence and exit code 2."""
+    parser = argparse.ArgumentParser(
+        prog="python -m common.tools.predict",
+        description="Name what is on images, with the weights of a run or of a model folder.",
+    )
+    add = parser.add_argument
+    add(
+        "model",
+        type=Path,
+        metavar="RUN|MODEL_DIR",
+        help="a run's folder, or one with model.safetensors and config.json",
+    )
+    add("paths", type=Path, nargs="+", metavar="PATH", help="image files, and folders of them")
+    add("--topk", type=int, default=5, help="classes named for each image (default: %(default)s)")
+    add("--csv", type=Path, metavar="FILE", help="also write a table")
+    add("--json", type=Path, metavar="FILE", help="also write a list of objects")
+    add("--batch_size", type=int, default=64, help="images at a time (default: %(default)s)")
+    add("--mixed_precision", default="no", choices=("no", "bf16", "fp16"), help="(default: %(default)s)")
+    args = parser.parse_args(arguments)
+    unreadable: list[str] = []
+    try:
+        for flag in ("topk", "batch_size"):
+            if getattr(args, flag) < 1:
+                raise UserError(f"--{flag} must be at least 1, not {getattr(args, flag)}")
+        paths = find_images(args.paths)
+        predictor = Predictor(args.model, args.mixed_precision)
+        predictions = []
+        for prediction in predict(predictor, paths, args.topk, args.batch_size, unreadable):
+            predictions.append(prediction)
+            tqdm.write(as_line(prediction))
+        if predictions:
+            write(predictions, args.csv, args.json)
+    except UserError as error:
+        parser.exit(2, f"error: {error}\n")
+    for line in unreadable:
+        print(f"not readable: {line}", file=sys.stderr)
+    if not predictions:
+        parser.exit(1, "no image could be read\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,97 @@
+import csv
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from common.tools import predict
+from common.tools.predict import Predictor
+from tests.helpers import make_images, run_training
+from train_standard import StandardConfig
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_images(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def run(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return run_training(
+        StandardConfig, images, tmp_path_factory.mktemp("runs"), "a", "--epochs", "2", "--batch_size", "8"
+    )
+
+
+@pytest.mark.parametrize("batch_size", ["64", "4"])
+def test_as_many_are_right_as_the_log_says(
+    batch_size: str, run: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    out = ["--csv", str(tmp_path / "a.csv"), "--json", str(tmp_path / "a.json"), "--batch_size", batch_size]
+    predict.main([str(run), str(images / "val"), "--topk", "2", *out])
+    with (tmp_path / "a.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    hits = sum(Path(row["path"]).parent.name == row["label_1"] for row in rows)
+    with (run / "training_log.csv").open() as file:
+        logged = max(float(row["val_top1"]) for row in csv.DictReader(file))
+    assert len(rows) == 21
+    assert 100 * hits / 21 == pytest.approx(logged)
+    # The network of two epochs is wrong about some, so that wrong pixels would be seen.
+    assert 0 < hits < 21
+    assert rows[0].keys() == {"path", "label_1", "probability_1", "label_2", "probability_2"}
+    assert all(float(row["probability_1"]) >= float(row["probability_2"]) > 0 for row in rows)
+    listed = json.loads((tmp_path / "a.json").read_text())
+    assert [entry["path"] for entry in listed] == [row["path"] for row in rows]
+    assert [entry["predictions"][0]["label"] for entry in listed] == [row["label_1"] for row in rows]
+    assert len(capsys.readouterr().out.splitlines()) == 21
+
+
+def test_a_model_folder_serves_and_probabilities_are_the_softmax(run: Path, images: Path) -> None:
+    path = images / "val" / "class0" / "0.jpg"
+    predictor = Predictor(run / "model")
+    (prediction,) = predict.predict(predictor, [path], 9, 8, [])
+    expected = predictor.logits(predictor.decode(path)).softmax(1)[0]
+    assert sum(prediction.probabilities) == pytest.approx(1)
+    assert prediction.probabilities == pytest.approx(sorted(expected.tolist(), reverse=True))
+    assert prediction.names[0] == predictor.cfg.classes[int(torch.argmax(expected))]
+
+
+def test_what_cannot_be_read_is_named_and_left_out(
+    run: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    (tmp_path / "broken.jpg").write_bytes(b"no picture")
+    predict.main([str(run), str(tmp_path), str(images / "val" / "class0" / "0.jpg")])
+    said = capsys.readouterr()
+    assert len(said.out.splitlines()) == 1
+    assert f"not readable: {tmp_path / 'broken.jpg'}: " in said.err
+    with pytest.raises(SystemExit) as ended:
+        predict.main([str(run), str(tmp_path)])
+    assert ended.value.code == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["{run}", "{empty}"], "no image below "),
+        (["{run}", "{empty}/none.jpg"], "none.jpg does not exist"),
+        (["{empty}", "{image}"], "is neither a run's folder nor a model's"),
+        (["{empty}/none", "{image}"], "is neither a run's folder nor a model's"),
+        (["{image}", "{image}"], "is neither a run's folder nor a model's"),
+        (["{run}", "{image}", "--topk", "0"], "--topk must be at least 1, not 0"),
+        (["{run}", "{image}", "--csv", "{empty}/none/a.csv"], "a.csv cannot be written"),
+    ],
+)
+def test_refusals_are_one_sentence(
+    arguments: list[str],
+    sentence: str,
+    run: Path,
+    images: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    places = {"run": run, "empty": tmp_path, "image": images / "val" / "class0" / "0.jpg"}
+    with pytest.raises(SystemExit) as ended:
+        predict.main([argument.format(**places) for argument in arguments])
+    assert ended.value.code == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert sentence in line
