@@ -8,7 +8,7 @@ from common.data.loader import Batch
 from common.engine.lr_finder import find_lr
 from common.engine.memory import out_of_memory_advice
 from common.engine.trainer import Trainer
-from common.run.finder_plot import plot_lr_finder
+from common.run.plots import plot_lr_finder
 from common.run.processes import rank0_errors
 from common.run.records import draw
 from common.scheduling import EpochPlan, Rates, resolve_lr

@@ -292,3 +292,22 @@ def test_pyplot_stays_out_of_the_training_process(tmp_path: Path) -> None:
     )
     assert subprocess.run([sys.executable, "-c", script], cwd=Path(plots.__file__).parents[2]).returncode == 0
     assert (run / "plots" / "lr_live.png").exists()
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(
+    ("losses", "problem"),
+    [
+        ([2.3, 2.0, 1.0, 1.1, 4.5], ""),
+        ([2.3, 2.0, 1.0, float("inf")], ""),
+        ([2.3, 2.2, 2.1], "the loss did not blow up"),
+    ],
+)
+def test_a_sweep_is_a_picture(tmp_path, losses, problem):
+    with open(tmp_path / "lr_finder.csv", "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(("step", "lr", "loss", "smoothed", "threshold", "suggested", "problem"))
+        writer.writerows((i, 10.0 ** (i - 4), x, x, "nan", 0.02, problem) for i, x in enumerate(losses))
+    plots.plot_lr_finder(tmp_path)
+    with Image.open(tmp_path / "plots" / "lr_finder_plot.png") as image:
+        assert len(image.getcolors(1 << 20)) > 20
