@@ -119,21 +119,8 @@ class Rates:
     def table(self) -> str:
         """Plan and rates as a person reads them: one line per stage."""
         plan = self.plan
-        head = [
-            "stage",
-            "epochs",
-            "px",
-            "shape",
-            "data",
-            "batch",
-            "steps",
-            "mixup",
-            "strength",
-            "peak",
-            "end",
-            "frozen",
-        ]
-        rows = [head]
+        head = "stage epochs px shape data batch steps mixup strength peak end frozen"
+        rows = [head.split()]
         last_step = -1
         for i, stage in enumerate(plan.stages):
             first_step, last_step = last_step + 1, last_step + plan.stage_steps(i)
