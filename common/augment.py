@@ -112,7 +112,11 @@ class Augment:
         mixing, share, box = self._draw_mixing(item, height, width, strength if mix else 0.0)
         holes = [hole for hole in self._draw_holes(item, height, width, strength) if hole.any()]
         table = np.concatenate([flips, share, box, *holes], axis=1, dtype=np.float32)
-        flipped, lam, box, *holes = _to_device(table, images.device).split([1, 1] + [4] * (1 + len(holes)), 1)
+        drawn = torch.from_numpy(table)
+        if images.is_cuda:
+            drawn = drawn.pin_memory()
+        drawn = drawn.to(images.device, non_blocking=images.is_cuda)
+        flipped, lam, box, *holes = drawn.split([1, 1] + [4] * (1 + len(holes)), 1)
 
         if flips.any():
             # Where the mask is 1, a + (b - a) * mask is b: exact, since uint8 wraps around, and on a CPU several
@@ -198,11 +202,6 @@ def _box(first: np.ndarray, last: np.ndarray, height: int, width: int) -> np.nda
     """Boxes [B, 4] (top, bottom, left, right) in whole pixels of the image, from corners (y, x) [B, 2]."""
     corners = np.stack([first, last], axis=2).clip(0, [[height], [width]])  # [B, (y, x), (first, last)]
     return np.rint(corners).reshape(-1, 4)
-
-
-def _to_device(table: np.ndarray, device: torch.device) -> Tensor:
-    tensor = torch.from_numpy(table)
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def _mix_partners(images: Tensor, share: Tensor) -> Tensor:
