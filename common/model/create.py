@@ -247,12 +247,8 @@ def _read_file(path: Path) -> dict[str, Tensor]:
             state = state[wrapper]
     if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
         raise UserError(f"--weights {path} holds no dictionary of named tensors")
-    return {_bare(key): value for key, value in state.items()}
-
-
-def _bare(key: str) -> str:
-    """The key without the prefixes of DistributedDataParallel and torch.compile."""
-    return key.replace("_orig_mod.", "").removeprefix("module.")
+    # torch.compile and DistributedDataParallel put these before the names.
+    return {key.replace("_orig_mod.", "").removeprefix("module."): value for key, value in state.items()}
 
 
 def _pretrained_name(name: str, weights: str) -> str:

@@ -7,6 +7,7 @@ loads it without a connection, and `timm.data.resolve_model_data_config` gives t
 import functools
 import inspect
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -81,19 +82,9 @@ def read_pretrained_cfg(folder: Path) -> PretrainedCfg:
     path = folder / CONFIG
     try:
         config = json.loads(path.read_text())
-        cfg = config["pretrained_cfg"]
-        names, test_input_size = config.get("label_names"), cfg.get("test_input_size")
-        return PretrainedCfg(
-            architecture=config["architecture"],
-            classes=names if isinstance(names, list) else [],
-            img_size=cfg["input_size"][1],
-            test_size=test_input_size[1] if test_input_size else None,
-            crop_pct=cfg["crop_pct"],
-            crop_mode=cfg["crop_mode"],
-            interpolation=cfg["interpolation"],
-            mean=tuple(cfg["mean"]),
-            std=tuple(cfg["std"]),
-        )
+        names = config.get("label_names")
+        classes = names if isinstance(names, list) else []
+        return _from_timm(config["architecture"], classes, config["pretrained_cfg"])
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is not the description of a timm model ({error!r})") from error
 
@@ -105,18 +96,24 @@ def timm_pretrained_cfg(name: str) -> PretrainedCfg:
 
     cfg = timm.get_pretrained_cfg(name)
     assert cfg is not None
-    subset = infer_imagenet_subset(cfg.to_dict())
+    values = cfg.to_dict()
+    subset = infer_imagenet_subset(values)
     classes = ImageNetInfo(subset).label_names() if subset else []
+    return _from_timm(architecture(name), classes if len(classes) == cfg.num_classes else [], values)
+
+
+def _from_timm(architecture: str, classes: list[str], cfg: Mapping[str, Any]) -> PretrainedCfg:
+    test_input_size = cfg.get("test_input_size")
     return PretrainedCfg(
-        architecture=architecture(name),
-        classes=classes if len(classes) == cfg.num_classes else [],
-        img_size=cfg.input_size[1],
-        test_size=cfg.test_input_size[1] if cfg.test_input_size else None,
-        crop_pct=cfg.crop_pct,
-        crop_mode=cfg.crop_mode,
-        interpolation=cfg.interpolation,
-        mean=tuple(cfg.mean),
-        std=tuple(cfg.std),
+        architecture,
+        classes,
+        img_size=cfg["input_size"][1],
+        test_size=test_input_size[1] if test_input_size else None,
+        crop_pct=cfg["crop_pct"],
+        crop_mode=cfg["crop_mode"],
+        interpolation=cfg["interpolation"],
+        mean=tuple(cfg["mean"]),
+        std=tuple(cfg["std"]),
     )
 
 
