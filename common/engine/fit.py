@@ -14,10 +14,9 @@ from common.data.sources.base import Source
 from common.engine.evaluate import final_grid
 from common.engine.memory import out_of_memory_advice
 from common.engine.peak import settle_rates
-from common.engine.preflight import preflight
 from common.engine.profiler import traced
 from common.engine.recording import record, save
-from common.engine.setup import adapt_settings, prepare_state, settle_plan
+from common.engine.setup import adapt_settings, preflight, prepare_state, settle_plan
 from common.engine.trainer import Trainer
 from common.model.pretrained_cfg import PretrainedCfg
 from common.run.processes import Interrupted

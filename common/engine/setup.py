@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from common import UserError
+from common.data.batches import Batches
 from common.data.decode import DecodeError, read_header
 from common.data.shapes import stage_shapes
 from common.data.sources.base import Source
@@ -16,7 +17,7 @@ from common.run import checkpoint
 from common.run.checkpoint import Progress, TrainState
 from common.run.processes import rank0_errors, seed_everything
 from common.run.run import Run
-from common.scheduling import Plan, make_plan
+from common.scheduling import Plan, Rates, make_plan, resolve_lr
 from common.scheduling.recipe import Facts, adapt
 
 # Images whose headers tell how large the images are.
@@ -101,3 +102,19 @@ def settle_plan(run: Run, state: TrainState, train: Source) -> Plan:
         plan = fit_memory(run, state, plan, lambda stage: stage_shapes(stage, train, cfg))
     state.progress.global_batches = list(plan.global_batches)
     return plan
+
+
+def preflight(run: Run, plan: Plan, batches: Batches) -> str:
+    """`--dry_run`: the plan in words and numbers."""
+    cfg, train, val = run.cfg, batches.train, batches.val
+    peak, note = 1.0, "relative to the LR finder's peak"
+    if cfg.lr != "auto":
+        peak, note = resolve_lr(cfg.lr, plan.global_batches[0], cfg.lr_scaling), "in force"
+    parts = [
+        f"{len(train):,} training and {len(val):,} validation images, {len(train.classes)} classes, {plan.processes} processes",
+        Rates(plan, cfg, peak).table(),
+        batches.bucket_tables(),
+        f"{plan.total_epochs} epochs, {plan.total_steps:,} optimizer steps, {plan.images_to_see:,} images to be seen; "
+        f"learning rates are {note}",
+    ]
+    return "\n".join(filter(None, parts))
