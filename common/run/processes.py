@@ -97,8 +97,9 @@ def resolve_precision(asked: Precision | None, cpu: bool) -> tuple[Precision, st
     Raises:
         UserError: fp16 on a CPU.
     """
-    # Or fp8, which nobody offers here: what becomes of it is left to Accelerate.
     told = cast(Precision, os.environ.get("ACCELERATE_MIXED_PRECISION", "no"))
+    if told not in ("no", "fp16", "bf16"):
+        raise UserError(f"mixed_precision: {told} is not supported; the --config_file takes no, fp16 or bf16")
     if not cpu:
         return asked or told, ""
     fast = has_fast_bf16()

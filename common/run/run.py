@@ -241,10 +241,11 @@ def start_run(cfg: TrainConfig) -> Iterator[Run]:
 
 
 class _Console(logging.StreamHandler):
-    """Writes above tqdm's bar instead of through it."""
+    """Writes above tqdm's bar instead of through it; what ends the run goes to stderr, where it is looked for."""
 
     def emit(self, record: logging.LogRecord) -> None:
         from tqdm import tqdm
 
-        tqdm.write(self.format(record), file=self.stream)
+        self.flush()
+        tqdm.write(self.format(record), file=sys.stderr if record.levelno >= logging.ERROR else self.stream)
         self.flush()
