@@ -14,6 +14,7 @@ import sys
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Never, TypeVar, get_type_hints
 
 from common import UserError
@@ -27,6 +28,10 @@ from common.scheduling import ScheduleSettings, Stage, scale_stages
 if TYPE_CHECKING:
     from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
+# What the scripts make their own list of stages of.
+LIST_MAKERS = {
+    *("epochs", "head_epochs", "img_size", "target_size", "batch_size", "mixup_share", "body_lr_scale"),
+}
 # About a minute on two CPU cores.
 DEBUG_SCALE = {"epochs": 6, "img_size": 64, "batch_size": 64}
 
@@ -121,7 +126,19 @@ class TrainConfig(
         raise NotImplementedError
 
     def stages_in_force(self) -> list[Stage]:
-        """The user's stages or the script's, before a recipe fits them to the data."""
+        """The user's stages or the script's, before a recipe fits them to the data.
+
+        Raises:
+            UserError: what makes the script's own list was given beside a list.
+        """
+        defaults = type(self)()
+        unheard = [
+            name for name in sorted(self.given & LIST_MAKERS) if vars(self)[name] != vars(defaults)[name]
+        ]
+        if self.stages and unheard:
+            raise UserError(
+                f"--{unheard[0]} is for the script's own stages; leave it out, or put it into --stages"
+            )
         stages = self.stages or self.curriculum()
         return scale_stages(stages, **DEBUG_SCALE) if self.debug else stages
 
@@ -317,22 +334,61 @@ def _normalised(config_class: type[TrainConfig], args: list[str]) -> list[str]:
 def explain(config_class: type[TrainConfig], message: str, args: Sequence[str]) -> str:
     """The parser's complaint as one sentence that names the flag and what it takes."""
     fields = {**_fields(Stage), **_fields(config_class)}
-    if unknown := re.search(r"[Uu]nrecognized arguments: --([^ =]+)|Option '(\w+)' is not accepted", message):
-        name, dashes = unknown[1] or unknown[2], "--" if unknown[1] else ""
-        close = difflib.get_close_matches(name, fields, n=3, cutoff=0.5)
-        hint = f"; did you mean {', '.join(dashes + each for each in close)}?" if close else ""
+    values = {}
+    for arg, after in zip(args, [*args[1:], ""], strict=False):
+        flag, equals, own = arg.partition("=")
+        values[flag] = own if equals else after
+    if unknown := re.search(
+        r"[Uu]nrecognized arguments: --([^ =]+)|Option '([^']+)' is not accepted", message
+    ):
+        name, dashes = (unknown[1], "--") if unknown[1] else (unknown[2], f"{_place(values)}: ")
+        close = difflib.get_close_matches(name.replace("-", "_"), fields, n=3, cutoff=0.5)
+        hint = (
+            f"; did you mean {', '.join(('--' if unknown[1] else '') + each for each in close)}?"
+            if close
+            else ""
+        )
         return f"{dashes}{name} is no setting{hint}"
+    if alone := re.search(r"[Uu]nrecognized arguments: (.*)", message):
+        return f"{alone[1]} follows no flag that takes it; every setting is a flag, such as --epochs 10"
+    if "are required" in message:
+        return f"{_place(values)} lacks {message.rpartition(': ')[2]}"
+    if "Unexpected config" in message:
+        return f"--config {values['--config']} holds no settings such as `epochs: 10`"
     keys = [key for key in re.findall(r'Parser key "(\w+)"', message) if key in fields]
     if not keys:
         return " ".join(message.split())
-    # A key of a stage, or of a file, bears no dashes.
-    flags = {arg.partition("=")[0] for arg in args}
-    inside = "--stages: " if "--stages" in flags else "--config: "
-    where = f"--{keys[-1]}" if f"--{keys[-1]}" in flags else f"{inside}{keys[-1]}"
-    given = re.search(r"Given value: (.*)|Got value: (.*)|type \w+: (\S+) does not conform", message)
-    value = next(filter(None, given.groups()), "") if given else ""
-    kind = in_words(str(fields[keys[-1]].type))
-    return f"{where} takes {kind}" + (f", not {value}" if value else "")
+    key = keys[-1]
+    given = re.search(
+        r"Given value: (.*)|Got value: (.*)|type \w+: (\S+) does not conform|: '(.*)'$", message
+    )
+    refused = next(filter(None, given.groups()), "") if given else ""
+    own = values.get(f"--{key}", "")
+    # A key of a stage, or of a file, bears no dashes; the flag of that name may be right beside it.
+    if f"--{key}" not in values or refused.replace(" ", "") not in ("", own.replace(" ", "")):
+        where = f"{_place(values)}: {key}"
+    else:
+        where, refused = f"--{key}", own
+    return f"{where} takes {in_words(str(fields[key].type))}" + (f", not {refused}" if refused else "")
+
+
+def _place(values: Mapping[str, str]) -> str:
+    """Where a key without dashes stands: in a file or in --stages, and the first stage with a fault, if there is one."""
+    import jsonargparse
+    import yaml
+
+    place, stages = "--stages", yaml.safe_load(values.get("--stages", ""))
+    if stages is None:
+        place = f"--config {values['--config']}"
+        stages = yaml.safe_load(Path(values["--config"]).read_text()).get("stages")
+    parser = jsonargparse.ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(Stage)
+    for number, stage in enumerate(stages if isinstance(stages, list) else [], 1):
+        try:
+            parser.parse_object(stage)
+        except (argparse.ArgumentError, TypeError):
+            return f"{place}, stage {number}"
+    return place
 
 
 def in_words(annotation: str) -> str:
