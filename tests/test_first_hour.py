@@ -109,6 +109,12 @@ FLAGS = [
     ("standard", "--mixed_precision fp8", "--mixed_precision takes no, fp16, bf16 or null, not fp8"),
     ("standard", "--mixed_precision fp16", "--mixed_precision fp16 needs a GPU"),
     ("standard", "--wandb on", "--wandb takes"),
+    ("standard", "--momentum 0.99", "--momentum plus or minus --momentum_swing must stay"),
+    (
+        "hybrid",
+        '--stages [{"epochs":1},{"epochs":1,"frozen":["layer9"]}]',
+        "'layer9' is no layer of the model",
+    ),
     ("standard", "--recipe soft", "--recipe takes"),
     ("standard", "--crop_scale wide", "--crop_scale takes two numbers"),
     ("standard", "--crop_scale 0.9,0.2", "--crop_scale"),

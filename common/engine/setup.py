@@ -12,6 +12,7 @@ from common.data.decode import DecodeError, read_header
 from common.data.shapes import stage_shapes
 from common.data.sources.base import Source
 from common.engine.memory import fit_memory
+from common.model.freezing import check_frozen
 from common.model.optimizer import Ema, create_optimizer
 from common.run import checkpoint
 from common.run.checkpoint import Progress, TrainState
@@ -89,8 +90,14 @@ def prepare_state(run: Run, model: nn.Module, train: Source) -> TrainState:
 
 
 def settle_plan(run: Run, state: TrainState, train: Source) -> Plan:
-    """Stages over steps; a resumed run keeps its global batches, whatever the number of processes now."""
+    """Stages over steps; a resumed run keeps its global batches, whatever the number of processes now.
+
+    What a late stage cannot do is refused here, before anything is written, and not hours later.
+    """
     cfg = run.cfg
+    cfg.check_momentum()
+    for stage in run.stages:
+        check_frozen(state.model, stage.frozen)
     plan = make_plan(
         run.stages,
         len(train),

@@ -39,22 +39,23 @@ def set_trainable_layers(model: nn.Module, frozen: Sequence[str]) -> None:
         model: the bare model, not wrapped for distributed training.
         frozen: names of modules or parameters such as "conv1", "layer1" or "layer4.0"; "backbone" is all but
             the classifier. The backward pass ends early only if all layers below are frozen too.
-
-    Raises:
-        UserError: a name matches nothing, or nothing is left to train.
     """
+    is_frozen = _is_frozen(model, frozen)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(not is_frozen(name))
+        if is_frozen(name):
+            parameter.grad = None  # a gradient left over would let the optimizer go on moving it
+
+
+def check_frozen(model: nn.Module, frozen: Sequence[str]) -> None:
+    """UserError: a name of `frozen` matches nothing in the model, or nothing is left to train."""
     names = [name for name, _ in model.named_parameters()]
     for prefix in frozen:
         if prefix != "backbone" and not any(under(name, prefix) for name in names):
             layers = ", ".join(dict.fromkeys(name.partition(".")[0] for name in names))
             raise UserError(f"frozen: {prefix!r} is no layer of the model, which has {layers}")
-    is_frozen = _is_frozen(model, frozen)
-    if all(map(is_frozen, names)):
+    if all(map(_is_frozen(model, frozen), names)):
         raise UserError(f"frozen: {', '.join(frozen)} leaves nothing to train")
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(not is_frozen(name))
-        if is_frozen(name):
-            parameter.grad = None  # a gradient left over would let the optimizer go on moving it
 
 
 def train_mode(model: nn.Module, frozen: Sequence[str]) -> None:

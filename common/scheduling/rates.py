@@ -43,6 +43,11 @@ class ScheduleSettings:
     momentum_swing: NonNegativeFloat = 0.05
     """The momentum cycles between momentum + swing and momentum - swing; 0 = constant."""
 
+    def check_momentum(self) -> None:
+        """UserError: the momentum would leave its range."""
+        if self.momentum + self.momentum_swing >= 1 or self.momentum < self.momentum_swing:
+            raise UserError("--momentum plus or minus --momentum_swing must stay from 0 to below 1")
+
 
 def resolve_lr(base_lr: float, global_batch: int, lr_scaling: Literal["linear", "none"]) -> float:
     """A base learning rate per 256 images, scaled to a global batch (Goyal et al., 2017)."""
@@ -78,11 +83,6 @@ class Rates:
     plan: Plan
     settings: ScheduleSettings
     peak_lr: float
-
-    def __post_init__(self) -> None:
-        s = self.settings
-        if s.momentum + s.momentum_swing >= 1 or s.momentum < s.momentum_swing:
-            raise UserError("--momentum plus or minus --momentum_swing must stay from 0 to below 1")
 
     def peak(self, stage_index: int) -> float:
         """A stage's highest learning rate: the first stage's times `lr_scale`, or in proportion to the stage's batch."""

@@ -4,7 +4,7 @@ from torch.nn import functional as F
 
 from common import UserError
 from common.model import create_model
-from common.model.freezing import set_trainable_layers, train_mode
+from common.model.freezing import check_frozen, set_trainable_layers, train_mode
 from tests.model.models import IMAGES, LABELS, changed, optimizer_for, small, snapshot, step
 
 EARLY = ("conv1", "bn1", "layer1", "layer2")
@@ -51,8 +51,7 @@ def test_prefixes_end_where_names_end():
 def test_useless_freezing_is_refused(frozen):
     model = small()
     with pytest.raises(UserError, match="frozen: "):
-        set_trainable_layers(model, frozen)
-    assert all(parameter.requires_grad for parameter in model.parameters())
+        check_frozen(model, frozen)
 
 
 def test_frozen_layers_keep_weights_and_statistics():
