@@ -16,6 +16,9 @@ from common.run.checkpoint import TrainState, rng_state, set_rng_state
 
 FEWEST = 15  # steps of a sweep; with fewer, noise decides
 DIVERGED = 4.0  # a sweep ends as soon as its smoothed loss is this many times its first
+# The suggestion, times the rate at which the loss begins to blow up. The sweep meets that rate without warm-up and at full momentum,
+# OneCycle after both; and too low costs more than too high: half of a good rate 2.5 to 5 points, twice none (docs/results.md).
+ABOVE_BLOW_UP = 1.25
 REPORT_S = 5.0  # between two lines of progress
 
 
@@ -120,11 +123,10 @@ def rise_threshold(losses: list[float], smoothed: list[float], iterations: int) 
 def suggest(
     lrs: list[float], losses: list[float], smoothed: list[float], threshold: list[float], iterations: int
 ) -> tuple[float, str]:
-    """The peak for OneCycle: four fifths of the rate at which the smoothed loss begins to blow up; or NaN and why.
+    """The peak for OneCycle: somewhat above the rate at which the smoothed loss begins to blow up; or NaN and why.
 
     A rise above the threshold counts if most losses of the next fifteenth of the sweep keep it up; it began half as
-    high, or at the twentieth. The lowest point is no guide: the curve is flat there, and noise decides. Four fifths,
-    because half of that was worse in trainings of 20 epochs at 64 and 96 px (docs/results.md).
+    high, or at the twentieth. The lowest point is no guide: the curve is flat there, and noise decides.
     """
     first, kept = iterations // 3, max(2, iterations // 15)
     if not losses:
@@ -146,7 +148,7 @@ def suggest(
             ):
                 begun -= 1
             return (
-                (0.8 * lrs[begun], "")
+                (ABOVE_BLOW_UP * lrs[begun], "")
                 if begun > first
                 else (math.nan, "the loss rises too early in the sweep")
             )

@@ -156,11 +156,11 @@ def test_noise_hardly_moves_the_suggestion(
 
 @pytest.mark.parametrize("steps", [15, 25, 50, 100])
 @pytest.mark.parametrize("blow_up", [0.05, 0.2, 0.8])
-def test_suggests_four_fifths_of_the_rate_of_the_blow_up(steps: int, blow_up: float) -> None:
+def test_suggests_a_quarter_more_than_the_rate_of_the_blow_up(steps: int, blow_up: float) -> None:
     found = sweep(curve(blow_up), steps)
     assert found.problem == ""
     spacing = found.lrs[1] / found.lrs[0]
-    assert 0.8 * blow_up / spacing < found.suggested < 0.8 * blow_up * max(1.9, spacing**2)
+    assert 1.25 * blow_up / spacing < found.suggested < 1.25 * blow_up * max(1.9, spacing**2)
 
 
 @pytest.mark.parametrize("steps", [25, 30, 50, 100])
@@ -185,7 +185,7 @@ def test_a_loss_that_is_suddenly_not_finite_is_a_blow_up() -> None:
     assert math.isnan(found.losses[-1])
     assert len(found.losses) < 50
     assert found.problem == ""
-    assert 0.8 * 0.3 < found.suggested < 0.8 * 0.3 * found.lrs[1] / found.lrs[0]
+    assert 1.25 * 0.3 < found.suggested < 1.25 * 0.3 * found.lrs[1] / found.lrs[0]
 
 
 def test_ends_when_the_loss_has_diverged() -> None:
@@ -225,15 +225,15 @@ def test_no_suggestion_from_a_loss_that_never_was_finite() -> None:
 
 
 def test_recorded_sweeps_keep_their_suggestion() -> None:
-    """Caltech-101, ResNet-18, seeds 0 and 1; the rule before found 0.371, 0.323, 0.371 and 0.371."""
+    """Caltech-101, ResNet-18, seeds 0 and 1: the blow-up begins at 0.464, 0.404, 0.464 and 0.464."""
     results = Path(__file__).parents[2] / "docs" / "results"
-    for name, before in {"sw64_s0": 0.371, "sw64_s1": 0.323, "sw96_s0": 0.371, "sw96_s1": 0.371}.items():
+    for name, begins in {"sw64_s0": 0.464, "sw64_s1": 0.404, "sw96_s0": 0.464, "sw96_s1": 0.464}.items():
         with (results / name / "lr_finder.csv").open(newline="") as file:
             losses = {float(row["lr"]): float(row["loss"]) for row in csv.DictReader(file)}
         recorded = iter(losses.values())
         found = sweep(lambda lr, recorded=recorded: next(recorded), 100)
         assert found.problem == ""
-        assert found.suggested == pytest.approx(before, rel=0.25)
+        assert found.suggested == pytest.approx(1.25 * begins, rel=0.25)
 
 
 def test_reports_progress_with_an_eta_and_the_problem(monkeypatch: pytest.MonkeyPatch) -> None:
