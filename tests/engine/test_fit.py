@@ -206,7 +206,7 @@ def test_nan_loss_stops_with_advice_and_keeps_the_good_checkpoint(data, tmp_path
     with pytest.raises(SystemExit) as stop:
         run_training(StandardConfig, data, tmp_path, "run", *flags)
     assert stop.value.code == 2
-    assert "lower --lr" in capsys.readouterr().out
+    assert "lower --lr" in capsys.readouterr().err
     assert list((tmp_path / "run").glob("not_finite_rank0.json"))
     for saved in (tmp_path / "run" / "checkpoints").glob("*/model.safetensors"):
         assert all(t.isfinite().all() for t in load_file(saved).values())
@@ -254,7 +254,7 @@ def test_a_disk_that_fills_up_ends_the_run_with_a_sentence_and_a_whole_checkpoin
         signal.signal(signal.SIGXFSZ, ignored)
     monkeypatch.undo()
     assert exit_.value.code == 2
-    sentence = capsys.readouterr().out.splitlines()[-1]
+    sentence = capsys.readouterr().err.splitlines()[-1]
     assert "the disk is full" in sentence
     assert "--output" in sentence
     newest, damaged = newest_whole(tmp_path / "run" / "checkpoints")
@@ -271,7 +271,7 @@ def test_out_of_memory_names_the_flag(data, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(fit_module, "train_step", explode)
     with pytest.raises(SystemExit):
         run_training(StandardConfig, data, tmp_path, "run", *STANDARD)
-    assert "--batch_size" in capsys.readouterr().out
+    assert "--batch_size" in capsys.readouterr().err
 
 
 def test_auto_batch_halves_and_accumulates(data, tmp_path, monkeypatch):
@@ -322,4 +322,4 @@ def test_a_loss_that_is_never_finite_is_noticed_in_epochs_shorter_than_the_patie
     with pytest.raises(SystemExit) as stop:
         run_training(StandardConfig, data, tmp_path, "run", "--epochs", "8", "--batch_size", "16")
     assert stop.value.code == 2
-    assert "lower --lr" in capsys.readouterr().out
+    assert "lower --lr" in capsys.readouterr().err
