@@ -4,8 +4,8 @@
     python -m common.tools.predict runs/demo/model photos/ --topk 3 --csv predictions.csv --json predictions.json
 
 Images are read, cropped, resized and normalised as the run's evaluation did it, so that on its validation images as many are
-right as its log says (a run evaluated in bf16: --mixed_precision bf16). Any format that training reads. What cannot be read is
-named and left out; exit code 1 if nothing could be.
+right as its log says. Any format that training reads. What cannot be read is named and left out; exit code 1 if nothing could
+be.
 """
 
 import argparse
@@ -15,22 +15,20 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from common import UserError
-from common.augment import Augment, AugmentSettings
-from common.data.decode import DecodeError, decode_batch
-from common.data.order import BatchItem, View
+from common.data.decode import DecodeError, decode_batch, read_header
+from common.data.order import BatchItem
 from common.data.sources.base import EXTENSIONS
-from common.model.create import create_finetuned_model
-from common.model.pretrained_cfg import CONFIG, PretrainedCfg, read_pretrained_cfg
+from common.tools.model_folder import TrainedModel
 
 VAL = 1
 
@@ -47,76 +45,47 @@ class Prediction(NamedTuple):
         return {"path": str(self.path), "predictions": [{"label": n, "probability": p} for n, p in ranks]}
 
 
-class Predictor:
-    """A model with its classes, and images as it was evaluated on.
+def decode(model: TrainedModel, path: Path) -> Tensor | str:
+    """An image's pixels as evaluation sees them, uint8 [1, 3, H, W]; or why it cannot be read."""
+    try:
+        data = np.frombuffer(path.read_bytes(), np.uint8)
+        ((height, width),) = model.shape_of(np.array([read_header(data)[:2]])).tolist()
+        pixels = torch.empty(1, 3, height, width, dtype=torch.uint8).to(memory_format=torch.channels_last)
+        decode_batch([data], BatchItem(VAL, np.zeros(1, np.int64), height, width, 0, model.view), 0, pixels)
+    except DecodeError as error:
+        return str(error)
+    except OSError as error:
+        return error.strerror or str(error)
+    return pixels
 
-    Args:
-        folder: a run's folder, or a model's.
-        mixed_precision: no, bf16 or fp16, as Accelerate means it.
 
-    Raises:
-        UserError: the folder holds no model, or one that does not know its classes.
-    """
-
-    def __init__(self, folder: Path, mixed_precision: str = "no") -> None:
-        found = next((place for place in (folder / "model", folder) if (place / CONFIG).is_file()), None)
-        if found is None:
-            raise UserError(f"{folder} is neither a run's folder nor a model's: it has no {CONFIG}")
-        self.cfg: PretrainedCfg = read_pretrained_cfg(found)
-        if not self.cfg.classes:
-            raise UserError(f"{found / CONFIG} names no classes")
-        self.accelerator = Accelerator(mixed_precision=mixed_precision)
-        size = self.cfg.img_size
-        model, _ = create_finetuned_model(self.cfg.architecture, self.cfg.classes, str(found), size)
-        self.model: nn.Module = model.to(self.accelerator.device, memory_format=torch.channels_last).eval()
-        self.augment = Augment(
-            AugmentSettings(),
-            num_classes=len(self.cfg.classes),
-            seed=0,
-            mean=self.cfg.mean,
-            std=self.cfg.std,
-        )
-
-    def decode(self, path: Path) -> Tensor | str:
-        """An image's pixels as evaluation sees them, uint8 [1, 3, size, size]; or why it cannot be read."""
-        size = self.cfg.img_size
-        pixels = torch.empty(1, 3, size, size, dtype=torch.uint8).to(memory_format=torch.channels_last)
-        view = View(None, crop_pct=self.cfg.crop_pct)
-        try:
-            data = np.frombuffer(path.read_bytes(), np.uint8)
-            decode_batch([data], BatchItem(VAL, np.zeros(1, np.int64), size, size, 0, view), 0, pixels)
-        except DecodeError as error:
-            return str(error)
-        except OSError as error:
-            return error.strerror or str(error)
-        return pixels
-
-    @torch.inference_mode()
-    def logits(self, pixels: Tensor) -> Tensor:
-        """uint8 [B, 3, size, size] to float32 [B, classes] on the CPU."""
-        images = self.augment.normalise(pixels.to(self.accelerator.device))
-        with self.accelerator.autocast():
-            return self.model(images).float().cpu()
+def logits_of(model: TrainedModel, images: Sequence[Tensor]) -> Tensor:
+    """Of images [1, 3, H, W] of several shapes: float32 [N, classes] on the CPU."""
+    logits = torch.empty(len(images), len(model.cfg.classes))
+    for shape in {image.shape for image in images}:
+        rows = [row for row, image in enumerate(images) if image.shape == shape]
+        logits[rows] = model.logits(torch.cat([images[row] for row in rows])).cpu()
+    return logits
 
 
 def predict(
-    predictor: Predictor, paths: Sequence[Path], topk: int, batch_size: int, unreadable: list[str]
+    model: TrainedModel, paths: Sequence[Path], topk: int, batch_size: int, unreadable: list[str]
 ) -> Iterator[Prediction]:
     """Predictions in the order of the paths; a line about each that cannot be read goes to `unreadable`."""
-    names = predictor.cfg.classes
+    names = model.cfg.classes
     with (
         ThreadPoolExecutor(os.cpu_count()) as threads,
         tqdm(total=len(paths), unit="img", disable=None) as bar,
     ):
         for start in range(0, len(paths), batch_size):
             some = paths[start : start + batch_size]
-            decoded = dict(zip(some, threads.map(predictor.decode, some), strict=True))
+            decoded = dict(zip(some, threads.map(partial(decode, model), some), strict=True))
             unreadable += [f"{path}: {why}" for path, why in decoded.items() if isinstance(why, str)]
             pixels = {path: image for path, image in decoded.items() if isinstance(image, Tensor)}
             bar.update(len(some))
             if not pixels:
                 continue
-            best = predictor.logits(torch.cat(list(pixels.values()))).softmax(1).topk(min(topk, len(names)))
+            best = logits_of(model, list(pixels.values())).softmax(1).topk(min(topk, len(names)))
             for path, values, classes in zip(
                 pixels, best.values.tolist(), best.indices.tolist(), strict=True
             ):
@@ -185,7 +154,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add("--csv", type=Path, metavar="FILE", help="also write a table")
     add("--json", type=Path, metavar="FILE", help="also write a list of objects")
     add("--batch_size", type=int, default=64, help="images at a time (default: %(default)s)")
-    add("--mixed_precision", default="no", choices=("no", "bf16", "fp16"), help="(default: %(default)s)")
+    add("--mixed_precision", choices=("no", "bf16", "fp16"), help="(default: the run's)")
     args = parser.parse_args(arguments)
     unreadable: list[str] = []
     try:
@@ -193,9 +162,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             if getattr(args, flag) < 1:
                 raise UserError(f"--{flag} must be at least 1, not {getattr(args, flag)}")
         paths = find_images(args.paths)
-        predictor = Predictor(args.model, args.mixed_precision)
+        model = TrainedModel(args.model, args.mixed_precision)
         predictions = []
-        for prediction in predict(predictor, paths, args.topk, args.batch_size, unreadable):
+        for prediction in predict(model, paths, args.topk, args.batch_size, unreadable):
             predictions.append(prediction)
             tqdm.write(as_line(prediction))
         if predictions:

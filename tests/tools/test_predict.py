@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from common.tools import predict
-from common.tools.predict import Predictor
+from common.tools.model_folder import TrainedModel
 from tests.helpers import make_images, run_training
+from train_rect import RectConfig
 from train_standard import StandardConfig
 
 
@@ -48,12 +49,12 @@ def test_as_many_are_right_as_the_log_says(
 
 def test_a_model_folder_serves_and_probabilities_are_the_softmax(run: Path, images: Path) -> None:
     path = images / "val" / "class0" / "0.jpg"
-    predictor = Predictor(run / "model")
-    (prediction,) = predict.predict(predictor, [path], 9, 8, [])
-    expected = predictor.logits(predictor.decode(path)).softmax(1)[0]
+    model = TrainedModel(run / "model")
+    (prediction,) = predict.predict(model, [path], 9, 8, [])
+    expected = model.logits(predict.decode(model, path)).softmax(1)[0]
     assert sum(prediction.probabilities) == pytest.approx(1)
     assert prediction.probabilities == pytest.approx(sorted(expected.tolist(), reverse=True))
-    assert prediction.names[0] == predictor.cfg.classes[int(torch.argmax(expected))]
+    assert prediction.names[0] == model.cfg.classes[int(torch.argmax(expected))]
 
 
 def test_what_cannot_be_read_is_named_and_left_out(
@@ -67,6 +68,22 @@ def test_what_cannot_be_read_is_named_and_left_out(
     with pytest.raises(SystemExit) as ended:
         predict.main([str(run), str(tmp_path)])
     assert ended.value.code == 1
+
+
+def test_a_run_evaluated_in_rectangles_and_bf16_is_repeated(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    flags = ["--epochs", "2", "--batch_size", "8", "--mixed_precision", "bf16", "--rect_area", "constant"]
+    run = run_training(RectConfig, images, tmp_path, "a", *flags)
+    capsys.readouterr()
+    model = TrainedModel(run)
+    assert len(model.shapes) > 1
+    assert model.precision == "bf16"
+    assert len({predict.decode(model, path).shape for path in images.glob("val/*/*.jpg")}) > 1
+    predictions = list(predict.predict(model, sorted(images.glob("val/*/*.jpg")), 1, 64, []))
+    hits = sum(path.parent.name == names[0] for path, names, _ in predictions)
+    with (run / "training_log.csv").open() as file:
+        assert 100 * hits / 21 == pytest.approx(max(float(row["val_top1"]) for row in csv.DictReader(file)))
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,107 @@
+"""A trained model as its run evaluated it: classes, shapes, crop, normalisation, precision. What `predict` and `evaluate` share."""
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from torch import Tensor, nn
+
+from common import UserError
+from common.augment import Augment, AugmentSettings
+from common.data.order import View
+from common.data.shapes import assign, choose_shapes
+from common.data.sources.base import Source
+from common.data.sources.open import DataSettings, open_dataset
+from common.engine.evaluate import one_view
+from common.model.create import create_finetuned_model
+from common.model.pretrained_cfg import CONFIG, PretrainedCfg, read_pretrained_cfg
+from common.run.processes import Precision, resolve_precision
+
+log = logging.getLogger(__name__)
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class TrainedModel:
+    """A model with its classes, and what it makes of images that are prepared as in its run's evaluation.
+
+    Args:
+        folder: a run's folder, or a model's.
+        mixed_precision: None = the run's; "no" for a model's folder.
+
+    Attributes:
+        settings: of the run, as its config.yaml has them; {} for a model's folder.
+        shapes: heights and widths that images are brought to, int [K, 2]: one square, or the shapes of `--rect_val`.
+
+    Raises:
+        UserError: the folder holds no model, or one that does not know its classes.
+    """
+
+    def __init__(self, folder: Path, mixed_precision: Precision | None = None) -> None:
+        place = next((place for place in (folder / "model", folder) if (place / CONFIG).is_file()), None)
+        if place is None:
+            raise UserError(f"{folder} is neither a run's folder nor a model's: it has no {CONFIG}")
+        self.cfg: PretrainedCfg = read_pretrained_cfg(place)
+        if not self.cfg.classes:
+            raise UserError(f"{place / CONFIG} names no classes")
+        if (self.cfg.crop_mode, self.cfg.interpolation) != ("center", "bilinear"):
+            expected = f"crop_mode {self.cfg.crop_mode} and {self.cfg.interpolation} resizing"
+            log.warning("the model expects %s; here they are center and bilinear", expected)
+        recorded = folder / "config.yaml"
+        self.settings: dict[str, Any] = yaml.safe_load(recorded.read_text()) if recorded.is_file() else {}
+        self._set_precision(mixed_precision)
+        size, name = self.cfg.img_size, self.settings.get("model", self.cfg.architecture)
+        model, _ = create_finetuned_model(name, self.cfg.classes, str(place), size)
+        layout = torch.channels_last if self.settings.get("channels_last", True) else torch.contiguous_format
+        self.model: nn.Module = model.to(self.device, memory_format=layout).eval()
+        statistics = {"mean": self.cfg.mean, "std": self.cfg.std}
+        self._augment = Augment(AugmentSettings(), num_classes=len(self.cfg.classes), seed=0, **statistics)
+        self.shapes, self.view = np.array([[size, size]]), View(None, crop_pct=self.cfg.crop_pct)
+        if self.settings.get("rect_val"):
+            # Chosen from the training images, as the run chose them.
+            train, _ = open_dataset(self.data_settings())
+            self.shapes = choose_shapes(train.sizes(), size, self.settings["rect_area"])
+            self.view = View(None, crop_pct=1.0)
+
+    def _set_precision(self, asked: Precision | None) -> None:
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        wanted = asked or self.settings.get("mixed_precision") or "no"
+        self.precision, note = resolve_precision(wanted, cpu=self.device.type == "cpu")
+        if note:
+            log.warning("%s", note)
+        if self.device.type == "cuda":
+            torch.set_float32_matmul_precision("high")
+
+    def data_settings(self) -> DataSettings:
+        """Where the run's own images are."""
+        return DataSettings(**{name: self.settings[name] for name in ("data_dir", "streaming")})
+
+    def shape_of(self, sizes: np.ndarray) -> np.ndarray:
+        """The height and width that images are brought to, int [N, 2] like their own `sizes`."""
+        return self.shapes[assign(sizes, self.shapes)]
+
+    def labels_of(self, source: Source) -> np.ndarray:
+        """A source's labels as numbers of the model's classes, matched by name: int64 [N].
+
+        Raises:
+            UserError: the model does not know some class.
+        """
+        rows = {name: row for row, name in enumerate(self.cfg.classes)}
+        if unknown := [name for name in source.classes if name not in rows]:
+            names = ", ".join(unknown[:5]) + (", ..." if len(unknown) > 5 else "")
+            known = f"it knows {len(rows)}: {', '.join(self.cfg.classes[:3])}, ..."
+            raise UserError(
+                f"the model does not know {len(unknown)} of the classes in {source.location}: {names} ({known})"
+            )
+        return np.array([rows[name] for name in source.classes])[source.labels]
+
+    @torch.inference_mode()
+    def logits(self, images: Tensor, transform: Callable[[nn.Module, Tensor], Tensor] = one_view) -> Tensor:
+        """uint8 [B, 3, H, W] to float32 [B, classes], on the device."""
+        images = self._augment.normalise(images.to(self.device))
+        with torch.autocast(self.device.type, DTYPES.get(self.precision), self.precision in DTYPES):
+            return transform(self.model, images).float()
