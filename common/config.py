@@ -369,6 +369,8 @@ def explain(config_class: type[TrainConfig], message: str, args: Sequence[str]) 
         where = f"{_place(values)}: {key}"
     else:
         where, refused = f"--{key}", own
+    if ", stage " in where:
+        fields |= _fields(Stage)
     return f"{where} takes {in_words(str(fields[key].type))}" + (f", not {refused}" if refused else "")
 
 

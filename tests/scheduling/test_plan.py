@@ -139,7 +139,7 @@ def test_impossible_stages_name_the_flag(field, value, capsys):
     stage = {"epochs": 1, field: value}
     with pytest.raises(SystemExit):
         parse_args(HybridConfig, "", ["--stages", str([stage]).replace("'", '"')])
-    assert f"--stages: {field} takes" in capsys.readouterr().err
+    assert f"--stages, stage 1: {field} takes" in capsys.readouterr().err
 
 
 def test_no_data_at_all_is_a_sentence():
