@@ -63,7 +63,11 @@ class TrainedModel:
         self.shapes, self.view = np.array([[size, size]]), View(None, crop_pct=self.cfg.crop_pct)
         if self.settings.get("rect_val"):
             # Chosen from the training images, as the run chose them.
-            train, _ = open_dataset(self.data_settings())
+            try:
+                train, _ = open_dataset(self.data_settings())
+            except UserError as error:
+                why = "was evaluated in rectangles, whose shapes come from its training images"
+                raise UserError(f"{folder} {why}: {error}; {place} instead means square crops") from error
             self.shapes = choose_shapes(train.sizes(), size, self.settings["rect_area"])
             self.view = View(None, crop_pct=1.0)
 

@@ -5,6 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from common import UserError
+from common.data.order import View
 from common.tools import predict
 from common.tools.model_folder import TrainedModel
 from tests.helpers import make_images, run_training
@@ -78,12 +80,17 @@ def test_a_run_evaluated_in_rectangles_and_bf16_is_repeated(
     capsys.readouterr()
     model = TrainedModel(run)
     assert len(model.shapes) > 1
+    assert model.view == View(None, crop_pct=1.0)
     assert model.precision == "bf16"
     assert len({predict.decode(model, path).shape for path in images.glob("val/*/*.jpg")}) > 1
     predictions = list(predict.predict(model, sorted(images.glob("val/*/*.jpg")), 1, 64, []))
     hits = sum(path.parent.name == names[0] for path, names, _ in predictions)
     with (run / "training_log.csv").open() as file:
         assert 100 * hits / 21 == pytest.approx(max(float(row["val_top1"]) for row in csv.DictReader(file)))
+    settings = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(settings.replace(str(images), str(tmp_path / "gone")))
+    with pytest.raises(UserError, match=r"whose shapes come from its training images: .*gone.* square crops"):
+        TrainedModel(run)
 
 
 @pytest.mark.parametrize(
