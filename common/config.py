@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import copy
 import dataclasses
 import difflib
 import inspect
@@ -28,10 +29,6 @@ from common.scheduling import ScheduleSettings, Stage, scale_stages
 if TYPE_CHECKING:
     from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
-# What the scripts make their own list of stages of.
-LIST_MAKERS = {
-    *("epochs", "head_epochs", "img_size", "target_size", "batch_size", "mixup_share", "body_lr_scale"),
-}
 # About a minute on two CPU cores.
 DEBUG_SCALE = {"epochs": 6, "img_size": 64, "batch_size": 64}
 
@@ -131,14 +128,13 @@ class TrainConfig(
         Raises:
             UserError: what makes the script's own list was given beside a list.
         """
-        defaults = type(self)()
-        unheard = [
-            name for name in sorted(self.given & LIST_MAKERS) if vars(self)[name] != vars(defaults)[name]
-        ]
-        if self.stages and unheard:
-            raise UserError(
-                f"--{unheard[0]} is for the script's own stages; leave it out, or put it into --stages"
-            )
+        for name in sorted(self.given) if self.stages else []:
+            without = copy.copy(self)
+            setattr(without, name, getattr(type(self)(), name))
+            if without.curriculum() != self.curriculum():
+                raise UserError(
+                    f"--{name} is for the script's own stages; leave it out, or put it into --stages"
+                )
         stages = self.stages or self.curriculum()
         return scale_stages(stages, **DEBUG_SCALE) if self.debug else stages
 
@@ -337,18 +333,16 @@ def explain(config_class: type[TrainConfig], message: str, args: Sequence[str]) 
     values = {}
     for arg, after in zip(args, [*args[1:], ""], strict=False):
         flag, equals, own = arg.partition("=")
-        values[flag] = own if equals else after
+        # --stages+ appends to a list, and is wrong in the same ways.
+        values[flag.removesuffix("+")] = own if equals else after
     if unknown := re.search(
         r"[Uu]nrecognized arguments: --([^ =]+)|Option '([^']+)' is not accepted", message
     ):
-        name, dashes = (unknown[1], "--") if unknown[1] else (unknown[2], f"{_place(values)}: ")
+        flag, key = unknown.groups()
+        name, where, dashes = (flag, "", "--") if flag else (key, f"{_place(values)}: ", "")
         close = difflib.get_close_matches(name.replace("-", "_"), fields, n=3, cutoff=0.5)
-        hint = (
-            f"; did you mean {', '.join(('--' if unknown[1] else '') + each for each in close)}?"
-            if close
-            else ""
-        )
-        return f"{dashes}{name} is no setting{hint}"
+        hint = f"; did you mean {', '.join(dashes + each for each in close)}?" if close else ""
+        return f"{where}{dashes}{name} is no setting{hint}"
     if alone := re.search(r"[Uu]nrecognized arguments: (.*)", message):
         return f"{alone[1]} follows no flag that takes it; every setting is a flag, such as --epochs 10"
     if "are required" in message:

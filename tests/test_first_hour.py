@@ -129,6 +129,7 @@ FLAGS = [
     ),
     ("standard", "--workers -2", "--workers takes"),
     ("standard", "--stages many", "stages takes a list of stages"),
+    ("hybrid", '--stages+ [{"epochs":0}]', "--stages, stage 1: epochs takes a whole number above 0, not 0"),
     ("standard", "--stages [{}]", "stages takes a list of stages"),
     ("standard", "--config nowhere.yaml", "nowhere.yaml"),
     ("standard", "--model resnet51", "did you mean resnet51"),

@@ -41,7 +41,7 @@ from common.tools.evaluation_plots import (
     draw_reliability,
     shortened,
 )
-from common.tools.model_folder import TrainedModel
+from common.tools.model_folder import TrainedModel, add_arguments
 
 TOP = 5
 BATCH_SIZE = 64
@@ -336,19 +336,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    add_arguments(parser)
     add = parser.add_argument
-    add(
-        "model",
-        type=Path,
-        metavar="RUN|MODEL_DIR",
-        help="a run's folder, or one with model.safetensors and config.json",
-    )
     add("--data_dir", help="whatever the training scripts read (default: the run's)")
     add("--split", choices=("val", "test"), default="val", help="(default: %(default)s)")
     add("--to", type=Path, default=Path("evaluation"), help="folder for the results (default: %(default)s)")
     add("--tta", action="store_true", help="mean of the image and its mirror image")
     add("--batch_size", type=int, help=f"images at a time (default: the run's, or {BATCH_SIZE})")
-    add("--mixed_precision", choices=("no", "bf16", "fp16"), help="(default: the run's)")
     add("--workers", type=int, help="processes that read images (default: one per usable CPU)")
     args = parser.parse_args(arguments)
     try:

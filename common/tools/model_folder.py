@@ -1,5 +1,6 @@
 """A trained model as its run evaluated it: classes, shapes, crop, normalisation, precision. What `predict` and `evaluate` share."""
 
+import argparse
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -24,6 +25,13 @@ from common.run.processes import Precision, resolve_precision
 log = logging.getLogger(__name__)
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command line's part that makes a `TrainedModel`: RUN|MODEL_DIR and --mixed_precision."""
+    place = "a run's folder, or one with model.safetensors and config.json"
+    parser.add_argument("model", type=Path, metavar="RUN|MODEL_DIR", help=place)
+    parser.add_argument("--mixed_precision", choices=("no", "bf16", "fp16"), help="(default: the run's)")
 
 
 class TrainedModel:

@@ -28,7 +28,7 @@ from common import UserError
 from common.data.decode import DecodeError, decode_batch, read_header
 from common.data.order import BatchItem
 from common.data.sources.base import EXTENSIONS
-from common.tools.model_folder import TrainedModel
+from common.tools.model_folder import TrainedModel, add_arguments
 
 VAL = 1
 
@@ -142,19 +142,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         prog="python -m common.tools.predict",
         description="Name what is on images, with the weights of a run or of a model folder.",
     )
+    add_arguments(parser)
     add = parser.add_argument
-    add(
-        "model",
-        type=Path,
-        metavar="RUN|MODEL_DIR",
-        help="a run's folder, or one with model.safetensors and config.json",
-    )
     add("paths", type=Path, nargs="+", metavar="PATH", help="image files, and folders of them")
     add("--topk", type=int, default=5, help="classes named for each image (default: %(default)s)")
     add("--csv", type=Path, metavar="FILE", help="also write a table")
     add("--json", type=Path, metavar="FILE", help="also write a list of objects")
     add("--batch_size", type=int, default=64, help="images at a time (default: %(default)s)")
-    add("--mixed_precision", choices=("no", "bf16", "fp16"), help="(default: the run's)")
     args = parser.parse_args(arguments)
     unreadable: list[str] = []
     try:
