@@ -122,19 +122,30 @@ class TrainConfig(
         """The strategy: each script's own list of stages."""
         raise NotImplementedError
 
+    def read_by_curriculum(self) -> set[str]:
+        """Names of the settings that the script's own list is made from."""
+        read = set()
+
+        class Watched(type(self)):  # type: ignore[misc]
+            def __getattribute__(self, name: str) -> Any:
+                read.add(name)
+                return super().__getattribute__(name)
+
+        watched = copy.copy(self)
+        watched.__class__ = Watched
+        watched.curriculum()
+        return read & _fields(type(self)).keys()
+
     def stages_in_force(self) -> list[Stage]:
         """The user's stages or the script's, before a recipe fits them to the data.
 
         Raises:
             UserError: what makes the script's own list was given beside a list.
         """
-        for name in sorted(self.given) if self.stages else []:
-            without = copy.copy(self)
-            setattr(without, name, getattr(type(self)(), name))
-            if without.curriculum() != self.curriculum():
-                raise UserError(
-                    f"--{name} is for the script's own stages; leave it out, or put it into --stages"
-                )
+        if self.stages and (beside := sorted(self.given & self.read_by_curriculum())):
+            raise UserError(
+                f"--{beside[0]} is for the script's own stages; leave it out, or put it into --stages"
+            )
         stages = self.stages or self.curriculum()
         return scale_stages(stages, **DEBUG_SCALE) if self.debug else stages
 
@@ -190,6 +201,13 @@ RESUME_MAY_CHANGE = frozenset(
 def as_plain(cfg: Any) -> dict[str, Any]:
     """A config as what YAML and JSON can hold."""
     return _plain(dataclasses.asdict(cfg))
+
+
+def repeatable(cfg: TrainConfig, stages: Sequence[Stage]) -> dict[str, Any]:
+    """Settings that train these stages again, given as --config; those that they were made from are left out."""
+    left_out = cfg.read_by_curriculum()
+    kept = {name: value for name, value in as_plain(cfg).items() if name not in left_out}
+    return {**kept, "stages": [as_plain(stage) for stage in stages]}
 
 
 def _plain(value: Any) -> Any:

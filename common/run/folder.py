@@ -10,7 +10,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
 from common import UserError
-from common.config import TrainConfig, adopt, as_plain, differences, read_stages
+from common.config import TrainConfig, adopt, differences, read_stages, repeatable
 from common.run import checkpoint
 from common.run.processes import rank0_errors
 from common.scheduling import Stage
@@ -124,15 +124,15 @@ def _must_match(cfg: TrainConfig, recorded: dict[str, Any] | None, folder: Path)
         )
 
 
-def create_folder(folder: Path, cfg: TrainConfig) -> None:
-    """Make the run's folder and write the settings in force.
+def create_folder(folder: Path, cfg: TrainConfig, stages: list[Stage]) -> None:
+    """Make the run's folder and write the settings and stages in force, as `--config` reads them.
 
     Raises:
         UserError: cannot be written.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.yaml").write_text(yaml.safe_dump(as_plain(cfg), sort_keys=False))
+        (folder / "config.yaml").write_text(yaml.safe_dump(repeatable(cfg, stages), sort_keys=False))
         for name in ("logs", "plots", "checkpoints"):
             (folder / name).mkdir(exist_ok=True)
     except OSError as error:

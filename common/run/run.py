@@ -86,7 +86,7 @@ class Run:
         self._looked_at = (progress.step, time.monotonic())
         with rank0_errors():
             if self.is_main:
-                create_folder(self.folder, self.cfg)
+                create_folder(self.folder, self.cfg, self.stages)
                 self.records.keep_epochs(progress.epochs_done)
                 self._log_to_file(self.folder / "training_log.txt")
                 if self.cfg.s3:

@@ -3,6 +3,7 @@ import importlib
 import json
 import resource
 import signal
+import sys
 from contextlib import suppress
 
 import pytest
@@ -11,6 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from common import UserError
+from common.config import parse_args
 from common.engine import recording
 from common.run.checkpoint import name_of, newest_whole
 from common.run.run import Run
@@ -323,3 +325,16 @@ def test_a_loss_that_is_never_finite_is_noticed_in_epochs_shorter_than_the_patie
         run_training(StandardConfig, data, tmp_path, "run", "--epochs", "8", "--batch_size", "16")
     assert stop.value.code == 2
     assert "lower --lr" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("strategy", ["progressive", "finetune"])
+def test_the_runs_own_config_repeats_what_was_adapted(strategy, data, base, tmp_path):
+    config_class, flags = STRATEGIES[strategy]
+    flags = [str(base) if flag == "BASE" else flag for flag in flags] + ["--recipe", "auto"]
+    if strategy == "progressive":
+        flags = ["--epochs", "3", "--batch_size", "16", "--recipe", "auto"]
+    first = run_training(config_class, data, tmp_path, "first", *flags)
+    config = ["--config", str(first / "config.yaml"), "--run_name", "again"]
+    sys.modules[config_class.__module__].main(parse_args(config_class, "", config))
+    assert_same(weights(first), weights(tmp_path / "again"))
+    assert (tmp_path / "again" / "config.yaml").read_text() == (first / "config.yaml").read_text().replace("first", "again")
