@@ -10,7 +10,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from common.scheduling.stages import BACKBONE, Stage, couple_strength
+from common.scheduling.stages import BACKBONE, Stage, apportion, couple_strength
 
 # Levels of regularisation, and the epochs from which each holds. Mixing cost 9 points in 5 and in 12 epochs; ffcv-imagenet (16 to 88
 # epochs) and Mosaic ResNet (below 67) do without it, Mosaic's longer recipes and our lists, from 50 epochs, have it.
@@ -31,6 +31,8 @@ STEPS_PER_EPOCH, STEPS_PER_RUN = 20, 500
 FEWEST_IMAGES = 8
 # Smallest training image in pixels, and one cell of the last map (the stride): stages of 32 px paid with ResNet-18.
 SMALLEST_SIZE, DEFAULT_STRIDE = 32, 32
+# Share of a short run's epochs that rectangles settle in, after squares.
+SETTLING_SHARE = 1 / 3
 # The finder's sweep is at most this share of the run, but no fewer steps than tell six decades of rates apart.
 FINDER_SHARE, FINDER_STEPS = 0.1, 25
 # EMA's horizon as a share of the run: 4 % in torchvision's recipe, which scales it with the epochs, below 1 % in Mosaic's; 22 % lost 1.9 points.
@@ -89,6 +91,9 @@ def adapt(
         return result
     length, free = fitting_level(stages, facts), settings.keys() - set(given)
     if "stages" not in given:
+        if sum(stage.epochs for stage in stages) < STRONG_FROM:
+            _fit_lengths(result)
+            _fit_shapes(result, free)
         _fit_sizes(result, settings, free, facts)
         _fit_batches(result, settings, free, facts)
     smaller = [s.batch_size for s in result.stages] != [s.batch_size for s in stages]
@@ -97,6 +102,34 @@ def adapt(
     _fit_regularisation(result, settings, free, length if recipe == "auto" else recipe)
     _fit_horizons(result, settings, free, facts)
     return result
+
+
+def _fit_lengths(recipe: Recipe) -> None:
+    """As many epochs for each size in a short run: the largest costs most, and is there to settle."""
+    listed = [stage.epochs for stage in recipe.stages]
+    sizes = sorted({stage.img_size for stage in recipe.stages})
+    if len(sizes) == 1:
+        return
+    at = {size: sum(stage.epochs for stage in recipe.stages if stage.img_size == size) for size in sizes}
+    # Stages of one size share its epochs as listed.
+    lengths = apportion([stage.epochs / at[stage.img_size] for stage in recipe.stages], sum(listed))
+    recipe.stages[:] = [replace(s, epochs=length) for s, length in zip(recipe.stages, lengths, strict=True)]
+    if lengths != listed:
+        recipe.notes.append(f"stages of {lengths} epochs, not {listed}: as many for each size (--stages)")
+
+
+def _fit_shapes(recipe: Recipe, free: set[str]) -> None:
+    """Squares first, rectangles of as many pixels last, where a short run has rectangles only."""
+    stages = recipe.stages
+    if any(stage.shape == "square" or stage.epochs < 3 for stage in stages):
+        return
+    settling = [max(1, round(SETTLING_SHARE * stage.epochs)) for stage in stages]
+    squares = [replace(s, epochs=s.epochs - n, shape="square") for s, n in zip(stages, settling, strict=True)]
+    stages[:] = [*squares, *(replace(s, epochs=n) for s, n in zip(stages, settling, strict=True))]
+    recipe.notes.append(f"squares for {sum(s.epochs for s in squares)} epochs, then rectangles (--stages)")
+    if "rect_area" in free:
+        recipe.values["rect_area"] = "constant"
+        recipe.notes.append("rectangles of as many pixels as the square (--rect_area)")
 
 
 def _fit_sizes(recipe: Recipe, settings: Mapping[str, Any], free: set[str], facts: Facts) -> None:

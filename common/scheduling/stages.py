@@ -43,7 +43,7 @@ def couple_strength(stages: Sequence[Stage]) -> list[Stage]:
     return [replace(stage, strength=stage.strength * stage.img_size / largest) for stage in stages]
 
 
-def apportion(epochs: Sequence[int], total: int) -> list[int]:
+def apportion(epochs: Sequence[float], total: int) -> list[int]:
     """Share `total` epochs out in proportion to `epochs`, at least one each; the sum is `total` if that is one for each or more.
 
     Largest remainders (Hamilton's method); of equal remainders the later stage's, with the larger images, counts first.
