@@ -107,12 +107,16 @@ def adapt(
 def _fit_lengths(recipe: Recipe) -> None:
     """As many epochs for each size in a short run: the largest costs most, and is there to settle."""
     listed = [stage.epochs for stage in recipe.stages]
-    sizes = sorted({stage.img_size for stage in recipe.stages})
-    if len(sizes) == 1:
+    sizes = [stage.img_size for stage in recipe.stages]
+    ascending = sorted(set(sizes))
+    if len(ascending) == 1:
         return
-    at = {size: sum(stage.epochs for stage in recipe.stages if stage.img_size == size) for size in sizes}
-    # Stages of one size share its epochs as listed.
-    lengths = apportion([stage.epochs / at[stage.img_size] for stage in recipe.stages], sum(listed))
+    shares = apportion([1] * len(ascending), sum(listed), [sizes.count(size) for size in ascending])
+    parts = {
+        size: iter(apportion([stage.epochs for stage in recipe.stages if stage.img_size == size], share))
+        for size, share in zip(ascending, shares, strict=True)
+    }
+    lengths = [next(parts[size]) for size in sizes]
     recipe.stages[:] = [replace(s, epochs=length) for s, length in zip(recipe.stages, lengths, strict=True)]
     if lengths != listed:
         recipe.notes.append(f"stages of {lengths} epochs, not {listed}: as many for each size (--stages)")

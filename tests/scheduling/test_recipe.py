@@ -205,6 +205,33 @@ def test_a_short_curriculum_has_one_cycle_and_the_finders_rate():
     assert [stage.data_fraction for stage in adapted("hybrid", epochs=12).stages] == [0.5, 0.75, 1, 1]
 
 
+@pytest.mark.parametrize(
+    ("name", "epochs", "lengths"),
+    [
+        ("hybrid", 12, [4, 4, 2, 2]),
+        ("hybrid", 8, [2, 3, 2, 1]),
+        ("hybrid", 49, [16, 16, 10, 7]),
+        ("hybrid", 50, [9, 9, 19, 13]),
+        ("progressive", 12, [4, 4, 4]),
+        ("expert", 12, [4, 4, 1, 1, 1, 1]),
+        ("standard", 12, [12]),
+    ],
+)
+def test_each_size_gets_as_many_epochs_in_a_short_run(name, epochs, lengths):
+    recipe = adapted(name, imagenet(8), epochs=epochs)
+    assert [stage.epochs for stage in recipe.stages] == lengths
+    assert any("as many for each size" in note for note in recipe.notes) == (name in ("hybrid", "expert") and epochs < 50)
+
+
+def test_rectangles_settle_after_squares_in_a_short_run():
+    recipe = adapted("rect", epochs=12)
+    assert [(stage.shape, stage.epochs) for stage in recipe.stages] == [("square", 8), ("rect", 4)]
+    assert recipe.values["rect_area"] == "constant"
+    assert "rect_area" not in adapted("rect", epochs=12, rect_area="short").values
+    assert every(adapted("rect", epochs=2), "shape") == {"rect"}
+    assert every(adapted("rect", imagenet(8), epochs=50), "shape") == {"rect"}
+
+
 def test_strength_follows_the_size():
     recipe = adapted("progressive", epochs=12, img_size=96)
     assert [stage.strength for stage in recipe.stages] == pytest.approx([1 / 3, 2 / 3, 1])
