@@ -26,11 +26,15 @@ def record(t: Trainer, epoch: EpochPlan, rates: Rates, scores: list[Score]) -> N
     loss, hits = run.accelerator.reduce(meter.sums, "sum").tolist()
     images = epoch.steps * epoch.global_batch
     raw, *ema = scores
-    top1 = max(score.top1 for score in scores)
-    improved = top1 > progress.best_top1
+    best = max(scores, key=lambda score: score.top1)
+    improved = best.top1 > progress.best_top1
     if improved:
-        progress.best_top1, progress.best_epoch, progress.best_step = top1, epoch.index + 1, progress.step
-        progress.best_is_ema = top1 > raw.top1
+        progress.best_top1, progress.best_epoch, progress.best_step = (
+            best.top1,
+            epoch.index + 1,
+            progress.step,
+        )
+        progress.best_is_ema = best.top1 > raw.top1
     progress.epochs_done, progress.epoch_sums = epoch.index + 1, [0.0, 0.0]
     progress.wall_s = time.monotonic() - t.started
     # A checkpoint of the epoch's end holds nothing of the next.
@@ -47,6 +51,7 @@ def record(t: Trainer, epoch: EpochPlan, rates: Rates, scores: list[Score]) -> N
         "val_loss": raw.loss,
         "val_top1": raw.top1,
         "val_top5": raw.top5,
+        "val_balanced": raw.balanced,
         "ema_top1": ema[0].top1 if ema else "",
         "images_per_s": meter.images_per_s,
         "data_wait": meter.data_wait,
@@ -59,6 +64,8 @@ def record(t: Trainer, epoch: EpochPlan, rates: Rates, scores: list[Score]) -> N
     with rank0_errors():
         if run.is_main:
             run.records.add(row)
+            if improved:
+                run.records.write_classes(t.model_cfg.classes, best.class_images, best.class_hits)
             run.accelerator.log({**row, "optimizer_step": progress.step})
     run.log.info("%s", meter.line(row, progress))
     is_last = progress.epochs_done == t.plan.total_epochs

@@ -5,7 +5,7 @@ import json
 import logging
 import os
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -88,6 +88,14 @@ class Records:
                 writer.writeheader()
             writer.writerow(rounded)
         self.background.submit(draw, write_plots, self.folder)
+
+    def write_classes(self, names: Sequence[str], images: Sequence[int], hits: Sequence[int]) -> None:
+        """`per_class.csv`: the best weights' validation accuracy in percent, class by class."""
+        with open(self.folder / "per_class.csv", "w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(("class", "images", "hits", "top1"))
+            for name, n, h in zip(names, images, hits, strict=True):
+                writer.writerow((name, n, h, f"{100 * h / n:.6g}" if n else ""))
 
     def write_schedule(self, plan: Plan, rates: Rates) -> None:
         """The whole run's learning rate and momentum by step, which the plots draw before they are reached."""
