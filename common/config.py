@@ -87,6 +87,8 @@ class RecordSettings:
     """auto = online when logged in, otherwise offline."""
     print_freq: PositiveFloat = 30.0
     """Seconds between progress lines when there is no terminal."""
+    patience: NonNegativeInt = 0
+    """Epochs in a row without a new best top-1 after which the run ends; 0 = never."""
     final_eval: bool = False
     """At the end, evaluate over test sizes, crops and flips, raw and EMA."""
     debug: bool = False
@@ -162,7 +164,8 @@ class CurriculumConfig(TrainConfig):
         return scale_stages(stages, **DEBUG_SCALE) if self.debug else stages
 
 
-# What may differ when a run goes on: it changes no sample and no schedule, at most the rounding.
+# What may differ when a run goes on: it changes no sample and no schedule, at most the rounding, and with --patience
+# how far the run gets: more of it, or none, lets one that has stopped go on.
 RESUME_MAY_CHANGE = frozenset(
     [
         "data_dir",
@@ -181,6 +184,7 @@ RESUME_MAY_CHANGE = frozenset(
         "s3",
         "wandb",
         "print_freq",
+        "patience",
         "final_eval",
         "dry_run",
     ]

@@ -11,12 +11,18 @@ from common.config import as_plain
 from common.engine.evaluate import Score
 from common.engine.trainer import Trainer
 from common.run import checkpoint
+from common.run.checkpoint import Progress
 from common.run.processes import rank0_errors
 from common.run.progress import peak_memory_mb
 from common.scheduling import EpochPlan, Rates
 
 # Checkpoints kept beside the best and the numbered ones: the newest may have been damaged by what ended the run.
 KEEP_CHECKPOINTS = 2
+
+
+def out_of_patience(patience: int, progress: Progress) -> bool:
+    """Whether the run ends here; the same on all processes, since all have the same scores."""
+    return 0 < patience <= progress.epochs_done - progress.best_epoch
 
 
 def record(t: Trainer, epoch: EpochPlan, rates: Rates, scores: list[Score]) -> None:
@@ -68,7 +74,7 @@ def record(t: Trainer, epoch: EpochPlan, rates: Rates, scores: list[Score]) -> N
                 run.records.write_classes(t.model_cfg.classes, best.class_images, best.class_hits)
             run.accelerator.log({**row, "optimizer_step": progress.step})
     run.log.info("%s", meter.line(row, progress))
-    is_last = progress.epochs_done == t.plan.total_epochs
+    is_last = progress.epochs_done == t.plan.total_epochs or out_of_patience(run.cfg.patience, progress)
     numbered = run.cfg.keep_every and progress.epochs_done % run.cfg.keep_every == 0
     if improved or numbered or is_last or progress.epochs_done % run.cfg.save_freq_last == 0:
         save(t)
