@@ -83,8 +83,8 @@ class RecordSettings:
     """Also keep the checkpoint of every so many epochs for good; 0 = none."""
     s3: str = ""
     """Mirror the run's folder to s3://bucket/prefix (another server: AWS_ENDPOINT_URL)."""
-    wandb: Literal["auto", "offline", "off"] = "auto"
-    """auto = online when logged in, otherwise offline."""
+    trackers: str = "wandb"
+    """Some of wandb,tensorboard,trackio, or none. W&B is online when logged in, unless WANDB_MODE says otherwise."""
     print_freq: PositiveFloat = 30.0
     """Seconds between progress lines when there is no terminal."""
     patience: NonNegativeInt = 0
@@ -182,7 +182,7 @@ RESUME_MAY_CHANGE = frozenset(
         "checkpoint_minutes",
         "keep_every",
         "s3",
-        "wandb",
+        "trackers",
         "print_freq",
         "patience",
         "final_eval",

@@ -21,6 +21,7 @@ from common.engine.trainer import Trainer
 from common.model.pretrained_cfg import PretrainedCfg
 from common.run.processes import Interrupted
 from common.run.progress import closing_block
+from common.run.records import upload_model
 from common.run.run import Run
 from common.scheduling import EpochPlan, Rates
 
@@ -84,6 +85,7 @@ def fit(run: Run, model: nn.Module, train: Source, val: Source, source: Pretrain
     run.background.drain()
     if run.is_main:
         run.log.info("%s", closing_block(run, progress))
+        upload_model(accelerator, run.folder)
     run.sync()
 
 

@@ -72,7 +72,8 @@ def record(t: Trainer, epoch: EpochPlan, rates: Rates, scores: list[Score]) -> N
             run.records.add(row)
             if improved:
                 run.records.write_classes(t.model_cfg.classes, best.class_images, best.class_hits)
-            run.accelerator.log({**row, "optimizer_step": progress.step})
+            shown = {name: value for name, value in row.items() if value != ""}
+            run.accelerator.log(shown, step=progress.step)
     run.log.info("%s", meter.line(row, progress))
     is_last = progress.epochs_done == t.plan.total_epochs or out_of_patience(run.cfg.patience, progress)
     numbered = run.cfg.keep_every and progress.epochs_done % run.cfg.keep_every == 0

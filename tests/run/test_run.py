@@ -31,7 +31,7 @@ def test_wandb_offline_without_an_account(data, tmp_path, monkeypatch):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
-    run = run_training(StandardConfig, data, tmp_path, "run", *SMALL, "--wandb", "auto")
+    run = run_training(StandardConfig, data, tmp_path, "run", *SMALL, "--trackers", "wandb")
     files = list((run / "wandb").glob("offline-run-*/run-*.wandb"))
     assert len(files) == 1
     assert progress(run)["wandb_id"] in files[0].name
@@ -92,7 +92,18 @@ def test_a_real_signal_saves_and_exits_with_75(data, tmp_path, number):
         "--run_name",
         "run",
     ]
-    args += ["--model", "test_resnet", "--wandb", "off", "--workers", "1", "--lr", "0.1", "--img_size", "32"]
+    args += [
+        "--model",
+        "test_resnet",
+        "--trackers",
+        "none",
+        "--workers",
+        "1",
+        "--lr",
+        "0.1",
+        "--img_size",
+        "32",
+    ]
     args += ["--epochs", "5000", "--batch_size", "8", "--recipe", "listed", "--mixed_precision", "no"]
     process = subprocess.Popen(
         args, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL
@@ -193,5 +204,5 @@ def test_wrong_credentials_are_one_sentence_at_the_start(processes, data, tmp_pa
 
 def in_miniature(data, output):
     flags = ["--data_dir", str(data), "--output", str(output), "--run_name", "run", "--model", "test_resnet"]
-    flags += ["--wandb", "off", "--workers", "0", "--lr", "0.1", "--img_size", "32"]
+    flags += ["--trackers", "none", "--workers", "0", "--lr", "0.1", "--img_size", "32"]
     return [*flags, "--epochs", "1", "--batch_size", "16", "--recipe", "listed"]
