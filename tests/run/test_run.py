@@ -37,6 +37,25 @@ def test_wandb_offline_without_an_account(data, tmp_path, monkeypatch):
     assert progress(run)["wandb_id"] in files[0].name
 
 
+def test_tensorboard_has_a_point_for_each_epoch_also_after_a_resume(data, tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    flags = ("--batch_size", "16", "--lr", "1e-12", "--trackers", "tensorboard")
+    for patience in ("1", "0"):
+        run = run_training(
+            StandardConfig, data, tmp_path, "run", "--epochs", "3", *flags, "--patience", patience
+        )
+    events = EventAccumulator(str(run / "tensorboard" / "image-classification")).Reload()
+    with open(run / "training_log.csv") as file:
+        rows = list(csv.DictReader(file))
+    points = [(event.step, event.value) for event in events.Scalars("val_loss")]
+    assert points == [
+        (3 * n, pytest.approx(float(row["val_loss"]), rel=1e-4)) for n, row in enumerate(rows, 1)
+    ]
+    assert not (run / "wandb").exists()
+
+
 def test_the_resolved_config_is_saved_and_can_be_run_again(data, tmp_path):
     from common.config import parse_args
 
