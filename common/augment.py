@@ -10,13 +10,13 @@ import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from common.data.order import BatchItem
+from common.data.order import EVENNESS, BatchItem
 from common.data.rng import CUTOUT, ERASE, FLIP, uniforms
 
 if TYPE_CHECKING:
@@ -47,6 +47,9 @@ class AugmentSettings:
     label_smoothing: ClosedUnitInterval = 0.1
     """Of batches that are not mixed (Szegedy et al., 2016)."""
 
+    class_weights: Literal["none", "sqrt", "balanced"] = "none"
+    """Weigh rare classes more in the loss: balanced = by images / (classes x images of the class), sqrt = by its root."""
+
     flip: ClosedUnitInterval = 0.5
     """Probability of a horizontal flip, per image."""
 
@@ -69,6 +72,7 @@ class Augment:
         seed: of the run.
         mean: of the dataset's channels, for pixels from 0 to 1.
         std: of the same.
+        train_labels: int [images], which tell how rare the classes are; for class weights alone.
     """
 
     def __init__(
@@ -79,9 +83,14 @@ class Augment:
         seed: int,
         mean: tuple[float, ...] = IMAGENET_MEAN,
         std: tuple[float, ...] = IMAGENET_STD,
+        train_labels: np.ndarray | None = None,
     ) -> None:
         self.settings, self.num_classes, self.seed = settings, num_classes, seed
         self.mean, self.std = mean, std
+        self.class_weights: Tensor | None = None
+        if settings.class_weights != "none":
+            assert train_labels is not None
+            self.class_weights = weigh(train_labels, num_classes, EVENNESS[settings.class_weights])
         if settings.erasing_prob > 0 and settings.cutout_prob > 0:
             log.warning("Random Erasing and Cutout are both on; images may lose more than is good for them")
 
@@ -104,6 +113,7 @@ class Augment:
         Returns:
             Normalised images, float32 [B, C, H, W] in the layout of `images`, and soft targets, float32
             [B, num_classes]. Rows sum to 1; cross-entropy with them is lam x loss(a) + (1 - lam) x loss(b).
+            With class weights every label's part is multiplied by its class's weight, and its smoothing with it.
         """
         _, _, height, width = images.shape
         assert len(item.indices) == len(images)
@@ -141,14 +151,20 @@ class Augment:
         """Soft targets, float32 [B, num_classes]: lam (float32 [B, 1]) of a label, the rest its partner's."""
         batch, half = len(labels), len(labels) // 2
         labels = labels[:, None]
+        if self.class_weights is not None:
+            self.class_weights = self.class_weights.to(labels.device)
+        weights = self.class_weights
         if lam is None:
             smoothing = self.settings.label_smoothing
             floor = smoothing / self.num_classes
             targets = torch.full((batch, self.num_classes), floor, device=labels.device)
-            return targets.scatter_(1, labels, 1 - smoothing + floor)
+            targets.scatter_(1, labels, 1 - smoothing + floor)
+            # By the image's class: the weights of the others, of which smoothing gives each a little, may be many times its own.
+            return targets if weights is None else targets.mul_(weights[labels])
         partners = torch.cat([labels[half : 2 * half], labels[:half], labels[2 * half :]])
         targets = torch.zeros(batch, self.num_classes, device=labels.device)
-        return targets.scatter_(1, labels, lam).scatter_add_(1, partners, 1 - lam)
+        targets.scatter_(1, labels, lam).scatter_add_(1, partners, 1 - lam)
+        return targets if weights is None else targets.mul_(weights)
 
     def _draw_mixing(
         self, item: BatchItem, height: int, width: int, strength: float
@@ -196,6 +212,17 @@ class Augment:
             first = (np.floor(centre * size) - settings.cutout_length // 2).T
             drawn = (chance < settings.cutout_prob * strength)[:, None]
             yield drawn * _box(first, first + settings.cutout_length, height, width)
+
+
+def weigh(labels: np.ndarray, num_classes: int, evenness: float) -> Tensor:
+    """A weight for each class, float32 [num_classes], in proportion to its images ** -evenness.
+
+    Their mean over the images is 1, and the loss stays a sum over images divided by their number, not by their weights
+    (as `cross_entropy` with labels would): so it is the same however the images are shared out to processes and micro-batches.
+    """
+    images = np.bincount(labels, minlength=num_classes)
+    weights = np.maximum(images, 1.0) ** -evenness
+    return torch.tensor(weights * len(labels) / (weights @ images), dtype=torch.float32)
 
 
 def _box(first: np.ndarray, last: np.ndarray, height: int, width: int) -> np.ndarray:

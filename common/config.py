@@ -83,10 +83,12 @@ class RecordSettings:
     """Also keep the checkpoint of every so many epochs for good; 0 = none."""
     s3: str = ""
     """Mirror the run's folder to s3://bucket/prefix (another server: AWS_ENDPOINT_URL)."""
-    wandb: Literal["auto", "offline", "off"] = "auto"
-    """auto = online when logged in, otherwise offline."""
+    trackers: str = "wandb"
+    """Some of wandb,tensorboard,trackio, or none. W&B is online when logged in, unless WANDB_MODE says otherwise."""
     print_freq: PositiveFloat = 30.0
     """Seconds between progress lines when there is no terminal."""
+    patience: NonNegativeInt = 0
+    """Epochs in a row without a new best top-1 after which the run ends; 0 = never."""
     final_eval: bool = False
     """At the end, evaluate over test sizes, crops and flips, raw and EMA."""
     debug: bool = False
@@ -173,7 +175,8 @@ class CurriculumConfig(TrainConfig):
         return scale_stages(stages, **DEBUG_SCALE) if self.debug else stages
 
 
-# What may differ when a run goes on: it changes no sample and no schedule, at most the rounding.
+# What may differ when a run goes on: it changes no sample and no schedule, at most the rounding, and with --patience
+# how far the run gets: more of it, or none, lets one that has stopped go on.
 RESUME_MAY_CHANGE = frozenset(
     [
         "data_dir",
@@ -190,8 +193,9 @@ RESUME_MAY_CHANGE = frozenset(
         "checkpoint_minutes",
         "keep_every",
         "s3",
-        "wandb",
+        "trackers",
         "print_freq",
+        "patience",
         "final_eval",
         "dry_run",
     ]

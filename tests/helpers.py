@@ -20,8 +20,8 @@ ROOT = Path(__file__).parent.parent
 FAST = [
     "--model",
     "test_resnet",
-    "--wandb",
-    "off",
+    "--trackers",
+    "none",
     "--workers",
     "0",
     "--lr",

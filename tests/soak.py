@@ -59,7 +59,7 @@ def command(script: str, processes: int, work: Path, name: str) -> list[str]:
     launcher = [sys.executable]
     if processes > 1:
         launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    flags = ["--debug", "--model", "test_resnet", "--wandb", "off", "--workers", "1", "--seed", "3"]
+    flags = ["--debug", "--model", "test_resnet", "--trackers", "none", "--workers", "1", "--seed", "3"]
     flags += ["--data_dir", str(work / "images"), "--output", str(work), "--run_name", name]
     flags += [
         "--checkpoint_minutes",

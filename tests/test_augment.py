@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.transforms import v2
 
 from common import augment as augment_module
-from common.augment import ERASING_ASPECT, IMAGENET_MEAN, IMAGENET_STD, Augment, AugmentSettings
+from common.augment import ERASING_ASPECT, IMAGENET_MEAN, IMAGENET_STD, Augment, AugmentSettings, weigh
 from common.data.order import BatchItem, View
 
 OFF = {"mixup_alpha": 0.0, "cutmix_alpha": 0.0, "flip": 0.0}  # nothing but normalisation
@@ -384,3 +384,51 @@ def test_a_gpu_gives_the_same_batch():
         there = augment(images.cuda(), labels.cuda(), item._replace(epoch=epoch), **settings)
         torch.testing.assert_close(there[0].cpu(), here[0], atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(there[1].cpu(), here[1])
+
+
+LABELS = np.repeat([0, 1, 2], [80, 15, 5])
+
+
+def weighted(images, labels, item, mix=False, **settings):
+    augment = Augment(AugmentSettings(**OFF | settings), num_classes=4, seed=0, train_labels=LABELS)
+    return augment(images, labels, item, mix=mix)[1]
+
+
+@pytest.mark.parametrize(("kind", "evenness"), [("sqrt", 0.5), ("balanced", 1.0)])
+def test_class_weights_have_a_mean_of_1_over_the_images(kind, evenness):
+    weights = weigh(LABELS, 4, evenness)
+    assert weights[:3].numpy() / weights[0].item() == pytest.approx((80 / np.array([80, 15, 5])) ** evenness)
+    assert weights[LABELS].mean().item() == pytest.approx(1)
+    if kind == "balanced":
+        assert weights[:3].numpy() == pytest.approx(100 / (3 * np.array([80, 15, 5])))
+
+
+def test_class_weights_multiply_a_labels_own_loss_smoothed_or_mixed():
+    images, _, item = batch_of(8)
+    labels = torch.tensor([0, 0, 1, 2, 2, 1, 0, 2])
+    logits = torch.randn(8, 4, generator=torch.Generator().manual_seed(0))
+    weights = weigh(LABELS, 4, 1.0)
+    each = F.cross_entropy(logits, labels, reduction="none", label_smoothing=0.1)
+    loss = F.cross_entropy(logits, weighted(images, labels, item, class_weights="balanced"))
+    torch.testing.assert_close(loss, (weights[labels] * each).mean())
+
+    mixing = {"mixup_alpha": 0.4, "label_smoothing": 0.0, "mix": True}
+    lam = weighted(images, labels, item, **mixing)
+    mixed = weighted(images, labels, item, class_weights="balanced", **mixing)
+    loss = F.cross_entropy(logits, mixed)
+    torch.testing.assert_close(loss, -(lam * weights * logits.log_softmax(1)).sum(1).mean())
+
+
+def test_the_weighted_loss_is_the_same_however_the_batch_is_shared_out():
+    images, _, item = batch_of(12)
+    labels = torch.arange(12) % 3
+    logits = torch.randn(12, 4, generator=torch.Generator().manual_seed(1))
+    whole = F.cross_entropy(logits, weighted(images, labels, item, class_weights="balanced"))
+    parts = [
+        F.cross_entropy(
+            logits[part],
+            weighted(images[part], labels[part], item_of(3, item.indices[part]), class_weights="balanced"),
+        )
+        for part in (slice(0, 4), slice(4, 8), slice(8, 12))
+    ]
+    torch.testing.assert_close(whole, torch.stack(parts).mean())

@@ -115,7 +115,17 @@ def fails(capsys, config=StandardConfig, *args):
 )
 def test_wrong_flags_are_named(flags, named, data, tmp_path, capsys):
     where = () if "--data_dir" in flags else ("--data_dir", str(data))
-    more = ("--output", str(tmp_path), "--wandb", "off", "--model", "test_resnet", "--workers", "0", *SMALL)
+    more = (
+        "--output",
+        str(tmp_path),
+        "--trackers",
+        "none",
+        "--model",
+        "test_resnet",
+        "--workers",
+        "0",
+        *SMALL,
+    )
     assert named in fails(capsys, StandardConfig, *where, *more, *flags)
 
 
@@ -140,7 +150,15 @@ def test_unreadable_images_end_training_with_their_path_or_are_replaced(kind, da
     shutil.copytree(data, tmp_path / "d")
     broken = tmp_path / "d" / "train" / "class0" / "3.jpg"
     broken.write_bytes(broken.read_bytes()[:300] if kind == "truncated" else b"this is no photograph")
-    flags = ("--data_dir", str(tmp_path / "d"), "--output", str(tmp_path / "runs"), "--wandb", "off", *SMALL)
+    flags = (
+        "--data_dir",
+        str(tmp_path / "d"),
+        "--output",
+        str(tmp_path / "runs"),
+        "--trackers",
+        "none",
+        *SMALL,
+    )
     flags += (
         "--model",
         "test_resnet",
@@ -175,7 +193,7 @@ def test_unreadable_images_end_training_with_their_path_or_are_replaced(kind, da
 
 def test_output_that_cannot_be_written(data, tmp_path, capsys):
     (tmp_path / "file").write_text("")
-    flags = ("--data_dir", str(data), "--output", str(tmp_path / "file"), "--wandb", "off", *SMALL)
+    flags = ("--data_dir", str(data), "--output", str(tmp_path / "file"), "--trackers", "none", *SMALL)
     assert "--output" in fails(capsys, StandardConfig, *flags)
 
 

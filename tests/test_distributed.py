@@ -176,8 +176,8 @@ def test_processes_with_unequal_numbers_of_evaluation_batches(script, data, tmp_
         str(tmp_path),
         "--model",
         "test_resnet",
-        "--wandb",
-        "off",
+        "--trackers",
+        "none",
         "--debug",
     ]
     flags += ["--workers", "0", "--lr", "0.1", "--rect_val", "--run_name", "run", "--final_eval", "--ema"]

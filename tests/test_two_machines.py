@@ -104,7 +104,7 @@ def wait_until(condition: Callable[[], bool]) -> None:
 
 def test_a_machine_dies_and_returns_and_then_one_is_left(machines, tmp_path):
     data = make_images(tmp_path / "images", train=64)
-    flags = ["--data_dir", str(data), "--model", "test_resnet", "--wandb", "off", "--workers", "0"]
+    flags = ["--data_dir", str(data), "--model", "test_resnet", "--trackers", "none", "--workers", "0"]
     flags += [
         "--lr",
         "0.1",

@@ -11,9 +11,11 @@ import numpy as np
 
 from common import UserError
 from common.data.order import (
+    EVENNESS,
     BatchItem,
     View,
     eval_items,
+    even_out,
     local_items,
     rect_epoch,
     square_epoch,
@@ -32,7 +34,7 @@ WHOLE = 0.0  # instead of the share that a square crop keeps
 
 @dataclass
 class ViewSettings:
-    """What the model sees of an image"""
+    """What the model sees"""
 
     crop_scale: tuple[ClosedUnitInterval, ClosedUnitInterval] = (0.08, 1.0)
     """Smallest and largest share of the image that a random training crop covers."""
@@ -45,6 +47,9 @@ class ViewSettings:
 
     rect_area: Literal["short", "constant"] = "short"
     """What rectangular shapes hold constant: short = the short side, constant = the pixels per image."""
+
+    sampler: Literal["none", "sqrt", "balanced"] = "none"
+    """Draw rare classes more often, frequent ones less: balanced = all equally often, sqrt = by the root of their size."""
 
 
 class Batches:
@@ -73,12 +78,14 @@ class Batches:
             raise UserError(f"--crop_scale needs 0 < smallest <= largest <= 1, not {low}, {high}")
         if settings.crop_pct == WHOLE:
             raise UserError("--crop_pct must be above 0; --rect_val true evaluates images whole")
-        random_access = settings.rect_val or any(
-            stage.data_fraction < 1 or stage.shape == "rect" for stage in plan.stages
+        random_access = (
+            settings.rect_val
+            or settings.sampler != "none"
+            or any(stage.data_fraction < 1 or stage.shape == "rect" for stage in plan.stages)
         )
         if train.group_rows is not None and random_access:
             raise UserError(
-                "--streaming reads shards in order: it goes with data_fraction 1 and square shapes only"
+                "--streaming reads shards in order: it goes with data_fraction 1, square shapes and --sampler none only"
             )
 
     def run_items(self, start_epoch: int, start_step: int) -> Iterator[BatchItem]:
@@ -96,9 +103,9 @@ class Batches:
         elif stage.shape == "rect":
             shapes = self._shapes(size)
             buckets = assign(jittered(self.train.sizes(), self.seed, epoch.index), shapes)
-            matrix = rect_epoch(self._pool(stage.data_fraction), buckets, shapes, *key)
+            matrix = rect_epoch(self._pool(epoch), buckets, shapes, *key)
         else:
-            matrix = square_epoch(self._pool(stage.data_fraction), size, *key)
+            matrix = square_epoch(self._pool(epoch), size, *key)
         yield from local_items(
             matrix,
             epoch=epoch.index,
@@ -140,8 +147,15 @@ class Batches:
             format_buckets(bucket_table(self.train.sizes(), self._shapes(size))) for size in sorted(sizes)
         )
 
+    def _pool(self, epoch: EpochPlan) -> np.ndarray:
+        """The epoch's images, in no order yet."""
+        pool = self._subset(epoch.stage.data_fraction)
+        if self.settings.sampler == "none":
+            return pool
+        return even_out(pool, self.train.labels, EVENNESS[self.settings.sampler], self.seed, epoch.index)
+
     @lru_cache(maxsize=4)  # noqa: B019 -- lives as long as the run
-    def _pool(self, fraction: float) -> np.ndarray:
+    def _subset(self, fraction: float) -> np.ndarray:
         return subset(self.train.labels, fraction, self.seed)
 
     @lru_cache(maxsize=4)  # noqa: B019

@@ -105,7 +105,8 @@ class _BatchDecoder(Dataset):
     def _fill(self, images: torch.Tensor, item: BatchItem, replaced: list[tuple[str, str]]) -> str | None:
         """Decode a batch into `images`; returns what the user has to be told if it cannot be done."""
         source = self.sources[item.split]
-        indices = item.indices.copy()
+        wanted = item.indices % len(source)
+        indices = wanted.copy()
         while True:
             try:
                 encoded = [
@@ -126,7 +127,7 @@ class _BatchDecoder(Dataset):
             # The next image of the same class, cyclically, stands in.
             same = np.flatnonzero(source.labels == source.labels[indices[position]])
             indices[position] = same[np.searchsorted(same, indices[position], "right") % len(same)]
-            if indices[position] == item.indices[position]:
+            if indices[position] == wanted[position]:
                 return f"cannot decode {path}: {why}; nor any other image of its class"
 
     @staticmethod
@@ -262,7 +263,8 @@ class Loader:
             item = answer.item
             images = answer.images if answer.slot is None else self._slots.images(answer.slot, item)
             assert images is not None
-            labels = torch.from_numpy(self._sources[item.split].labels[item.indices])
+            source = self._sources[item.split]
+            labels = torch.from_numpy(source.labels[item.indices % len(source)])
             if self.device.type == "cuda":
                 # Only from pinned memory do copies run beside the host's work. It is torch's own, which is handed
                 # out again when the copies from it are done; the slot is free at once.

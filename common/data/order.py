@@ -16,8 +16,11 @@ from typing import NamedTuple
 import numpy as np
 
 from common import UserError
-from common.data.rng import ORDER, ROWS, SUBSET, uniforms
+from common.data.rng import CLASSES, ORDER, ROWS, SUBSET, uniforms
 from common.data.shapes import area_lost, log_aspect
+
+# How even classes are made: 1 - q of Kang et al. (2020), who sample a class of n images in proportion to n ** q.
+EVENNESS = {"none": 0.0, "sqrt": 0.5, "balanced": 1.0}
 
 
 class View(NamedTuple):
@@ -32,7 +35,8 @@ class BatchItem(NamedTuple):
     """One process's micro-batch. It tells a worker all it has to know, so workers outlive any stage."""
 
     split: int  # 0 train, 1 val
-    indices: np.ndarray  # int64 [B]
+    # int64 [B]; i + k * images of the dataset is a further copy of image i, whose crops and flips are its own.
+    indices: np.ndarray
     height: int
     width: int
     epoch: int
@@ -42,7 +46,7 @@ class BatchItem(NamedTuple):
 class Epoch(NamedTuple):
     """The global batches of one epoch; `len(epoch.indices)` optimizer steps."""
 
-    indices: np.ndarray  # int32 [steps, global_batch], indices into the dataset
+    indices: np.ndarray  # int32 [steps, global_batch], as in `BatchItem`
     shapes: np.ndarray  # int32 [steps, 2], height and width in pixels
 
 
@@ -60,6 +64,30 @@ def subset(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:
     rank = (np.arange(len(labels)) - first[sorted_labels]) / sizes[sorted_labels]
     queue = by_class[np.argsort(rank, kind="stable")]
     return np.sort(queue[: max(1, round(fraction * len(labels)))])
+
+
+def even_out(pool: np.ndarray, labels: np.ndarray, evenness: float, seed: int, epoch: int) -> np.ndarray:
+    """Draw as many images as `pool` (int [N], dataset indices) has, a class of n of them in proportion to n ** (1 - evenness).
+
+    Within a class all are drawn equally often, give or take one; who is, changes with the epoch.
+
+    Args:
+        labels: of the dataset, int [images].
+        evenness: 0 = as they are, 1 = each class equally often.
+
+    Returns:
+        int64 [N], with copies as in `BatchItem`.
+    """
+    _, row, sizes = np.unique(labels[pool], return_inverse=True, return_counts=True)
+    shares = sizes ** (1.0 - evenness)
+    # Rounded as a running sum, so that they add up to N.
+    wanted = np.diff(np.rint(np.cumsum([0, *shares]) * len(pool) / shares.sum()).astype(int))
+    by_class = np.lexsort((uniforms(seed, epoch, pool, CLASSES, 1)[:, 0], row))
+    place = np.arange(len(pool)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    drawn = (wanted // sizes)[row[by_class]] + (place < (wanted % sizes)[row[by_class]])
+    copy = np.arange(len(pool)) - np.repeat(np.cumsum(drawn) - drawn, drawn)
+    # An epoch's matrix is int32: of very many copies some are the same.
+    return np.repeat(pool[by_class], drawn) + copy % (2**31 // len(labels)) * len(labels)
 
 
 def square_epoch(pool: np.ndarray, size: int, global_batch: int, seed: int, epoch: int) -> Epoch:
@@ -152,9 +180,9 @@ def rect_epoch(
     aspects = log_aspect(shapes)
     assert (np.diff(aspects) > 0).all(), "shapes are not in the order of their aspect"
     indices = _shuffle(pool, global_batch, seed, epoch)
-    by_bucket = np.argsort(bucket_of_image[indices], kind="stable")
+    by_bucket = np.argsort(bucket_of_image[indices % len(bucket_of_image)], kind="stable")
     indices = indices[by_bucket].reshape(-1, global_batch)
-    bucket = bucket_of_image[indices]
+    bucket = bucket_of_image[indices % len(bucket_of_image)]
     images = np.stack([(bucket == k).sum(axis=1) for k in range(len(shapes))], axis=1)  # [steps, K]
     shape = np.argmin(images @ area_lost(aspects[:, None], aspects), axis=1)
     rows = np.argsort(uniforms(seed, epoch, np.arange(len(indices)), ROWS, 1)[:, 0], kind="stable")

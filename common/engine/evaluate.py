@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 
 import torch
 from accelerate import Accelerator
@@ -25,12 +26,19 @@ FINAL_CROPS = (0.875, 1.0, WHOLE)
 
 @dataclass(frozen=True)
 class Score:
-    """Mean loss and accuracies in percent over `images` images."""
+    """Mean loss and accuracies in percent over `images` images, and what each class has of them."""
 
     loss: float
     top1: float
     top5: float
     images: int
+    class_images: list[int]
+    class_hits: list[int]
+
+    @property
+    def balanced(self) -> float:
+        """Balanced accuracy in percent: the mean of the recalls of all classes that have images."""
+        return 100 * fmean(h / n for h, n in zip(self.class_hits, self.class_images, strict=True) if n)
 
 
 def average_buffers(model: nn.Module, accelerator: Accelerator) -> None:
@@ -81,8 +89,9 @@ def evaluate(
     Raises:
         RuntimeError: the processes together did not see each image exactly once.
     """
-    sums = torch.zeros(len(models), 3, dtype=torch.float64, device=accelerator.device)
-    seen = 0
+    sums = torch.zeros(len(models), 2, dtype=torch.float64, device=accelerator.device)
+    # Images by class, and below them each model's hits.
+    counts = torch.zeros(1 + len(models), augment.num_classes, dtype=torch.int64, device=accelerator.device)
     for model in models:
         model.eval()
     for number in range(max(rounds, num_batches)):
@@ -92,19 +101,20 @@ def evaluate(
             continue
         images_nchw, labels, *_ = next(batches)
         images_nchw = augment.normalise(images_nchw)
-        seen += len(labels)
-        for row, model in zip(sums, models, strict=True):
+        counts[0].index_add_(0, labels, torch.ones_like(labels))
+        for row, right, model in zip(sums, counts[1:], models, strict=True):
             with accelerator.autocast():
                 logits = transform(model, images_nchw).float()
             hits = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
             loss = F.cross_entropy(logits, labels, reduction="sum")
-            row += torch.stack([loss, hits[:, 0].sum(), hits.sum()])
-    count = int(accelerator.reduce(torch.tensor(seen, device=accelerator.device), "sum"))
-    if count != num_images:
+            row += torch.stack([loss, hits.sum()])
+            right.index_add_(0, labels, hits[:, 0].to(torch.int64))
+    images, *rights = accelerator.reduce(counts, "sum").tolist()
+    if (count := sum(images)) != num_images:
         raise RuntimeError(f"evaluated {count} of {num_images} images")
     return [
-        Score(loss / count, 100 * top1 / count, 100 * top5 / count, count)
-        for loss, top1, top5 in accelerator.reduce(sums, "sum").tolist()
+        Score(loss / count, 100 * sum(right) / count, 100 * top5 / count, count, images, right)
+        for (loss, top5), right in zip(accelerator.reduce(sums, "sum").tolist(), rights, strict=True)
     ]
 
 

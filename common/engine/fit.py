@@ -15,12 +15,13 @@ from common.engine.evaluate import final_grid
 from common.engine.memory import out_of_memory_advice
 from common.engine.peak import settle_rates
 from common.engine.profiler import traced
-from common.engine.recording import record, save
+from common.engine.recording import out_of_patience, record, save
 from common.engine.setup import adapt_settings, preflight, prepare_state, settle_plan
 from common.engine.trainer import Trainer
 from common.model.pretrained_cfg import PretrainedCfg
 from common.run.processes import Interrupted
 from common.run.progress import closing_block
+from common.run.records import upload_model
 from common.run.run import Run
 from common.scheduling import EpochPlan, Rates
 
@@ -60,6 +61,13 @@ def fit(run: Run, model: nn.Module, train: Source, val: Source, source: Pretrain
         stream = loader.stream(batches.run_items(progress.epochs_done, progress.step))
         try:
             for epoch in plan.epochs(progress.epochs_done):
+                if out_of_patience(cfg.patience, progress):
+                    run.log.info(
+                        "stopped after epoch %d: no new best in %d epochs; --patience 0 goes on",
+                        progress.epochs_done,
+                        cfg.patience,
+                    )
+                    break
                 trainer.enter_stage(epoch)
                 train_epoch(trainer, epoch, rates, stream)
                 scores = trainer.evaluate(epoch, stream)
@@ -77,6 +85,7 @@ def fit(run: Run, model: nn.Module, train: Source, val: Source, source: Pretrain
     run.background.drain()
     if run.is_main:
         run.log.info("%s", closing_block(run, progress))
+        upload_model(accelerator, run.folder)
     run.sync()
 
 

@@ -11,12 +11,18 @@ from common.config import as_plain
 from common.engine.evaluate import Score
 from common.engine.trainer import Trainer
 from common.run import checkpoint
+from common.run.checkpoint import Progress
 from common.run.processes import rank0_errors
 from common.run.progress import peak_memory_mb
 from common.scheduling import EpochPlan, Rates
 
 # Checkpoints kept beside the best and the numbered ones: the newest may have been damaged by what ended the run.
 KEEP_CHECKPOINTS = 2
+
+
+def out_of_patience(patience: int, progress: Progress) -> bool:
+    """Whether the run ends here; the same on all processes, since all have the same scores."""
+    return 0 < patience <= progress.epochs_done - progress.best_epoch
 
 
 def record(t: Trainer, epoch: EpochPlan, rates: Rates, scores: list[Score]) -> None:
@@ -26,11 +32,15 @@ def record(t: Trainer, epoch: EpochPlan, rates: Rates, scores: list[Score]) -> N
     loss, hits = run.accelerator.reduce(meter.sums, "sum").tolist()
     images = epoch.steps * epoch.global_batch
     raw, *ema = scores
-    top1 = max(score.top1 for score in scores)
-    improved = top1 > progress.best_top1
+    best = max(scores, key=lambda score: score.top1)
+    improved = best.top1 > progress.best_top1
     if improved:
-        progress.best_top1, progress.best_epoch, progress.best_step = top1, epoch.index + 1, progress.step
-        progress.best_is_ema = top1 > raw.top1
+        progress.best_top1, progress.best_epoch, progress.best_step = (
+            best.top1,
+            epoch.index + 1,
+            progress.step,
+        )
+        progress.best_is_ema = best.top1 > raw.top1
     progress.epochs_done, progress.epoch_sums = epoch.index + 1, [0.0, 0.0]
     progress.wall_s = time.monotonic() - t.started
     # A checkpoint of the epoch's end holds nothing of the next.
@@ -47,6 +57,7 @@ def record(t: Trainer, epoch: EpochPlan, rates: Rates, scores: list[Score]) -> N
         "val_loss": raw.loss,
         "val_top1": raw.top1,
         "val_top5": raw.top5,
+        "val_balanced": raw.balanced,
         "ema_top1": ema[0].top1 if ema else "",
         "images_per_s": meter.images_per_s,
         "data_wait": meter.data_wait,
@@ -59,9 +70,12 @@ def record(t: Trainer, epoch: EpochPlan, rates: Rates, scores: list[Score]) -> N
     with rank0_errors():
         if run.is_main:
             run.records.add(row)
-            run.accelerator.log({**row, "optimizer_step": progress.step})
+            if improved:
+                run.records.write_classes(t.model_cfg.classes, best.class_images, best.class_hits)
+            shown = {name: value for name, value in row.items() if value != ""}
+            run.accelerator.log(shown, step=progress.step)
     run.log.info("%s", meter.line(row, progress))
-    is_last = progress.epochs_done == t.plan.total_epochs
+    is_last = progress.epochs_done == t.plan.total_epochs or out_of_patience(run.cfg.patience, progress)
     numbered = run.cfg.keep_every and progress.epochs_done % run.cfg.keep_every == 0
     if improved or numbered or is_last or progress.epochs_done % run.cfg.save_freq_last == 0:
         save(t)

@@ -96,6 +96,8 @@ def settle_plan(run: Run, state: TrainState, train: Source) -> Plan:
     """
     cfg = run.cfg
     cfg.check_momentum()
+    if "none" not in (cfg.class_weights, cfg.sampler):
+        raise UserError("--class_weights and --sampler both make up for rare classes; choose one")
     for stage in run.stages:
         check_frozen(state.model, stage.frozen)
     plan = make_plan(

@@ -53,7 +53,10 @@ class Trainer:
         self.model_cfg = source or PretrainedCfg(architecture(cfg.model), [], 0)
         self.model_cfg = replace(self.model_cfg, architecture=architecture(cfg.model), classes=classes)
         mean, std = self.model_cfg.mean, self.model_cfg.std
-        self.augment = Augment(cfg, num_classes=len(classes), seed=cfg.seed, mean=mean, std=std)
+        labels = batches.train.labels
+        self.augment = Augment(
+            cfg, num_classes=len(classes), seed=cfg.seed, mean=mean, std=std, train_labels=labels
+        )
         # Accelerate would move all of its state to the device, and reading AdamW's counters there waits in every step.
         self.optimizer = run.accelerator.prepare_optimizer(state.optimizer, device_placement=False)
         self.net: nn.Module = state.model
@@ -142,7 +145,8 @@ class Trainer:
         self.meter.show()
         save, bad = run.look(progress.step, bad)
         if bad >= NAN_PATIENCE:
-            ids = {str(step): [int(i) for i in indices] for step, indices in self.recent}
+            images = progress.num_images
+            ids = {str(step): [int(i) % images for i in indices] for step, indices in self.recent}
             path = run.folder / f"not_finite_rank{run.accelerator.process_index}.json"
             checkpoint.write_durably(path, json.dumps(ids).encode())
             raise UserError(

@@ -5,13 +5,19 @@ import random
 import signal
 import time
 from contextlib import AbstractContextManager
+from importlib.util import find_spec
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Literal, cast
 
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import DDPCommunicationHookType, DistributedDataParallelKwargs, broadcast_object_list
+from accelerate.utils import (
+    DDPCommunicationHookType,
+    DistributedDataParallelKwargs,
+    ProjectConfiguration,
+    broadcast_object_list,
+)
 from torch.nn import functional as F
 
 from common import UserError
@@ -28,6 +34,8 @@ UNSUPPORTED = {
     "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
     "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism_config",
 }
+# Of those that Accelerate knows; each is the name of its package.
+TRACKERS = ("wandb", "tensorboard", "trackio")
 FAST_BF16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16", "asimdbf16"}
 
 
@@ -79,7 +87,8 @@ def make_accelerator(cfg: TrainConfig) -> tuple[Accelerator, str]:
     accelerator = Accelerator(
         cpu=not torch.cuda.is_available(),
         mixed_precision=cfg.mixed_precision,
-        log_with=None if cfg.wandb == "off" else "wandb",
+        log_with=tracker_names(cfg.trackers) or None,
+        project_config=ProjectConfiguration(logging_dir=f"{cfg.output}/{cfg.run_name}/tensorboard"),
         kwargs_handlers=[ddp],
     )
     if accelerator.device.type == "cuda":
@@ -87,6 +96,21 @@ def make_accelerator(cfg: TrainConfig) -> tuple[Accelerator, str]:
         torch.backends.cudnn.allow_tf32 = True
         torch.backends.cudnn.benchmark = True
     return accelerator, note
+
+
+def tracker_names(trackers: str) -> list[str]:
+    """What --trackers names; Accelerate would pass over a package that is not there.
+
+    Raises:
+        UserError: one that does not exist, or is not installed.
+    """
+    names = [] if trackers == "none" else trackers.split(",")
+    for name in names:
+        if name not in TRACKERS:
+            raise UserError(f"--trackers takes none or some of {','.join(TRACKERS)}, not {name or 'nothing'}")
+        if find_spec(name) is None:
+            raise UserError(f"--trackers {name} needs its package: pip install {name}")
+    return names
 
 
 def resolve_precision(asked: Precision | None, cpu: bool) -> tuple[Precision, str]:

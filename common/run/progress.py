@@ -141,6 +141,7 @@ def closing_block(run: Run, progress: Progress) -> str:
         "best_epoch": progress.best_epoch,
         "best_weights": "ema" if progress.best_is_ema else "raw",
         "last_top1": float(last["val_top1"]),
+        "last_balanced": float(last["val_balanced"]),
         "epochs": progress.epochs_done,
         "wall_s": progress.wall_s,
         "images_seen": progress.images_seen,
@@ -150,7 +151,7 @@ def closing_block(run: Run, progress: Progress) -> str:
     run.records.write_json("summary.json", summary)
     rows = {
         "best top-1": f"{summary['best_top1']:.2f} % (epoch {summary['best_epoch']}, {summary['best_weights']} weights)",
-        "last top-1": f"{summary['last_top1']:.2f} %",
+        "last top-1": f"{summary['last_top1']:.2f} % (balanced {summary['last_balanced']:.2f} %)",
         "epochs": f"{summary['epochs']}",
         "images seen": f"{summary['images_seen']:,}",
         "wall time": clock(summary["wall_s"]),

@@ -1,11 +1,11 @@
-"""What a run writes down while it goes on: CSV, schedule, summary, plots, W&B; most of it in a thread of its own."""
+"""What a run writes down while it goes on: CSV, schedule, summary, plots, trackers; most of it in a thread of its own."""
 
 import csv
 import json
 import logging
 import os
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from accelerate import Accelerator
 
 from common.config import TrainConfig, as_plain
 from common.run import checkpoint
+from common.run.checkpoint import Progress
 from common.run.plots import write_plots
 from common.scheduling import Plan, Rates
 
@@ -89,6 +90,14 @@ class Records:
             writer.writerow(rounded)
         self.background.submit(draw, write_plots, self.folder)
 
+    def write_classes(self, names: Sequence[str], images: Sequence[int], hits: Sequence[int]) -> None:
+        """`per_class.csv`: the best weights' validation accuracy in percent, class by class."""
+        with open(self.folder / "per_class.csv", "w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(("class", "images", "hits", "top1"))
+            for name, n, h in zip(names, images, hits, strict=True):
+                writer.writerow((name, n, h, f"{100 * h / n:.6g}" if n else ""))
+
     def write_schedule(self, plan: Plan, rates: Rates) -> None:
         """The whole run's learning rate and momentum by step, which the plots draw before they are reached."""
         with open(self.folder / "schedule.csv", "w", newline="") as file:
@@ -104,38 +113,47 @@ class Records:
         checkpoint.write_durably(self.folder / name, json.dumps(content, indent=1).encode())
 
 
-def start_tracker(cfg: TrainConfig, accelerator: Accelerator, folder: Path, wandb_id: str) -> str:
-    """Start or continue the W&B run, on the main process; returns its id, which belongs into the checkpoint."""
-    if cfg.wandb == "off" or not accelerator.is_main_process:
-        return wandb_id
+def start_trackers(cfg: TrainConfig, accelerator: Accelerator, folder: Path, progress: Progress) -> None:
+    """Start or continue what --trackers names, on the main process; `progress` is to keep the W&B run's id."""
+    # TensorBoard's parameters are numbers and texts alone.
+    scalar = {k: v if isinstance(v, int | float | str) else json.dumps(v) for k, v in as_plain(cfg).items()}
+    settings: dict[str, dict[str, Any]] = {
+        # What was recorded after the checkpoint is recorded again.
+        "tensorboard": {"purge_step": progress.step + 1},
+        "trackio": {"name": cfg.run_name, "resume": "allow"},
+    }
+
+    def start() -> None:
+        project = os.environ.get("WANDB_PROJECT", "image-classification")
+        accelerator.init_trackers(project, config=scalar, init_kwargs=settings)
+
+    if "wandb" not in cfg.trackers:
+        start()
+        return
     import wandb
 
-    wandb_id = wandb_id or secrets.token_hex(4)
-    online = cfg.wandb == "auto" and bool(wandb.api.api_key)
-
-    def start(mode: str) -> None:
-        settings = {
-            "id": wandb_id,
-            "name": cfg.run_name,
-            "resume": "allow",
-            "mode": mode,
-            "dir": str(folder),
-            # The run's last lines are its own.
-            "settings": wandb.Settings(silent=True),
-        }
-        project = os.environ.get("WANDB_PROJECT", "image-classification")
-        accelerator.init_trackers(project, config=as_plain(cfg), init_kwargs={"wandb": settings})
-
+    progress.wandb_id = progress.wandb_id or secrets.token_hex(4)
+    settings["wandb"] = {
+        "id": progress.wandb_id,
+        "name": cfg.run_name,
+        "resume": "allow",
+        "mode": os.environ.get("WANDB_MODE") or ("online" if wandb.api.api_key else "offline"),
+        "dir": str(folder),
+        # The run's last lines are its own.
+        "settings": wandb.Settings(silent=True),
+    }
     try:
-        start("online" if online else "offline")
+        start()
     except wandb.errors.Error as error:
         log.warning("W&B cannot be reached (%s); the run is kept offline", error)
-        online = False
-        start("offline")
-    tracker = accelerator.get_tracker("wandb", unwrap=True)
-    # W&B's own step may not go back on a resume.
-    tracker.define_metric("optimizer_step")
-    tracker.define_metric("*", step_metric="optimizer_step")
-    if not online:
+        settings["wandb"]["mode"] = "offline"
+        start()
+    if accelerator.get_tracker("wandb", unwrap=True).offline:
         log.info("W&B is offline; `wandb sync %s` uploads the run later", folder / "wandb")
-    return wandb_id
+
+
+def upload_model(accelerator: Accelerator, folder: Path) -> None:
+    """Keep `model/` as an artifact of the W&B run, if that is online."""
+    for tracker in accelerator.trackers:
+        if tracker.name == "wandb" and not tracker.run.offline:
+            tracker.run.log_model(folder / "model")

@@ -27,7 +27,7 @@ from common.run.processes import (
     seed_everything,
     start_processes,
 )
-from common.run.records import Background, Records, start_tracker
+from common.run.records import Background, Records, start_trackers
 
 # EX_TEMPFAIL: stopped by a signal with everything saved; run the same command again.
 EXIT_INTERRUPTED = 75
@@ -93,7 +93,7 @@ class Run:
                     from common.run.s3 import S3Mirror
 
                     self.mirror = S3Mirror(self.folder, self.cfg.s3)
-                progress.wandb_id = start_tracker(self.cfg, self.accelerator, self.folder, progress.wandb_id)
+                start_trackers(self.cfg, self.accelerator, self.folder, progress)
         # The folder may be another machine's disk.
         (self.folder / "logs").mkdir(parents=True, exist_ok=True)
         self._log_to_file(self.folder / "logs" / f"rank{self.accelerator.process_index}.log")

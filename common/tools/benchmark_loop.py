@@ -58,7 +58,7 @@ class LoopConfig(StandardConfig):
     batch_size: PositiveInt = 64
     model: str = "resnet18"
     lr: float | Literal["auto"] = 0.1
-    wandb: Literal["auto", "offline", "off"] = "off"
+    trackers: str = "none"
 
 
 class Blank:

@@ -108,7 +108,7 @@ class Row:
 
 def config(sizes: Sizes, img_size: int = 0, shape: str = "square", **settings: Any) -> TrainConfig:
     """A run's settings; what is not said is as it is for everybody."""
-    settings = {"mixed_precision": "bf16", "lr": 0.1, "wandb": "off", "resume": "none", **settings}
+    settings = {"mixed_precision": "bf16", "lr": 0.1, "trackers": "none", "resume": "none", **settings}
     if sizes.rehearsed and settings["mixed_precision"] == "fp16":
         # Which is not for CPUs.
         settings["mixed_precision"] = "bf16"

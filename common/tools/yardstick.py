@@ -62,7 +62,7 @@ def make_jobs(args: argparse.Namespace) -> list[Job]:
             folder = args.output / f"{script}_s{seed}"
             command = [sys.executable, str(ROOT / f"train_{script}.py"), "--data_dir", str(args.data_dir)]
             command += ["--model", args.model, size, str(args.img_size), "--epochs", str(args.epochs)]
-            command += ["--mixed_precision", args.mixed_precision, "--seed", str(seed), "--wandb", "off"]
+            command += ["--mixed_precision", args.mixed_precision, "--seed", str(seed), "--trackers", "none"]
             command += ["--workers", "1", "--output", str(args.output), "--run_name", folder.name]
             command += ["--weights", str(args.weights)] if script == "finetune" else []
             jobs.append(Job(script, seed, command, folder))

@@ -113,6 +113,25 @@ def test_streams_are_read_in_order():
     stream = source(29, group_rows=np.array([10, 10, 9]))
     items = list(batches(STAGES[0], train=stream).run_items(0, 0))
     assert len(np.unique(np.concatenate([item.indices for item in items[:4]]))) == 24
-    for settings in ({"rect_val": True}, {}):
+    for settings in ({"rect_val": True}, {"sampler": "sqrt"}, {}):
         with pytest.raises(UserError, match="--streaming"):
             batches(*STAGES[1 - len(settings) :], train=stream, **settings)
+
+
+def test_a_balanced_sampler_resumes_and_is_shared_out_like_the_plain_order():
+    labels = np.repeat([0, 1, 2], [20, 6, 3])
+    settings = {"train": source(29, labels=labels), "sampler": "balanced"}
+    items = list(batches(*STAGES, **settings).run_items(0, 0))
+    first = np.concatenate([item.indices for item in items[:4]])
+    assert np.bincount(labels[first % 29]).min() >= 6  # 24 of 29 are taken, 9 or 10 of each class drawn
+    half = np.concatenate([item.indices for item in items[6:8]])  # data_fraction: 14 of them are in the pool
+    assert len(np.unique(half % 29)) < len(half) == 8
+    tail = list(batches(*STAGES, **settings).run_items(1, 2))
+    assert [item.indices.tolist() for item in tail] == [item.indices.tolist() for item in items[6:]]
+    parts = [
+        list(
+            batches(*STAGES, rank=rank, world=2, **settings).train_items(plan(*STAGES, world=2).epochs(0)[0])
+        )
+        for rank in (0, 1)
+    ]
+    assert set(first) == set(np.concatenate([item.indices for part in parts for item in part]))

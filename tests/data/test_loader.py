@@ -14,6 +14,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from PIL import Image
 
 from common import UserError
 from common.data import loader as loader_module
@@ -316,3 +317,18 @@ def test_memory_is_flat_over_many_epochs(tree):
     epochs = json.loads(done.stdout)
     assert len(epochs[0]) == 3
     assert max(now - then for now, then in zip(epochs[-1], epochs[1], strict=True)) < 4
+
+
+def test_a_copy_is_the_same_image_at_another_crop(tree):
+    train, val = opened(tree)
+    rng = np.random.default_rng(0)
+    Image.fromarray(rng.integers(0, 255, (40, 50, 3), dtype=np.uint8)).save(tree / "train" / "dog" / "1.jpg")
+    loader = make_loader(train, val)
+    [random] = loader.stream([item(7, 7 + 18, 7 + 36, 7)])
+    assert random.labels.tolist() == [1, 1, 1, 1]
+    assert torch.equal(random.images[0], random.images[3])
+    assert not torch.equal(random.images[0], random.images[1])
+    assert not torch.equal(random.images[1], random.images[2])
+    [centred] = loader.stream([item(7, 7 + 18, view=CENTRED)])
+    assert torch.equal(*centred.images)
+    loader.close()

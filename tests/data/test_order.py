@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common import UserError
-from common.data.order import Epoch, View, eval_items, local_items, rect_epoch, square_epoch, subset
+from common.data.order import Epoch, View, eval_items, even_out, local_items, rect_epoch, square_epoch, subset
 from common.data.shapes import assign, choose_shapes
 from tests.data.test_shapes import image_sizes, modes, targets
 
@@ -340,3 +340,52 @@ def test_imagenet_takes_no_time_and_little_memory():
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         assert peak < 100 * 2**20, name
+
+
+@given(
+    st.lists(st.integers(0, 5), min_size=12, max_size=200), st.sampled_from([0.0, 0.5, 1.0]), seeds, epochs
+)
+def test_classes_are_drawn_in_proportion_and_images_of_a_class_equally_often(labels, evenness, seed, epoch):
+    labels = np.array(labels)
+    pool = np.flatnonzero(np.arange(len(labels)) % 7)
+    drawn = even_out(pool, labels, evenness, seed, epoch)
+    assert len(drawn) == len(pool)
+    assert len(np.unique(drawn)) == len(drawn)  # copies have numbers of their own
+    images = drawn % len(labels)
+    assert np.isin(images, pool).all()
+    sizes = np.bincount(labels[pool], minlength=6)
+    wanted = np.where(sizes, sizes ** (1 - evenness), 0)
+    classes = np.bincount(labels[images], minlength=6)
+    assert np.abs(classes - wanted * len(pool) / wanted.sum()).max() <= 1
+    times = np.bincount(images, minlength=len(labels))[pool]
+    for label in np.unique(labels[pool]):
+        assert np.ptp(times[labels[pool] == label]) <= 1
+    np.testing.assert_array_equal(drawn, even_out(pool, labels, evenness, seed, epoch))
+
+
+def test_images_of_a_large_class_take_turns():
+    labels = np.repeat([0, 1], [90, 10])
+    epochs_of_images = [even_out(np.arange(100), labels, 1.0, 3, epoch) for epoch in range(8)]
+    seen = [set(images[images < 90].tolist()) for images in epochs_of_images]
+    assert {len(images) for images in seen} == {50}
+    assert set.union(*seen) == set(range(90))
+
+
+def test_an_image_drawn_very_often_still_has_a_number_of_32_bits():
+    labels = np.repeat([0, 1], [99_999, 1])
+    drawn = even_out(np.arange(100_000), labels, 1.0, 0, 0)
+    assert (drawn % 100_000 == 99_999).sum() == 50_000
+    assert drawn.max() < 2**31
+
+
+@pytest.mark.parametrize("kind", ["square", "rect"])
+def test_copies_are_put_into_batches_like_any_image(kind):
+    pool = even_out(np.arange(200), np.repeat([0, 1], [180, 20]), 1.0, 0, 0)
+    sizes = image_mix(200)
+    shapes = choose_shapes(sizes, 224, "short")
+    matrix = (
+        square_epoch(pool, 64, 20, 0, 0)
+        if kind == "square"
+        else rect_epoch(pool, assign(sizes, shapes), shapes, 20, 0, 0)
+    )
+    assert set(matrix.indices.ravel()) == set(pool)

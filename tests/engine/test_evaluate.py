@@ -44,6 +44,9 @@ def test_exact_whatever_the_batches(size):
     assert scores[0].loss == pytest.approx(
         torch.nn.functional.cross_entropy(logits, torch.tensor(labels)).item()
     )
+    assert scores[0].class_images == [4, 1, 1, 1, 0, 0]
+    assert scores[0].class_hits == [2, 1, 1, 1, 0, 0]
+    assert scores[0].balanced == pytest.approx(100 * (2 / 4 + 1 + 1 + 1) / 4)
     hits = (logits.topk(5, 1).indices == torch.tensor(labels)[:, None]).any(1)
     assert scores[0].top5 == pytest.approx(100 * hits.float().mean().item())
 

@@ -337,4 +337,45 @@ def test_the_runs_own_config_repeats_what_was_adapted(strategy, data, base, tmp_
     config = ["--config", str(first / "config.yaml"), "--run_name", "again"]
     sys.modules[config_class.__module__].main(parse_args(config_class, "", config))
     assert_same(weights(first), weights(tmp_path / "again"))
-    assert (tmp_path / "again" / "config.yaml").read_text() == (first / "config.yaml").read_text().replace("first", "again")
+    assert (tmp_path / "again" / "config.yaml").read_text() == (first / "config.yaml").read_text().replace(
+        "first", "again"
+    )
+
+
+def test_patience_ends_a_run_whole_and_more_of_it_lets_the_run_go_on(data, tmp_path, capsys):
+    """At a rate of almost 0 there is no new best after the first epoch."""
+    flags = ("--epochs", "5", "--batch_size", "16", "--lr", "1e-12", "--save_freq_last", "5")
+    run = run_training(StandardConfig, data, tmp_path, "run", *flags, "--patience", "2")
+    assert len(rows(run)) == 3
+    assert "stopped after epoch 3: no new best in 2 epochs" in capsys.readouterr().out
+    assert json.loads((run / "summary.json").read_text())["epochs"] == 3
+    assert (run / "model" / "model.safetensors").exists()
+    run_training(StandardConfig, data, tmp_path, "run", *flags)
+    assert "stopped after epoch 3" in capsys.readouterr().out
+    run_training(StandardConfig, data, tmp_path, "run", *flags, "--patience", "3")
+    assert len(rows(run)) == 4
+    run_training(StandardConfig, data, tmp_path, "run", *flags, "--patience", "0")
+    whole = run_training(StandardConfig, data, tmp_path, "whole", *flags)
+    assert without_times(run) == without_times(whole)
+    assert_same(weights(run), weights(whole))
+
+
+def test_rare_classes_interrupted_equals_uninterrupted(tmp_path, monkeypatch):
+    data = make_images(tmp_path / "images")
+    for place in sorted((data / "train" / "class2").iterdir())[5:]:
+        place.rename(place.with_suffix(".taken"))
+    flags = (*STANDARD, "--sampler", "balanced")
+    whole = run_training(StandardConfig, data, tmp_path, "whole", *flags)
+    stop_after(monkeypatch, steps=5)
+    with pytest.raises(SystemExit):
+        run_training(StandardConfig, data, tmp_path, "run", *flags)
+    run = run_training(StandardConfig, data, tmp_path, "run", *flags)
+    assert without_times(run) == without_times(whole)
+    assert_same(weights(run), weights(whole))
+    with open(run / "per_class.csv") as file:
+        table = list(csv.DictReader(file))
+    assert [(row["class"], row["images"]) for row in table] == [(f"class{n}", "7") for n in range(3)]
+    best = rows(run)[json.loads((run / "summary.json").read_text())["best_epoch"] - 1]
+    assert sum(float(row["top1"]) for row in table) / 3 == pytest.approx(
+        float(best["val_balanced"]), abs=1e-3
+    )

@@ -204,7 +204,7 @@ def test_a_launchers_settings_are_refused_in_one_sentence(variable, value, sente
     monkeypatch.setenv(variable, value)
     with (
         pytest.raises(Exception, match=sentence) as error,
-        start_run(TrainConfig(wandb="off", resume="none")),
+        start_run(TrainConfig(trackers="none", resume="none")),
     ):
         pass
     assert type(error.value).__name__ == "UserError"
@@ -363,7 +363,7 @@ PLACES = {
     "writing a checkpoint": ("common.run.checkpoint", "", "write", 0, 1, "RuntimeError"),
 }
 FLAGS = """--model test_resnet --img_size 32 --batch_size 8 --epochs 2 --lr 0.1 --mixed_precision no --workers 0
-    --wandb off --recipe listed --save_freq_last 1"""
+    --trackers none --recipe listed --save_freq_last 1"""
 
 
 @pytest.mark.parametrize("case", PLACES)

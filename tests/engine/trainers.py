@@ -53,7 +53,7 @@ def small_trainer(
     On the device "meta" there are shapes and no numbers, so nothing can be read that a GPU would have to be waited for.
     """
     defaults = {
-        "wandb": "off",
+        "trackers": "none",
         "resume": "none",
         "mixed_precision": "no",
         "mixup_alpha": 0.0,

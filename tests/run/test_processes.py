@@ -3,7 +3,14 @@ import torch
 
 from common import UserError
 from common.run import processes
-from common.run.processes import Votes, bf16_cost, rank0_errors, resolve_precision, start_processes
+from common.run.processes import (
+    Votes,
+    bf16_cost,
+    rank0_errors,
+    resolve_precision,
+    start_processes,
+    tracker_names,
+)
 from common.run.run import Run
 from tests.helpers import make_images, progress, run_training, stop_after
 from train_standard import StandardConfig
@@ -117,3 +124,14 @@ def test_seeds_are_torchs():
     first = torch.rand(2)
     processes.seed_everything(5)
     assert torch.equal(first, torch.rand(2))
+
+
+def test_trackers_are_those_that_are_known_and_installed(monkeypatch):
+    assert tracker_names("none") == []
+    monkeypatch.setattr(processes, "find_spec", lambda name: None if name == "tensorboard" else name)
+    assert tracker_names("wandb,trackio") == ["wandb", "trackio"]
+    with pytest.raises(UserError, match="--trackers tensorboard needs its package: pip install tensorboard"):
+        tracker_names("wandb,tensorboard")
+    for wrong, shown in (("on", "on"), ("wandb,", "nothing"), ("", "nothing")):
+        with pytest.raises(UserError, match=f"wandb,tensorboard,trackio, not {shown}"):
+            tracker_names(wrong)

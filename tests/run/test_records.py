@@ -1,9 +1,11 @@
 import csv
+from types import SimpleNamespace
 
 import pytest
 
 from common import UserError
-from common.run.records import Background, Records, draw, start_tracker
+from common.run.checkpoint import Progress
+from common.run.records import Background, Records, draw, start_trackers, upload_model
 
 
 def test_work_is_done_in_order_and_its_errors_come_when_it_is_drained():
@@ -59,10 +61,25 @@ def test_wandb_that_cannot_be_reached_falls_back_to_offline(tmp_path, monkeypatc
                 raise wandb.errors.CommError("no route to host")
 
         def get_tracker(self, name, unwrap):
-            return type("Tracker", (), {"define_metric": lambda *args, **kwargs: None})()
+            return SimpleNamespace(offline=modes[-1] == "offline")
 
     monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
     monkeypatch.setattr("wandb.api", type("Api", (), {"api_key": "k" * 40})())
-    assert start_tracker(StandardConfig(), Accelerator(), tmp_path, "abc") == "abc"
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    with caplog.at_level("INFO"):
+        start_trackers(StandardConfig(), Accelerator(), tmp_path, Progress(wandb_id="abc"))
     assert modes == ["online", "offline"]
     assert "kept offline" in caplog.text
+    assert "uploads the run later" in caplog.text
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    start_trackers(StandardConfig(), Accelerator(), tmp_path, Progress())
+    assert modes == ["online", "offline", "offline"]
+
+
+def test_the_model_is_an_artifact_of_an_online_run_alone(tmp_path):
+    uploaded = []
+    for name, offline in (("tensorboard", None), ("wandb", True), ("wandb", False)):
+        run = SimpleNamespace(offline=offline, log_model=uploaded.append)
+        upload_model(SimpleNamespace(trackers=[SimpleNamespace(name=name, run=run)]), tmp_path)
+        assert len(uploaded) == (offline is False)
+    assert uploaded == [tmp_path / "model"]

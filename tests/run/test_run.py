@@ -31,10 +31,29 @@ def test_wandb_offline_without_an_account(data, tmp_path, monkeypatch):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
-    run = run_training(StandardConfig, data, tmp_path, "run", *SMALL, "--wandb", "auto")
+    run = run_training(StandardConfig, data, tmp_path, "run", *SMALL, "--trackers", "wandb")
     files = list((run / "wandb").glob("offline-run-*/run-*.wandb"))
     assert len(files) == 1
     assert progress(run)["wandb_id"] in files[0].name
+
+
+def test_tensorboard_has_a_point_for_each_epoch_also_after_a_resume(data, tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    flags = ("--batch_size", "16", "--lr", "1e-12", "--trackers", "tensorboard")
+    for patience in ("1", "0"):
+        run = run_training(
+            StandardConfig, data, tmp_path, "run", "--epochs", "3", *flags, "--patience", patience
+        )
+    events = EventAccumulator(str(run / "tensorboard" / "image-classification")).Reload()
+    with open(run / "training_log.csv") as file:
+        rows = list(csv.DictReader(file))
+    points = [(event.step, event.value) for event in events.Scalars("val_loss")]
+    assert points == [
+        (3 * n, pytest.approx(float(row["val_loss"]), rel=1e-4)) for n, row in enumerate(rows, 1)
+    ]
+    assert not (run / "wandb").exists()
 
 
 def test_the_resolved_config_is_saved_and_can_be_run_again(data, tmp_path):
@@ -92,7 +111,18 @@ def test_a_real_signal_saves_and_exits_with_75(data, tmp_path, number):
         "--run_name",
         "run",
     ]
-    args += ["--model", "test_resnet", "--wandb", "off", "--workers", "1", "--lr", "0.1", "--img_size", "32"]
+    args += [
+        "--model",
+        "test_resnet",
+        "--trackers",
+        "none",
+        "--workers",
+        "1",
+        "--lr",
+        "0.1",
+        "--img_size",
+        "32",
+    ]
     args += ["--epochs", "5000", "--batch_size", "8", "--recipe", "listed", "--mixed_precision", "no"]
     process = subprocess.Popen(
         args, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL
@@ -193,5 +223,5 @@ def test_wrong_credentials_are_one_sentence_at_the_start(processes, data, tmp_pa
 
 def in_miniature(data, output):
     flags = ["--data_dir", str(data), "--output", str(output), "--run_name", "run", "--model", "test_resnet"]
-    flags += ["--wandb", "off", "--workers", "0", "--lr", "0.1", "--img_size", "32"]
+    flags += ["--trackers", "none", "--workers", "0", "--lr", "0.1", "--img_size", "32"]
     return [*flags, "--epochs", "1", "--batch_size", "16", "--recipe", "listed"]
