@@ -225,6 +225,20 @@ def test_each_size_gets_as_many_epochs_in_a_short_run(name, epochs, lengths):
     assert any("as many for each size" in note for note in recipe.notes) == (name in ("hybrid", "expert") and epochs < 50)
 
 
+def test_the_finders_peak_has_a_warm_up():
+    assert {"pct_start": 0.3, "momentum_swing": 0.05}.items() <= adapted("rect", epochs=12).values.items()
+    assert not {"pct_start", "momentum_swing"} & adapted("rect", epochs=12, lr=0.1).values.keys()
+    assert adapted("rect", epochs=12, pct_start=0.1).values["momentum_swing"] == 0.05
+    assert not {"pct_start", "momentum_swing"} & adapted("standard", epochs=12).values.keys()
+
+
+def test_gentle_crops_are_evaluated_whole():
+    assert adapted("standard", epochs=12).values["crop_pct"] == 1
+    assert "crop_pct" not in adapted("standard", epochs=12, crop_pct=0.95).values
+    assert "crop_pct" not in adapted("standard", imagenet(8), epochs=30).values
+    assert "crop_pct" not in adapted("standard", epochs=12, crop_scale=(0.2, 1.0)).values
+
+
 def test_rectangles_settle_after_squares_in_a_short_run():
     recipe = adapted("rect", epochs=12)
     assert [(stage.shape, stage.epochs) for stage in recipe.stages] == [("square", 8), ("rect", 4)]
