@@ -352,6 +352,7 @@ def test_patience_ends_a_run_whole_and_more_of_it_lets_the_run_go_on(data, tmp_p
     run = run_training(StandardConfig, data, tmp_path, "run", *flags, "--patience", "2")
     assert "stopped after epoch 3: no new best in 2 epochs" in capsys.readouterr().out
     assert json.loads((run / "summary.json").read_text())["epochs"] == 3
+    assert progress(run)["epochs_done"] == 3
     assert (run / "model" / "model.safetensors").exists()
     run_training(StandardConfig, data, tmp_path, "run", *flags)
     assert len(rows(run)) == 3
