@@ -115,7 +115,7 @@ def test_streams_are_read_in_order():
     assert len(np.unique(np.concatenate([item.indices for item in items[:4]]))) == 24
     for settings in ({"rect_val": True}, {"sampler": "sqrt"}, {}):
         with pytest.raises(UserError, match="--streaming"):
-            batches(*STAGES[1 - len(settings) :], train=stream, **settings)
+            batches(STAGES[0 if settings else 1], train=stream, **settings)
 
 
 def test_a_balanced_sampler_resumes_and_is_shared_out_like_the_plain_order():
