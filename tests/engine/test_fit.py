@@ -357,6 +357,7 @@ def test_patience_ends_a_run_whole_and_more_of_it_lets_the_run_go_on(data, tmp_p
     run_training(StandardConfig, data, tmp_path, "run", *flags)
     assert len(rows(run)) == 3
     run_training(StandardConfig, data, tmp_path, "run", *flags, "--patience", "0")
+    whole = run_training(StandardConfig, data, tmp_path, "whole", *flags)
     assert without_times(run) == without_times(whole)
     assert_same(weights(run), weights(whole))
 
