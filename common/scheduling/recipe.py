@@ -211,7 +211,9 @@ def _fit_rates(recipe: Recipe, settings: Mapping[str, Any], free: set[str]) -> N
         recipe.notes.append(f"the LR finder's peak, not {settings['lr']} per 256 images (--lr)")
         # Which is above the rate of the blow-up, and borne only after a warm-up at less momentum.
         cycle = {"pct_start": RISE, "momentum_swing": SWING}
-        if changes := {name: value for name, value in cycle.items() if name in free and settings[name] < value}:
+        if changes := {
+            name: value for name, value in cycle.items() if name in free and settings[name] < value
+        }:
             recipe.values.update(changes)
             named = ", ".join(f"--{name} {value}" for name, value in changes.items())
             recipe.notes.append(f"OneCycle's warm-up and momentum ({named})")
