@@ -21,7 +21,13 @@ from common.model.pretrained_cfg import CONFIG, timm_pretrained_cfg
 NAME = "tf_efficientnet_lite0"
 # Blocks of each of timm's stages; the wheel numbers them through.
 DEPTHS = (1, 2, 2, 3, 3, 4, 1)
-OUTSIDE = {"_conv_stem": "conv_stem", "_bn0": "bn1", "_conv_head": "conv_head", "_bn1": "bn2", "_fc": "classifier"}
+OUTSIDE = {
+    "_conv_stem": "conv_stem",
+    "_bn0": "bn1",
+    "_conv_head": "conv_head",
+    "_bn1": "bn2",
+    "_fc": "classifier",
+}
 # The first block expands nothing, so that timm has a class of its own for it.
 FIRST = {"_depthwise_conv": "conv_dw", "_bn1": "bn1", "_project_conv": "conv_pw", "_bn2": "bn2"}
 INSIDE = {

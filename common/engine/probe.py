@@ -1,7 +1,6 @@
 """`train_finetune.py --probe`: the backbone runs once, as it is, and a linear head is fitted to what it makes of the images."""
 
 import dataclasses
-import math
 import time
 from contextlib import closing, suppress
 
@@ -22,6 +21,7 @@ from common.engine.recording import record
 from common.engine.setup import prepare_state, settle_plan
 from common.engine.trainer import Trainer
 from common.model.freezing import classifiers, under
+from common.model.linear_head import choose_head
 from common.model.optimizer import OptimizerSettings
 from common.model.pretrained_cfg import PretrainedCfg
 from common.run.progress import closing_block
@@ -31,14 +31,11 @@ from common.scheduling import Rates, ScheduleSettings
 TRAIN = 0
 # Images per forward pass: without gradients larger ones are no faster on a CPU, and hardly on a GPU.
 BATCH = 128
-# Weight decays to choose from, strongest first; of the loss's mean, with standardised features.
-DECAYS = (1.0, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001, 0.0003, 0.0001)
-FOLDS = 3
-# Of L-BFGS; it mostly ends earlier, by its gradient.
-ITERATIONS = 200
 # Of settings that belong to training in steps, which does not take place.
 TRAINING = (ScheduleSettings, OptimizerSettings, AugmentSettings)
-STEPS = frozenset(["stages", "recipe", "epochs", "head_epochs", "body_lr_scale", "mixup_share", "accumulation"])
+STEPS = frozenset(
+    ["stages", "recipe", "epochs", "head_epochs", "body_lr_scale", "mixup_share", "accumulation"]
+)
 
 
 def probe(run: Run, model: nn.Module, train: Source, val: Source, source: PretrainedCfg | None) -> None:
@@ -51,7 +48,9 @@ def probe(run: Run, model: nn.Module, train: Source, val: Source, source: Pretra
     head = _check(run, model)
     last = cfg.stages_in_force()[-1]
     batch_size = last.batch_size if "batch_size" in cfg.given else BATCH
-    stage = dataclasses.replace(last, epochs=1, batch_size=min(batch_size, len(train)), mixup=False, lr_scale=None)
+    stage = dataclasses.replace(
+        last, epochs=1, batch_size=min(batch_size, len(train)), mixup=False, lr_scale=None
+    )
     run.stages = run.stages or [stage]
     state = prepare_state(run, model, train)
     progress = state.progress
@@ -59,8 +58,8 @@ def probe(run: Run, model: nn.Module, train: Source, val: Source, source: Pretra
     batches = Batches(plan, train, val, cfg, cfg.seed, 0, 1)
     if cfg.dry_run:
         print(
-            f"{len(train):,} training and {len(val):,} validation images at {stage.img_size} px, {len(train.classes)} classes; "
-            f"one pass for {head.in_features} features, then up to {len(DECAYS)} heads on each of {FOLDS} folds"
+            f"{len(train):,} training and {len(val):,} validation images at {stage.img_size} px, "
+            f"{len(train.classes)} classes, a head for {head.in_features} features"
         )
         return
     run.begin(progress)
@@ -70,12 +69,13 @@ def probe(run: Run, model: nn.Module, train: Source, val: Source, source: Pretra
     with closing(loader):
         trainer = Trainer(run, state, plan, batches, loader, source)
         trainer.stage_index = 0
-        # At most one: a finished run is not run again.
+        if progress.epochs_done:
+            run.log.info("this run is complete")
         for epoch in plan.epochs(progress.epochs_done):
             trainer.begin_epoch(epoch)
             features = cached_features(trainer, head).to(accelerator.device)
             labels = torch.from_numpy(train.labels).to(accelerator.device)
-            weight, bias = choose_head(features, labels, len(train.classes), run)
+            weight, bias = choose_head(features, labels, len(train.classes), cfg.seed, run.log.info)
             with torch.no_grad():
                 head.weight.copy_(weight)
                 head.bias.copy_(bias)
@@ -96,7 +96,9 @@ def _check(run: Run, model: nn.Module) -> nn.Linear:
         raise UserError(f"--probe takes no steps of training: leave out --{', --'.join(given)}")
     heads = [model.get_submodule(name) for name in classifiers(model)]
     if len(heads) != 1 or not isinstance(heads[0], nn.Linear) or heads[0].bias is None:
-        raise UserError(f"--probe needs a model that ends in one linear layer, and --model {run.cfg.model} does not")
+        raise UserError(
+            f"--probe needs a model that ends in one linear layer, and --model {run.cfg.model} does not"
+        )
     return heads[0]
 
 
@@ -111,9 +113,6 @@ def _count(t: Trainer, logits: Tensor, labels: Tensor) -> None:
     t.state.progress.images_seen = len(labels)
 
 
-# --- features ----------------------------------------------------------------------------------------------------------
-
-
 def cached_features(t: Trainer, head: nn.Linear) -> Tensor:
     """What enters the head for every training image in evaluation's view, float32 [N, C] on the CPU.
 
@@ -123,7 +122,9 @@ def cached_features(t: Trainer, head: nn.Linear) -> Tensor:
     (name,) = classifiers(t.state.model)
     body = {key: tensor for key, tensor in t.state.model.state_dict().items() if not under(key, name)}
     weights = fingerprint_of(*(part for key in sorted(body) for part in (key, body[key].cpu().numpy())))
-    images = fingerprint_of(train.fingerprint, *(_hash_image(train, index, size) for index in range(len(train))))
+    # Folders are known by names alone, which may hold other pixels tomorrow. Streamed shards tell, and would be fetched twice.
+    read = range(len(train)) if train.group_rows is None else ()
+    images = fingerprint_of(train.fingerprint, *(_hash_image(train, index, size) for index in read))
     view = (size, cfg.crop_pct, cfg.rect_val, cfg.rect_area, t.augment.mean, t.augment.std)
     key = fingerprint_of(cfg.model, weights, images, view, t.run.accelerator.mixed_precision)
 
@@ -169,66 +170,3 @@ def extract(t: Trainer, head: nn.Linear) -> np.ndarray:
             bar.update(len(batch.labels))
     hook.remove()
     return features
-
-
-# --- heads -------------------------------------------------------------------------------------------------------------
-
-
-def choose_head(features: Tensor, labels: Tensor, classes: int, run: Run) -> tuple[Tensor, Tensor]:
-    """The weight [K, C] and bias [K] for raw features [N, C], at the decay whose held-out loss is the lowest over the folds."""
-    std, mean = torch.std_mean(features, 0, correction=0)
-    # A feature that never changes tells nothing.
-    scale = torch.where(std > 0, 1 / std, 0.0)
-    standardised = (features - mean) * scale
-    fold = folds(labels, run.cfg.seed)
-    heads = [torch.zeros(classes, features.shape[1] + 1, dtype=features.dtype, device=features.device)] * FOLDS
-    best_loss, best_decay, best = math.inf, DECAYS[0], heads
-    for decay in DECAYS:
-        out = torch.empty(len(labels), classes, dtype=features.dtype, device=features.device)
-        for number in range(FOLDS):
-            run.stop_if_asked()
-            inside, held_out = fold != number, fold == number
-            heads[number] = fit_head(standardised[inside], labels[inside], decay, heads[number])
-            out[held_out] = logits_of(heads[number], standardised[held_out])
-        loss, hits = float(F.cross_entropy(out, labels)), float((out.argmax(1) == labels).double().mean())
-        run.log.info("decay %g: held-out loss %.4f, top-1 %.2f", decay, loss, 100 * hits)
-        # The loss has one valley: weaker ones only fit the folds more closely.
-        if loss > best_loss:
-            break
-        best_loss, best_decay, best = loss, decay, list(heads)
-    head = fit_head(standardised, labels, best_decay, torch.stack(best).mean(0))
-    weight = head[:, :-1] * scale
-    return weight, head[:, -1] - weight @ mean
-
-
-def folds(labels: Tensor, seed: int) -> Tensor:
-    """The fold of each image, int64 [N]: of every class as equal a share as can be."""
-    shuffled = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed)).to(labels.device)
-    dealt = torch.empty_like(labels)
-    dealt[shuffled[labels[shuffled].argsort(stable=True)]] = torch.arange(len(labels), device=labels.device) % FOLDS
-    return dealt
-
-
-def logits_of(head: Tensor, features: Tensor) -> Tensor:
-    """[N, K] of features [N, C] and a head [K, C + 1], whose last column is the bias."""
-    return F.linear(features, head[:, :-1], head[:, -1])
-
-
-def fit_head(features: Tensor, labels: Tensor, decay: float, start: Tensor) -> Tensor:
-    """Multinomial logistic regression: the head [K, C + 1] at which mean loss + decay / 2 x squared weights is least.
-
-    L-BFGS (Liu and Nocedal, 1989) from `start`; the function is convex, so that the start changes the time alone. The bias is not penalised.
-    """
-    head = start.clone().requires_grad_()
-    optimizer = torch.optim.LBFGS(
-        [head], max_iter=ITERATIONS, tolerance_grad=1e-5, tolerance_change=1e-9, line_search_fn="strong_wolfe"
-    )
-
-    def closure() -> Tensor:
-        optimizer.zero_grad()
-        loss = F.cross_entropy(logits_of(head, features), labels) + decay / 2 * head[:, :-1].square().sum()
-        loss.backward()
-        return loss
-
-    optimizer.step(closure)  # type: ignore[arg-type]
-    return head.detach()
