@@ -25,17 +25,17 @@ from common.model.linear_head import choose_head
 from common.model.optimizer import OptimizerSettings
 from common.model.pretrained_cfg import PretrainedCfg
 from common.run.progress import closing_block
+from common.run.records import upload_model
 from common.run.run import Run
 from common.scheduling import Rates, ScheduleSettings
 
 TRAIN = 0
 # Images per forward pass: without gradients larger ones are no faster on a CPU, and hardly on a GPU.
 BATCH = 128
-# Of settings that belong to training in steps, which does not take place.
+# Settings of a training in steps, which does not take place.
 TRAINING = (ScheduleSettings, OptimizerSettings, AugmentSettings)
-STEPS = frozenset(
-    ["stages", "recipe", "epochs", "head_epochs", "body_lr_scale", "mixup_share", "accumulation"]
-)
+CURRICULUM = {"stages", "recipe", "epochs", "head_epochs", "body_lr_scale", "mixup_share", "accumulation"}
+OTHERS = {"clip_grad", "crop_scale", "final_eval", "patience", "sampler"}
 
 
 def probe(run: Run, model: nn.Module, train: Source, val: Source, source: PretrainedCfg | None) -> None:
@@ -84,6 +84,7 @@ def probe(run: Run, model: nn.Module, train: Source, val: Source, source: Pretra
             record(trainer, epoch, Rates(plan, cfg, 0.0), trainer.evaluate(epoch, loader.stream(items)))
     run.background.drain()
     run.log.info("%s", closing_block(run, progress))
+    upload_model(accelerator, run.folder)
     run.sync()
 
 
@@ -91,7 +92,7 @@ def _check(run: Run, model: nn.Module) -> nn.Linear:
     """The head that is fitted; UserError: see `probe`."""
     if run.accelerator.num_processes > 1:
         raise UserError("--probe runs in one process: start it with python, or --num_processes 1")
-    idle = STEPS | {field.name for kind in TRAINING for field in dataclasses.fields(kind)}
+    idle = CURRICULUM | OTHERS | {field.name for kind in TRAINING for field in dataclasses.fields(kind)}
     if given := sorted(run.cfg.given & idle):
         raise UserError(f"--probe takes no steps of training: leave out --{', --'.join(given)}")
     heads = [model.get_submodule(name) for name in classifiers(model)]
