@@ -161,9 +161,8 @@ def extract(t: Trainer, head: nn.Linear) -> np.ndarray:
     caught: list[Tensor] = []
     # Whatever the network is called inside, this is what its logits are made of.
     hook = head.register_forward_pre_hook(lambda _, inputs: caught.append(inputs[0]))
-    bar = tqdm(total=len(train), desc="features", unit="img", disable=None, leave=False)
-    with bar, closing(t.loader.stream(item._replace(split=TRAIN) for item in items)) as stream:
-        for batch in stream:
+    with tqdm(total=len(train), desc="features", unit="img", disable=None, leave=False) as bar:
+        for batch in t.loader.stream(item._replace(split=TRAIN) for item in items):
             run.stop_if_asked()
             with run.accelerator.autocast():
                 model.forward(t.augment.normalise(batch.images))

@@ -43,7 +43,7 @@ def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 def run_probe(data: Path, base: Path, output: Path, name: str, *flags: str) -> Path:
     model = json.loads((base / "config.json").read_text())["architecture"]
     args = ["--data_dir", str(data), "--weights", str(base), "--model", model, "--img_size", "32", "--probe"]
-    args += ["--output", str(output), "--run_name", name, "--wandb", "off", "--workers", "0"]
+    args += ["--output", str(output), "--run_name", name, "--trackers", "none", "--workers", "0"]
     args += ["--mixed_precision", "no"]
     train_finetune.main(parse_args(train_finetune.FinetuneConfig, "", [*args, *flags]))
     return output / name
