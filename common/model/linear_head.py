@@ -84,5 +84,5 @@ def fit_head(
         loss.backward()
         return loss
 
-    optimizer.step(closure)  # type: ignore[arg-type]
+    optimizer.step(closure)
     return head.detach()
