@@ -7,9 +7,9 @@ The wheel (18 MB, Apache-2.0) holds a file of tensors under the names of another
 `tf_efficientnet_lite0` does: mean and standard deviation 0.5, bicubic resizing, 0.875 of the side, padding as in TensorFlow.
 """
 
+import argparse
 import json
 import re
-import sys
 from pathlib import Path
 
 import torch
@@ -68,4 +68,6 @@ def write_folder(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    write_folder(Path(sys.argv[1]))
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("folder", type=Path, help="model folder to write")
+    write_folder(parser.parse_args().folder)
