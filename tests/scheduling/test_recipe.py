@@ -222,7 +222,9 @@ def test_a_short_curriculum_has_one_cycle_and_the_finders_rate():
 def test_each_size_gets_as_many_epochs_in_a_short_run(name, epochs, lengths):
     recipe = adapted(name, imagenet(8), epochs=epochs)
     assert [stage.epochs for stage in recipe.stages] == lengths
-    assert any("as many for each size" in note for note in recipe.notes) == (name in ("hybrid", "expert") and epochs < 50)
+    assert any("as many for each size" in note for note in recipe.notes) == (
+        name in ("hybrid", "expert") and epochs < 50
+    )
 
 
 def test_the_finders_peak_has_a_warm_up():
