@@ -15,6 +15,7 @@ from common import UserError
 from common.config import TrainConfig, run_script
 from common.data import open_dataset
 from common.engine import fit
+from common.engine.probe import probe
 from common.model import create_finetuned_model
 from common.run import start_run
 from common.scheduling import BACKBONE, Stage
@@ -45,6 +46,8 @@ class FinetuneConfig(TrainConfig):
     """Share of the second stage's epochs, from its first, that use MixUp/CutMix."""
     stage_wise: bool = True
     layer_decay: ClosedUnitInterval | None = 0.8
+    probe: bool = False
+    """Train the head alone, as a logistic regression on features that are made once: minutes, without a GPU."""
 
     def curriculum(self) -> list[Stage]:
         head_epochs = self.head_epochs or max(1, round(self.epochs / 10))
@@ -63,7 +66,7 @@ def main(cfg: FinetuneConfig) -> None:
     with start_run(cfg) as run:
         train, val = open_dataset(cfg)
         model, source = create_finetuned_model(cfg.model, train.classes, cfg.weights)
-        fit(run, model, train, val, source)
+        (probe if cfg.probe else fit)(run, model, train, val, source)
 
 
 if __name__ == "__main__":

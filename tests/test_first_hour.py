@@ -147,6 +147,8 @@ FLAGS = [
     ("finetune", "--weights things", "things is neither a run's folder nor a model's"),
     ("finetune", "--weights runs/a --model resnet18", "they are of --model test_resnet"),
     ("finetune", "--weights runs/a --epochs 3 --head_epochs 3", "--head_epochs 3 must be below --epochs 3"),
+    ("finetune", "--weights runs/a --probe --epochs 3", "training: leave out --epochs, --lr, --recipe"),
+    ("finetune", "--probe", "--weights is needed"),
     ("standard", "--data_dir nowhere", "nowhere is not a folder"),
     ("standard", "--data_dir file", "file is not a folder"),
     ("standard", "--data_dir empty", "has no train folder"),

@@ -1,0 +1,172 @@
+"""`train_finetune.py --probe`: the backbone runs once, as it is, and a linear head is fitted to what it makes of the images."""
+
+import dataclasses
+import time
+from contextlib import closing, suppress
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from common import UserError
+from common.augment import AugmentSettings
+from common.data.batches import Batches
+from common.data.loader import Loader
+from common.data.sources.base import Source
+from common.data.sources.cache import cache_folder, derived, fingerprint_of
+from common.engine.recording import record
+from common.engine.setup import prepare_state, settle_plan
+from common.engine.trainer import Trainer
+from common.model.freezing import classifiers, under
+from common.model.linear_head import choose_head
+from common.model.optimizer import OptimizerSettings
+from common.model.pretrained_cfg import PretrainedCfg
+from common.run.progress import closing_block
+from common.run.records import upload_model
+from common.run.run import Run
+from common.scheduling import Rates, ScheduleSettings
+
+TRAIN = 0
+# Images per forward pass: without gradients larger ones are no faster on a CPU, and hardly on a GPU.
+BATCH = 128
+# Settings of a training in steps, which does not take place.
+TRAINING = (ScheduleSettings, OptimizerSettings, AugmentSettings)
+CURRICULUM = {"stages", "recipe", "epochs", "head_epochs", "body_lr_scale", "mixup_share", "accumulation"}
+OTHERS = {"clip_grad", "crop_scale", "final_eval", "patience", "sampler"}
+
+
+def probe(run: Run, model: nn.Module, train: Source, val: Source, source: PretrainedCfg | None) -> None:
+    """Fit the head of `model` to features of the training images, evaluate, record and save: a run of one epoch.
+
+    Raises:
+        UserError: several processes, settings of a training in steps, or a model that does not end in one linear layer.
+    """
+    cfg, accelerator = run.cfg, run.accelerator
+    head = _check(run, model)
+    last = cfg.stages_in_force()[-1]
+    batch_size = last.batch_size if "batch_size" in cfg.given else BATCH
+    stage = dataclasses.replace(
+        last, epochs=1, batch_size=min(batch_size, len(train)), mixup=False, lr_scale=None
+    )
+    run.stages = run.stages or [stage]
+    state = prepare_state(run, model, train)
+    progress = state.progress
+    plan = settle_plan(run, state, train)
+    batches = Batches(plan, train, val, cfg, cfg.seed, 0, 1)
+    if cfg.dry_run:
+        print(
+            f"{len(train):,} training and {len(val):,} validation images at {stage.img_size} px, "
+            f"{len(train.classes)} classes, a head for {head.in_features} features"
+        )
+        return
+    run.begin(progress)
+    loader = Loader(
+        train, val, seed=cfg.seed, settings=cfg, device=accelerator.device, channels_last=cfg.channels_last
+    )
+    with closing(loader):
+        trainer = Trainer(run, state, plan, batches, loader, source)
+        trainer.stage_index = 0
+        if progress.epochs_done:
+            run.log.info("this run is complete")
+        for epoch in plan.epochs(progress.epochs_done):
+            trainer.begin_epoch(epoch)
+            features = cached_features(trainer, head).to(accelerator.device)
+            labels = torch.from_numpy(train.labels).to(accelerator.device)
+            weight, bias = choose_head(features, labels, len(train.classes), cfg.seed, run.log.info)
+            with torch.no_grad():
+                head.weight.copy_(weight)
+                head.bias.copy_(bias)
+            _count(trainer, F.linear(features, weight, bias), labels)
+            items = batches.eval_items(epoch.stage.img_size, plan.micro_batch(0))
+            record(trainer, epoch, Rates(plan, cfg, 0.0), trainer.evaluate(epoch, loader.stream(items)))
+    run.background.drain()
+    run.log.info("%s", closing_block(run, progress))
+    upload_model(accelerator, run.folder)
+    run.sync()
+
+
+def _check(run: Run, model: nn.Module) -> nn.Linear:
+    """The head that is fitted; UserError: see `probe`."""
+    if run.accelerator.num_processes > 1:
+        raise UserError("--probe runs in one process: start it with python, or --num_processes 1")
+    idle = CURRICULUM | OTHERS | {field.name for kind in TRAINING for field in dataclasses.fields(kind)}
+    if given := sorted(run.cfg.given & idle):
+        raise UserError(f"--probe takes no steps of training: leave out --{', --'.join(given)}")
+    heads = [model.get_submodule(name) for name in classifiers(model)]
+    if len(heads) != 1 or not isinstance(heads[0], nn.Linear) or heads[0].bias is None:
+        raise UserError(
+            f"--probe needs a model that ends in one linear layer, and --model {run.cfg.model} does not"
+        )
+    return heads[0]
+
+
+def _count(t: Trainer, logits: Tensor, labels: Tensor) -> None:
+    """Enter into the epoch's meter what training in steps would have: loss and hits on the training images, and the time."""
+    images = t.plan.total_steps * t.plan.global_batches[0]
+    hits = (logits.argmax(1) == labels).double().mean()
+    t.meter.sums = torch.stack([F.cross_entropy(logits, labels).double(), hits]) * images
+    t.meter.step, t.meter.stopped = t.plan.total_steps, time.monotonic()
+    t.meter.bar.close()
+    t.state.progress.step = t.plan.total_steps
+    t.state.progress.images_seen = len(labels)
+
+
+def cached_features(t: Trainer, head: nn.Linear) -> Tensor:
+    """What enters the head for every training image in evaluation's view, float32 [N, C] on the CPU.
+
+    Kept in the user's cache folder, under a hash of all that they follow from: weights, images, transform, precision.
+    """
+    cfg, train, size = t.run.cfg, t.batches.train, t.plan.stages[0].img_size
+    (name,) = classifiers(t.state.model)
+    body = {key: tensor for key, tensor in t.state.model.state_dict().items() if not under(key, name)}
+    weights = fingerprint_of(*(part for key in sorted(body) for part in (key, body[key].cpu().numpy())))
+    # Folders are known by names alone, which may hold other pixels tomorrow. Streamed shards tell, and would be fetched twice.
+    read = range(len(train)) if train.group_rows is None else ()
+    images = fingerprint_of(train.fingerprint, *(_hash_image(train, index, size) for index in read))
+    view = (size, cfg.crop_pct, cfg.rect_val, cfg.rect_area, t.augment.mean, t.augment.std)
+    key = fingerprint_of(cfg.model, weights, images, view, t.run.accelerator.mixed_precision)
+
+    def make() -> pa.Table:
+        flat = pa.array(extract(t, head).ravel())
+        return pa.table({"features": pa.FixedSizeListArray.from_arrays(flat, head.in_features)})
+
+    def parse(table: pa.Table | None) -> Tensor | None:
+        if table is None or table.schema.names != ["features"] or len(table) != len(train):
+            return None
+        return torch.tensor(table.column(0).combine_chunks().flatten().to_numpy()).view(len(train), -1)
+
+    features = derived(cache_folder() / "features" / f"{key}.arrow", make, parse)
+    assert features is not None
+    return features
+
+
+def _hash_image(train: Source, index: int, size: int) -> str:
+    # An image that cannot be read is met again, and named, when it is decoded.
+    with suppress(OSError):
+        return fingerprint_of(train.read(index, size))
+    return ""
+
+
+@torch.inference_mode()
+def extract(t: Trainer, head: nn.Linear) -> np.ndarray:
+    """One pass over the training images: float32 [N, C]."""
+    run, train, model = t.run, t.batches.train, t.state.model.eval()
+    # Evaluation's items, of the training images.
+    as_val = Batches(t.plan, train, train, run.cfg, run.cfg.seed, 0, 1)
+    items = as_val.eval_items(t.plan.stages[0].img_size, t.plan.micro_batch(0))
+    features = np.empty((len(train), head.in_features), np.float32)
+    caught: list[Tensor] = []
+    # Whatever the network is called inside, this is what its logits are made of.
+    hook = head.register_forward_pre_hook(lambda _, inputs: caught.append(inputs[0]))
+    with tqdm(total=len(train), desc="features", unit="img", disable=None, leave=False) as bar:
+        for batch in t.loader.stream(item._replace(split=TRAIN) for item in items):
+            run.stop_if_asked()
+            with run.accelerator.autocast():
+                model.forward(t.augment.normalise(batch.images))
+            features[batch.item.indices] = caught.pop().float().cpu().numpy()
+            bar.update(len(batch.labels))
+    hook.remove()
+    return features

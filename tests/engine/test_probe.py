@@ -1,0 +1,138 @@
+import csv
+import json
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+import train_finetune
+from common import UserError
+from common.config import parse_args
+from common.engine import probe as module
+from common.model.create import create_model
+from common.model.pretrained_cfg import PretrainedCfg
+from common.tools import predict
+from tests.helpers import assert_same, make_images, weights
+from tests.model.models import write_model
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_images(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of our own, of other classes; further down timm's are probed."""
+    torch.manual_seed(0)
+    cfg = PretrainedCfg("resnet18", list("abcd"), 32, mean=(0.5, 0.4, 0.3))
+    return write_model(tmp_path_factory.mktemp("base"), create_model("resnet18", 4), cfg)
+
+
+@pytest.fixture(autouse=True)
+def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def run_probe(data: Path, base: Path, output: Path, name: str, *flags: str) -> Path:
+    model = json.loads((base / "config.json").read_text())["architecture"]
+    args = ["--data_dir", str(data), "--weights", str(base), "--model", model, "--img_size", "32", "--probe"]
+    args += ["--output", str(output), "--run_name", name, "--trackers", "none", "--workers", "0"]
+    args += ["--mixed_precision", "no"]
+    train_finetune.main(parse_args(train_finetune.FinetuneConfig, "", [*args, *flags]))
+    return output / name
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    with path.open() as file:
+        return list(csv.DictReader(file))
+
+
+def test_a_probe_ends_as_any_other_run(
+    images: Path, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    run = run_probe(images, base, tmp_path, "a")
+    (row,) = rows(run / "training_log.csv")
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["best_top1"] == pytest.approx(float(row["val_top1"]), abs=0.01)
+    assert (run / "plots" / "accuracy_live.png").exists()
+    # Colours tell the classes, also through random layers.
+    assert float(row["train_top1"]) > 90
+    assert float(row["val_top1"]) > 60
+    predict.main([str(run), str(images / "val"), "--csv", str(tmp_path / "p.csv")])
+    hits = sum(Path(p["path"]).parent.name == p["label_1"] for p in rows(tmp_path / "p.csv"))
+    assert 100 * hits / 21 == pytest.approx(float(row["val_top1"]), abs=1e-3)
+    before, after = load_file(base / "model.safetensors"), load_file(run / "model" / "model.safetensors")
+    changed = {
+        key
+        for key in after
+        if before[key].shape != after[key].shape or not torch.equal(before[key], after[key])
+    }
+    assert changed == {"fc.weight", "fc.bias"}
+    assert_same(after, weights(run))
+    run_probe(images, base, tmp_path, "a")
+    assert len(rows(run / "training_log.csv")) == 1
+    assert "this run is complete" in capsys.readouterr().out
+
+
+def test_features_are_made_once_for_the_same_weights_images_and_view(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, base, other = tmp_path / "data", tmp_path / "base", tmp_path / "other"
+    shutil.copytree(images, data)
+    for folder, seed in ((base, 0), (other, 1)):
+        torch.manual_seed(seed)
+        write_model(folder, create_model("test_resnet", 4), PretrainedCfg("test_resnet", list("abcd"), 32))
+    first = run_probe(data, base, tmp_path, "first")
+    made: list[int] = []
+    extract = module.extract
+
+    def counted(*args: Any) -> Any:
+        made.append(1)
+        return extract(*args)
+
+    monkeypatch.setattr(module, "extract", counted)
+    second = run_probe(data, base, tmp_path, "second")
+    assert not made
+    assert_same(weights(first), weights(second))
+    run_probe(data, other, tmp_path, "other_weights")
+    assert len(made) == 1
+    run_probe(data, base, tmp_path, "other_view", "--crop_pct", "1.0")
+    assert len(made) == 2
+    # Other pixels under the same name, in the same folder.
+    image = data / "train" / "class0" / "0.jpg"
+    image.write_bytes((data / "train" / "class1" / "0.jpg").read_bytes())
+    changed = run_probe(data, base, tmp_path, "other_pixels")
+    assert len(made) == 3
+    assert not torch.equal(weights(changed)["fc.weight"], weights(first)["fc.weight"])
+
+
+def test_a_dry_run_says_what_it_would_do_and_writes_nothing(
+    images: Path, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    run = run_probe(images, base, tmp_path, "dry", "--dry_run")
+    assert "72 training and 21 validation images at 32 px, 3 classes" in capsys.readouterr().out
+    assert not run.exists()
+
+
+@pytest.mark.parametrize(
+    ("processes", "last", "says"),
+    [
+        (2, nn.Linear(8, 3), "--probe runs in one process"),
+        (1, nn.Conv2d(8, 3, 1), "ends in one linear layer, and --model some does not"),
+        (1, nn.Linear(8, 3, bias=False), "ends in one linear layer"),
+    ],
+)
+def test_what_it_cannot_do_is_refused(processes: int, last: nn.Module, says: str) -> None:
+    model = nn.Sequential(nn.Flatten(), last)
+    model.get_classifier = lambda: last  # type: ignore[assignment]
+    cfg = SimpleNamespace(given={"weights"}, model="some")
+    run: Any = SimpleNamespace(accelerator=SimpleNamespace(num_processes=processes), cfg=cfg)
+    with pytest.raises(UserError, match=says):
+        module.probe(run, model, None, None, None)  # type: ignore[arg-type]
