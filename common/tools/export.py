@@ -116,14 +116,15 @@ def push(folder: Path, repo: str) -> str:
     Raises:
         UserError: the Hub refuses, or cannot be reached.
     """
-    from httpx2 import HTTPError
     from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
 
     api = HfApi()
     try:
         address = api.create_repo(repo, private=True, exist_ok=True)
         api.upload_folder(repo_id=repo, folder_path=folder, commit_message="Model and card")
-    except (HTTPError, OSError) as error:
+    # Its bases are the errors of whatever HTTP client the Hub's library uses.
+    except (*HfHubHTTPError.__bases__, OSError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"--push {repo}: {reason}; the folder {folder} is complete") from error
     return str(address)
