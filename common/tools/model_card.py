@@ -153,7 +153,7 @@ from PIL import Image
 model = timm.create_model("{address}", pretrained=True).eval()
 transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
 shares = model(transform(Image.open("photo.jpg").convert("RGB"))[None]).softmax(1)[0]
-print(model.pretrained_cfg["label_names"][int(shares.argmax())], float(shares.max()))
+print(model.pretrained_cfg["label_names"][int(shares.argmax())], shares.max().item())
 ```"""
 
 

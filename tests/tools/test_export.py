@@ -212,18 +212,31 @@ def test_programs_take_any_number_of_plain_images_and_answer_as_timm_does(progra
         torch.testing.assert_close(pt2(images), expected, atol=1e-4, rtol=0)
     text = (programs / "README.md").read_text()
     assert "`model.onnx` (within " in text
-    assert "RGB from 0 to 1; they normalise them" in text
     assert not list(programs.parent.glob(".m-*"))
 
 
-def test_normalisation_may_stay_outside(run: Path, tmp_path: Path) -> None:
-    out = tmp_path / "m"
-    tool.main([str(run), "--to", str(out), "--pt2", "--normalized"])
-    model = timm.create_model(f"local-dir:{out}", pretrained=True).eval()
-    images = torch.randn(3, 3, 32, 32)
+@pytest.mark.parametrize("flags", [[], ["--normalized"]])
+def test_normalisation_is_inside_or_outside(
+    flags: list[str], run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written = []
+
+    def write(net: torch.nn.Module, side: int, path: Path) -> float:
+        written.append((net, side, path.name))
+        return 0.0
+
+    monkeypatch.setattr(tool, "write_pt2", write)
+    tool.main([str(run), "--to", str(tmp_path / "m"), "--pt2", *flags])
+    ((net, side, name),) = written
+    assert (side, name) == (32, "model.pt2")
+    model = timm.create_model(f"local-dir:{tmp_path / 'm'}", pretrained=True).eval()
+    mean, std = (torch.tensor(model.pretrained_cfg[key])[:, None, None] for key in ("mean", "std"))
+    images = torch.rand(3, 3, 32, 32)
     with torch.inference_mode():
-        torch.testing.assert_close(torch.export.load(out / "model.pt2").module()(images), model(images))
-    assert "normalised with mean [0.485" in (out / "README.md").read_text()
+        expected = model(images if flags else (images - mean) / std)
+        torch.testing.assert_close(net(images), expected)
+    said = "normalised with mean [0.485" if flags else "RGB from 0 to 1; they normalise them"
+    assert said in (tmp_path / "m" / "README.md").read_text()
 
 
 def test_a_program_that_answers_otherwise_is_removed(tmp_path: Path) -> None:
