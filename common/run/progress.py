@@ -6,7 +6,6 @@ import time
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor
 from tqdm import tqdm
 
@@ -132,17 +131,11 @@ def clock(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
 
-def hardware(accelerator: Accelerator) -> str:
-    cuda = accelerator.device.type == "cuda"
-    name = (
-        torch.cuda.get_device_name(accelerator.device) if cuda else f"{torch.get_num_threads()} CPU threads"
-    )
-    return f"{accelerator.num_processes} × {name}"
-
-
 def closing_block(run: Run, progress: Progress) -> str:
     """Best, last and wall time of a finished run, also written to `summary.json`; for the main process."""
     last = run.records.rows()[-1]
+    cuda = run.accelerator.device.type == "cuda"
+    device = torch.cuda.get_device_name() if cuda else f"{torch.get_num_threads()} CPU threads"
     summary = {
         "strategy": run.cfg.strategy,
         "model": run.cfg.model,
@@ -156,7 +149,7 @@ def closing_block(run: Run, progress: Progress) -> str:
         "images_seen": progress.images_seen,
         "peak_lr": progress.peak_lr,
         "seed": run.cfg.seed,
-        "hardware": hardware(run.accelerator),
+        "hardware": f"{run.accelerator.num_processes} × {device}",
     }
     run.records.write_json("summary.json", summary)
     rows = {

@@ -8,6 +8,7 @@ The folder needs nothing of this project:
     config.json, model.safetensors    timm.create_model("local-dir:flowers-model", pretrained=True)
     README.md                         the card, as the Hugging Face Hub reads it, with the lines that load the model
     accuracy.png, confusion.png       what the card shows, where there is a run, or an evaluation
+    training.yaml                     the run's settings, for the card's training command
     model.onnx, model.pt2             the network as a program, for any number of images; compared with PyTorch first
 
 It is there whole or not at all.

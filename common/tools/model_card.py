@@ -1,8 +1,5 @@
 """A model folder's README.md: what the model is, how it was made and how good it is, as the Hugging Face Hub reads it."""
 
-import importlib
-import importlib.util
-import inspect
 import json
 import re
 import shlex
@@ -13,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import yaml
 
 from common import UserError
-from common.config import RESUME_MAY_CHANGE, TrainConfig, as_plain
+from common.config import RESUME_MAY_CHANGE
 from common.model.pretrained_cfg import PretrainedCfg
 from common.run.progress import clock
 
@@ -82,7 +80,7 @@ def write_card(folder: Path, card: Card, repo: str, gaps: Mapping[str, float], n
         curve(folder, card.run) if card.run else "",
         per_class(folder, card) if card.evaluation else "",
         data_section(card.cfg, record, dataset),
-        training(card, record) if record else "",
+        training(folder, card.run, record) if card.run else "",
         "## Limitations\n\n" + LIMITS.format(count=len(card.cfg.classes)) + (CHOSEN if record else ""),
     ]
     content = f"---\n{data}\n---\n\n" + "\n\n".join(filter(None, parts))
@@ -231,7 +229,7 @@ def data_section(cfg: PretrainedCfg, record: Mapping[str, Any], dataset: str) ->
     return f"## Data\n\n{images}{len(cfg.classes)} classes: {names}."
 
 
-def training(card: Card, record: Mapping[str, Any]) -> str:
+def training(folder: Path, run: Path, record: Mapping[str, Any]) -> str:
     """Command, stages, machine and time."""
     progress, summary = record["progress"], record["summary"]
     header = ["epochs", "px", "batch per process", "share of the data", "shape", "frozen"]
@@ -247,26 +245,21 @@ def training(card: Card, record: Mapping[str, Any]) -> str:
         for s in record["config"]["stages_in_force"]
     ]
     return (
-        f"## Training\n\n```bash\n{command(record['config'])}\n```\n\n{markdown(header, rows)}\n\n"
+        f"## Training\n\n```bash\n{command(folder, run, record['config']['strategy'])}\n```\n\n{markdown(header, rows)}\n\n"
         f"Peak learning rate {progress['peak_lr']:.4g}; {progress['images_seen']:,} images seen in "
         f"{clock(progress['wall_s'])} (h:min:s or min:s) on {summary.get('hardware', 'a machine that was not recorded')}."
     )
 
 
-def command(recorded: Mapping[str, Any]) -> str:
-    """The command line with what differs from the script's defaults, also where the recipe chose it; places by name alone."""
-    script = f"train_{recorded['strategy']}"
-    kinds: list[Any] = [TrainConfig]
-    if importlib.util.find_spec(script):
-        members = inspect.getmembers(importlib.import_module(script), inspect.isclass)
-        kinds += [kind for _, kind in members if getattr(kind, "strategy", "") == recorded["strategy"]]
-    defaults = as_plain(kinds[-1]())
-    words = ["python", f"{script}.py"]
-    left_out = {"strategy", "stages_in_force", *RESUME_MAY_CHANGE} - {"data_dir"}
-    for name, value in recorded.items():
-        if name in left_out or value == defaults.get(name, ...):
-            continue
-        if name in ("data_dir", "weights"):
-            value = public_name(value)
-        words += [f"--{name}", value if isinstance(value, str) else json.dumps(value)]
+def command(folder: Path, run: Path, strategy: str) -> str:
+    """The command that trains the same stages again, with the run's settings in training.yaml; places by name alone."""
+    settings = yaml.safe_load((run / "config.yaml").read_text())
+    words = ["python", f"train_{strategy}.py", "--config", "training.yaml"]
+    for name in ("data_dir", "weights"):
+        if place := settings.pop(name, ""):
+            words += [f"--{name}", public_name(place)]
+    # What changes nothing but where a run lives and how fast it is.
+    for name in RESUME_MAY_CHANGE - {"patience"}:
+        settings.pop(name, None)
+    (folder / "training.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
     return shlex.join(words)
