@@ -133,7 +133,12 @@ def _write_model(t: Trainer, weights: dict[str, Tensor], img_size: int) -> None:
     cfg, folder = t.run.cfg, t.run.folder / "model"
     folder.mkdir(exist_ok=True)
     description = replace(
-        t.model_cfg, img_size=img_size, test_size=None, crop_pct=cfg.crop_pct, interpolation="bilinear"
+        t.model_cfg,
+        img_size=img_size,
+        test_size=None,
+        crop_pct=cfg.crop_pct,
+        crop_mode="center",
+        interpolation="bilinear",
     )
     checkpoint.write_durably(folder / "model.safetensors", to_safetensors(weights))
     t.run.records.write_json("model/config.json", description.timm_config())

@@ -7,8 +7,9 @@ loads it without a connection, and `timm.data.resolve_model_data_config` gives t
 import functools
 import inspect
 import json
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ class PretrainedCfg:
         classes: the class names in the order of the logits; empty if not known.
         img_size: side in pixels of the square images that it was trained on last.
         test_size: side at which it is best evaluated; None = img_size.
-        crop_pct: share of the resized image's side that the evaluation's crop keeps.
+        crop_pct: share of the shorter side that the evaluation's crop keeps.
         crop_mode: timm's name of that crop; "center" resizes the shorter side, "squash" both.
         interpolation: of the resizing, "bilinear" or "bicubic".
         mean: of the red, green and blue channel.
@@ -57,11 +58,12 @@ class PretrainedCfg:
             "num_classes": len(self.classes),
             "label_names": self.classes,
             "model_args": args,
+            "crop_pct": self.crop_pct,
             "pretrained_cfg": {
                 "input_size": [3, self.img_size, self.img_size],
                 "test_input_size": [3, self.test_size, self.test_size] if self.test_size else None,
                 "fixed_input_size": known.fixed_input_size and "dynamic_img_size" not in args,
-                "crop_pct": self.crop_pct,
+                "crop_pct": self.timm_crop_pct(),
                 "crop_mode": self.crop_mode,
                 "interpolation": self.interpolation,
                 "mean": list(self.mean),
@@ -71,6 +73,20 @@ class PretrainedCfg:
                 "first_conv": known.first_conv,
             },
         }
+
+    def timm_crop_pct(self) -> float:
+        """The share for which timm's own evaluation crops where ours does, as nearly as whole pixels allow.
+
+        timm resizes the shorter side to floor(size / share) pixels and then cuts the middle out. An odd
+        number of pixels to cut off would put its middle half a pixel beside ours, so the nearest even one is taken.
+        """
+        if self.crop_mode != "center":
+            return self.crop_pct
+        side = self.img_size
+        resized = side + 2 * round((side / self.crop_pct - side) / 2)
+        share = side / resized
+        # The quotient may round to just below the whole number that it should be.
+        return share if math.floor(side / share) == resized else math.nextafter(share, 0)
 
 
 def read_pretrained_cfg(folder: Path) -> PretrainedCfg:
@@ -84,7 +100,8 @@ def read_pretrained_cfg(folder: Path) -> PretrainedCfg:
         config = json.loads(path.read_text())
         names = config.get("label_names")
         classes = names if isinstance(names, list) else []
-        return _from_timm(config["architecture"], classes, config["pretrained_cfg"])
+        cfg = _from_timm(config["architecture"], classes, config["pretrained_cfg"])
+        return replace(cfg, crop_pct=config.get("crop_pct", cfg.crop_pct))
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is not the description of a timm model ({error!r})") from error
 

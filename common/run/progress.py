@@ -134,6 +134,8 @@ def clock(seconds: float) -> str:
 def closing_block(run: Run, progress: Progress) -> str:
     """Best, last and wall time of a finished run, also written to `summary.json`; for the main process."""
     last = run.records.rows()[-1]
+    cuda = run.accelerator.device.type == "cuda"
+    device = torch.cuda.get_device_name() if cuda else f"{torch.get_num_threads()} CPU threads"
     summary = {
         "strategy": run.cfg.strategy,
         "model": run.cfg.model,
@@ -147,6 +149,7 @@ def closing_block(run: Run, progress: Progress) -> str:
         "images_seen": progress.images_seen,
         "peak_lr": progress.peak_lr,
         "seed": run.cfg.seed,
+        "hardware": f"{run.accelerator.num_processes} × {device}",
     }
     run.records.write_json("summary.json", summary)
     rows = {

@@ -34,6 +34,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--mixed_precision", choices=("no", "bf16", "fp16"), help="(default: the run's)")
 
 
+def model_place(folder: Path) -> Path:
+    """The model's folder that a run's folder, or the model's own, means. UserError: there is none."""
+    for place in (folder / "model", folder):
+        if (place / CONFIG).is_file():
+            return place
+    raise UserError(f"{folder} is neither a run's folder nor a model's: it has no {CONFIG}")
+
+
+def check_target(folder: Path) -> None:
+    """UserError: `--to` is there already with something in it, or cannot be made."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"--to {folder} is there already and not an empty folder; choose another")
+    if not folder.absolute().parent.is_dir():
+        raise UserError(f"--to {folder}: there is no folder {folder.parent}")
+
+
 class TrainedModel:
     """A model with its classes, and what it makes of images that are prepared as in its run's evaluation.
 
@@ -50,9 +66,7 @@ class TrainedModel:
     """
 
     def __init__(self, folder: Path, mixed_precision: Precision | None = None) -> None:
-        place = next((place for place in (folder / "model", folder) if (place / CONFIG).is_file()), None)
-        if place is None:
-            raise UserError(f"{folder} is neither a run's folder nor a model's: it has no {CONFIG}")
+        place = model_place(folder)
         self.cfg: PretrainedCfg = read_pretrained_cfg(place)
         if not self.cfg.classes:
             raise UserError(f"{place / CONFIG} names no classes")

@@ -1,0 +1,265 @@
+"""A model folder's README.md: what the model is, how it was made and how good it is, as the Hugging Face Hub reads it."""
+
+import json
+import re
+import shlex
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import yaml
+
+from common import UserError
+from common.config import RESUME_MAY_CHANGE
+from common.model.pretrained_cfg import PretrainedCfg
+from common.run.progress import clock
+
+# Classes up to which all are listed; of more, the worst by F1.
+MOST_CLASSES = 20
+LIMITS = """- It gives one of its {count} classes to every image, also to one that shows none of them.
+- Its accuracy is that of images like those it was trained on; other cameras, places or times may lower it.
+- Nobody has looked at how its mistakes are shared out among groups of people, places or makers of images.
+"""
+CHOSEN = (
+    "- The best epoch was chosen on the validation images, so that their accuracy flatters it a little.\n"
+)
+
+
+@dataclass(frozen=True)
+class Card:
+    """What a card is made from.
+
+    Args:
+        name: of the model.
+        cfg: its classes and images.
+        parameters: how many numbers it learnt.
+        run: the folder of the run that made it, if there is one.
+        evaluation: a folder that `evaluate` wrote, if there is one.
+        license: as the Hub names it.
+    """
+
+    name: str
+    cfg: PretrainedCfg
+    parameters: int
+    run: Path | None
+    evaluation: Path | None
+    license: str
+
+
+def write_card(folder: Path, card: Card, repo: str, gaps: Mapping[str, float], normalized: bool) -> None:
+    """Write README.md and its pictures into a model's folder.
+
+    Args:
+        repo: where on the Hub it will be; "" = nowhere.
+        gaps: of each program in the folder, by its file's name, the largest difference to PyTorch.
+        normalized: whether the programs take images that are normalised already.
+
+    Raises:
+        UserError: the run has no whole epoch, or the evaluation is another model's.
+    """
+    from huggingface_hub import ModelCard, ModelCardData
+
+    record = read_record(card.run) if card.run else {}
+    dataset = public_name(record["config"]["data_dir"]) or "built-in sample images" if record else ""
+    data = ModelCardData(
+        license=card.license,
+        library_name="timm",
+        pipeline_tag="image-classification",
+        tags=["image-classification", "timm", card.cfg.architecture],
+        metrics=["accuracy"],
+        model_name=card.name,
+        eval_results=results(record, dataset) if record else None,
+    )
+    parts = [
+        opening(card, record, dataset),
+        use(card, repo or f"local-dir:{card.name}"),
+        programs(card.cfg, gaps, normalized) if gaps else "",
+        curve(folder, card.run) if card.run else "",
+        per_class(folder, card) if card.evaluation else "",
+        data_section(card.cfg, record, dataset),
+        training(folder, card.run, record) if card.run else "",
+        "## Limitations\n\n" + LIMITS.format(count=len(card.cfg.classes)) + (CHOSEN if record else ""),
+    ]
+    content = f"---\n{data}\n---\n\n" + "\n\n".join(filter(None, parts))
+    ModelCard(content).save(folder / "README.md")
+
+
+def read_record(run: Path) -> dict[str, Any]:
+    """What a run's newest checkpoint says of it: progress, settings and stages in force; and its summary, if it is finished.
+
+    Raises:
+        UserError: it has none.
+    """
+    states = sorted((run / "checkpoints").glob("step_*/state.json"))
+    if not states:
+        raise UserError(
+            f"{run} has no checkpoint that tells how it was trained; pass {run / 'model'} instead"
+        )
+    summary = run / "summary.json"
+    finished = json.loads(summary.read_text()) if summary.is_file() else {}
+    return {**json.loads(states[-1].read_text()), "summary": finished}
+
+
+def public_name(place: str) -> str:
+    """A dataset's or file's name without the folders of this machine, or the bucket, in which it lies."""
+    on_hub = re.fullmatch(r"\w[\w.-]*/[\w.-]+", place) and not Path(place).exists()
+    return place if on_hub else Path(place).name
+
+
+def results(record: Mapping[str, Any], dataset: str) -> list[Any]:
+    from huggingface_hub import EvalResult
+
+    return [
+        EvalResult(
+            task_type="image-classification",
+            dataset_type="image-classification",
+            dataset_name=dataset,
+            dataset_split="validation",
+            metric_type="accuracy",
+            metric_name="top-1",
+            metric_value=round(record["progress"]["best_top1"] / 100, 4),
+        )
+    ]
+
+
+def opening(card: Card, record: Mapping[str, Any], dataset: str) -> str:
+    cfg = card.cfg
+    text = (
+        f"# {card.name}\n\n{cfg.architecture} ({card.parameters / 1e6:.1f} M parameters) that sorts images into "
+        f"{len(cfg.classes)} classes, seen at {cfg.img_size} × {cfg.img_size} px"
+    )
+    if not record:
+        return f"{text}."
+    progress = record["progress"]
+    return (
+        f"{text}. On the validation images of {dataset}, {progress['best_top1']:.2f} % are right (top-1, "
+        f"epoch {progress['best_epoch']} of {progress['epochs_done']})."
+    )
+
+
+def use(card: Card, address: str) -> str:
+    """The lines that load the model and name what is on an image; run where its folder lies, or anywhere from the Hub."""
+    address = address if ":" in address else f"hf-hub:{address}"
+    return f"""## Use
+
+```python
+import timm
+from PIL import Image
+model = timm.create_model("{address}", pretrained=True).eval()
+transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+shares = model(transform(Image.open("photo.jpg").convert("RGB"))[None]).softmax(1)[0]
+print(model.pretrained_cfg["label_names"][int(shares.argmax())], shares.max().item())
+```"""
+
+
+def programs(cfg: PretrainedCfg, gaps: Mapping[str, float], normalized: bool) -> str:
+    side = cfg.img_size
+    taken = (
+        f"normalised with mean {list(cfg.mean)} and standard deviation {list(cfg.std)}"
+        if normalized
+        else "from 0 to 1; they normalise them"
+    )
+    listed = " and ".join(f"`{name}` (within {gap:.0e} of PyTorch)" for name, gap in gaps.items())
+    return (
+        f"As programs: {listed}. They take `images`, float32 [N, 3, {side}, {side}], RGB {taken}, and give `logits`, "
+        f"float32 [N, {len(cfg.classes)}], in the order of `label_names` in `config.json`."
+    )
+
+
+def curve(folder: Path, run: Path) -> str:
+    """The accuracy of every epoch as the run drew it; "" where it has not."""
+    drawn = run / "plots" / "accuracy_live.png"
+    if not drawn.is_file():
+        return ""
+    shutil.copyfile(drawn, folder / "accuracy.png")
+    return "![Accuracy by epoch](accuracy.png)"
+
+
+def per_class(folder: Path, card: Card) -> str:
+    """What `evaluate` found: its first lines, the table of classes, and the confusion matrix.
+
+    Raises:
+        UserError: its folder is not there, or about a model of other classes.
+    """
+    assert card.evaluation is not None
+    try:
+        table = pd.read_csv(card.evaluation / "per_class.csv", keep_default_na=False, na_values=[""])
+        head = (card.evaluation / "report.txt").read_text().split("\n\ncalibration")[0]
+    except OSError as error:
+        why = f"{error.strerror}: {error.filename}"
+        raise UserError(
+            f"--evaluation {card.evaluation} is not a folder that evaluate wrote ({why})"
+        ) from error
+    if table["class"].astype(str).tolist() != card.cfg.classes:
+        raise UserError(f"--evaluation {card.evaluation} is about a model of other classes")
+    shown = (
+        "Every class"
+        if len(table) <= MOST_CLASSES
+        else f"The {MOST_CLASSES} worst of {len(table)} classes by F1"
+    )
+    table = table.sort_values("f1", kind="stable").head(MOST_CLASSES)
+    rows = [
+        [
+            str(row["class"]),
+            *("–" if pd.isna(row[k]) else f"{row[k]:.1%}" for k in ("precision", "recall", "f1")),
+            str(row["support"]),
+        ]
+        for _, row in table.iterrows()
+    ]
+    header = ["class", "precision", "recall", "F1", "images"]
+    shutil.copyfile(card.evaluation / "confusion.png", folder / "confusion.png")
+    # Without the first line, whose paths are this machine's.
+    figures = head.partition("\n\n")[2]
+    return f"## Evaluation\n\n```\n{figures}\n```\n\n{shown}:\n\n{markdown(header, rows)}\n\n![Confusion](confusion.png)"
+
+
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    cells = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in cells)
+
+
+def data_section(cfg: PretrainedCfg, record: Mapping[str, Any], dataset: str) -> str:
+    images = (
+        f"{dataset}: {record['progress']['num_images']:,} training images. " if record else "Not recorded. "
+    )
+    names = ", ".join(cfg.classes[:100]) + (", ..." if len(cfg.classes) > 100 else "")
+    return f"## Data\n\n{images}{len(cfg.classes)} classes: {names}."
+
+
+def training(folder: Path, run: Path, record: Mapping[str, Any]) -> str:
+    """Command, stages, machine and time."""
+    progress, summary = record["progress"], record["summary"]
+    header = ["epochs", "px", "batch per process", "share of the data", "shape", "frozen"]
+    rows = [
+        [
+            str(s["epochs"]),
+            str(s["img_size"]),
+            str(s["batch_size"]),
+            f"{s['data_fraction']:.0%}",
+            s["shape"],
+            " ".join(s["frozen"]),
+        ]
+        for s in record["config"]["stages_in_force"]
+    ]
+    return (
+        f"## Training\n\n```bash\n{command(folder, run, record['config']['strategy'])}\n```\n\n{markdown(header, rows)}\n\n"
+        f"Peak learning rate {progress['peak_lr']:.4g}; {progress['images_seen']:,} images seen in "
+        f"{clock(progress['wall_s'])} (h:min:s or min:s) on {summary.get('hardware', 'a machine that was not recorded')}."
+    )
+
+
+def command(folder: Path, run: Path, strategy: str) -> str:
+    """The command that trains the same stages again, with the run's settings in training.yaml; places by name alone."""
+    settings = yaml.safe_load((run / "config.yaml").read_text())
+    words = ["python", f"train_{strategy}.py", "--config", "training.yaml"]
+    for name in ("data_dir", "weights"):
+        if place := settings.pop(name, ""):
+            words += [f"--{name}", public_name(place)]
+    # What changes nothing but where a run lives and how fast it is.
+    for name in RESUME_MAY_CHANGE - {"patience"}:
+        settings.pop(name, None)
+    (folder / "training.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
+    return shlex.join(words)
