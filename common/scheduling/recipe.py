@@ -112,7 +112,7 @@ def adapt(
 def _fit_lengths(recipe: Recipe) -> None:
     """As many epochs for each size in a short run, on all of the data."""
     # Small stages are cheap, so that leaving data out of them saves little; and it takes steps, which a smaller batch has to give back:
-    # hybrid with its shares ended at 66.9 %, the same cost without at 70.4.
+    # with its shares a curriculum ended at 66.9 %, at the same cost without at 70.4.
     if any(stage.data_fraction < 1 for stage in recipe.stages):
         recipe.stages[:] = [replace(stage, data_fraction=1.0) for stage in recipe.stages]
         recipe.notes.append("all of the data in every stage (--stages)")
