@@ -66,6 +66,10 @@ def typical_short_side(train: Source) -> int:
 def prepare_state(run: Run, model: nn.Module, train: Source) -> TrainState:
     """Model on its device, optimizer and EMA: new ones, or as the resumed checkpoint holds them."""
     cfg, accelerator = run.cfg, run.accelerator
+    if cfg.drop_path and not any(type(module).__name__ == "DropPath" for module in model.modules()):
+        raise UserError(f"--drop_path {cfg.drop_path}: {cfg.model} has no stochastic depth")
+    if cfg.grad_checkpointing:
+        checkpoint_gradients(model)
     layout = torch.channels_last if cfg.channels_last else torch.contiguous_format
     model = model.to(accelerator.device).to(memory_format=layout)
     ema = Ema(model, cfg.ema_decay) if cfg.ema else None
@@ -87,6 +91,23 @@ def prepare_state(run: Run, model: nn.Module, train: Source) -> TrainState:
         progress = state.progress
         run.log.info("resumed at epoch %d, step %d", progress.epochs_done + 1, progress.step)
     return state
+
+
+def checkpoint_gradients(model: nn.Module) -> None:
+    """Let a model of timm keep the inputs of its blocks only, and compute the rest again in the backward pass (Chen et al., 2016).
+
+    Raises:
+        UserError: timm cannot, or there is BatchNorm, whose statistics would count every batch twice.
+    """
+    if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules()):
+        raise UserError(
+            "--grad_checkpointing is for networks without BatchNorm, which would count every batch twice"
+        )
+    try:
+        # torch's stubs take every other attribute of a module for a tensor or a module.
+        model.set_grad_checkpointing(True)  # type: ignore[operator]
+    except (AttributeError, AssertionError) as error:
+        raise UserError("--grad_checkpointing: timm has none for this model") from error
 
 
 def settle_plan(run: Run, state: TrainState, train: Source) -> Plan:
