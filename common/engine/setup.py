@@ -67,7 +67,7 @@ def prepare_state(run: Run, model: nn.Module, train: Source) -> TrainState:
     """Model on its device, optimizer and EMA: new ones, or as the resumed checkpoint holds them."""
     cfg, accelerator = run.cfg, run.accelerator
     if cfg.drop_path and not any(type(module).__name__ == "DropPath" for module in model.modules()):
-        raise UserError(f"--drop_path {cfg.drop_path}: {cfg.model} has no stochastic depth")
+        raise UserError(f"--drop_path {cfg.drop_path}: the model was built without stochastic depth")
     if cfg.grad_checkpointing:
         checkpoint_gradients(model)
     layout = torch.channels_last if cfg.channels_last else torch.contiguous_format

@@ -57,7 +57,8 @@ def create_model(
         UserError: nobody knows the name, and the message offers similar ones; or it cannot be built for the size, or with drop_path.
     """
     if name in RESNETS:
-        return ResNet(*RESNETS[name], num_classes, drop_path)
+        block, depths, small_stem = RESNETS[name]
+        return ResNet(block, depths, num_classes, small_stem, drop_path)
     import timm
 
     timm_name = name.removeprefix("timm/")

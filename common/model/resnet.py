@@ -77,8 +77,8 @@ class ResNet(nn.Module):
     Args:
         block: of which it is built.
         depths: blocks of each of the four sizes.
-        small_stem: begin with a 3x3 convolution at full size and no pooling, for images below 64 px (He et al., 2015, on CIFAR).
         num_classes: length of the logits.
+        small_stem: begin with a 3x3 convolution at full size and no pooling, for images below 64 px (He et al., 2015, on CIFAR).
         drop_path: probability that training leaves out the last block, rising linearly from 0 at the first (Huang et al., 2016).
     """
 
@@ -91,8 +91,8 @@ class ResNet(nn.Module):
         self,
         block: type[BasicBlock] | type[Bottleneck],
         depths: Sequence[int],
-        small_stem: bool,
         num_classes: int,
+        small_stem: bool = False,
         drop_path: float = 0.0,
     ) -> None:
         super().__init__()
