@@ -142,6 +142,7 @@ FLAGS = [
     ("standard", "--optimizer kron", "--optimizer kron needs second derivatives, or keeps what"),
     ("standard", "--auto_augment randaug", "--auto_augment takes none, trivial, rand or three, not randaug"),
     ("standard", "--rand_magnitude 9", "--rand_magnitude takes a number from 0 to 1, not 9"),
+    ("standard", "--loss bce --class_weights sqrt", "--class_weights goes with --loss ce"),
     ("standard", "--loss mse", "--loss takes ce or bce, not mse"),
     ("standard", "--drop_path 2", "--drop_path takes a number from 0 to 1, not 2"),
     ("standard", "--drop_path 0.1 --model vgg11", "test_mambaout has no stochastic depth"),

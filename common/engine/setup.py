@@ -119,6 +119,9 @@ def settle_plan(run: Run, state: TrainState, train: Source) -> Plan:
     cfg.check_momentum()
     if "none" not in (cfg.class_weights, cfg.sampler):
         raise UserError("--class_weights and --sampler both make up for rare classes; choose one")
+    if cfg.class_weights != "none" and cfg.loss == "bce":
+        # They are factors of the targets, which binary cross-entropy takes for probabilities.
+        raise UserError("--class_weights goes with --loss ce; --sampler goes with both")
     for stage in run.stages:
         check_frozen(state.model, stage.frozen)
     plan = make_plan(
