@@ -1,7 +1,7 @@
 """Random edits of colour and geometry, in the workers: TrivialAugmentWide, RandAugment and 3-Augment.
 
-On one image at a time and in Pillow, as their authors did it: on a CPU 3 to 10 times faster than the same on tensors,
-and nothing of it is left for the device to do.
+On one image at a time and in Pillow, as their authors did it, which on a CPU is faster than the same on tensors
+(docs/input-pipeline.md); nothing of it is left for the device to do.
 """
 
 from collections.abc import Callable
