@@ -27,7 +27,13 @@ from common.model.optimizer import OptimizerSettings
 from common.scheduling import ScheduleSettings, Stage, scale_stages
 
 if TYPE_CHECKING:
-    from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+    from jsonargparse.typing import (
+        ClosedUnitInterval,
+        NonNegativeFloat,
+        NonNegativeInt,
+        PositiveFloat,
+        PositiveInt,
+    )
 
 # About a minute on two CPU cores.
 DEBUG_SCALE = {"epochs": 6, "img_size": 64, "batch_size": 64}
@@ -35,10 +41,14 @@ DEBUG_SCALE = {"epochs": 6, "img_size": 64, "batch_size": 64}
 
 @dataclass
 class ModelSettings:
-    """Model"""
+    """Model and loss"""
 
     model: str = "resnet50"
-    """resnet18, resnet34, resnet50, resnet101, or any timm model name."""
+    """resnet18, 34, 50, 101, resnet18_cifar or resnet50_cifar (a stem for images below 64 px), or any timm model name."""
+    drop_path: ClosedUnitInterval = 0.0
+    """Stochastic depth: probability that training leaves out the last block's branch; the first's is 0 (Huang et al., 2016)."""
+    loss: Literal["ce", "bce"] = "ce"
+    """ce = cross-entropy; bce = binary cross-entropy of each class, summed (Wightman et al., 2021). Validation's is always ce."""
 
 
 @dataclass
@@ -51,6 +61,8 @@ class SpeedSettings:
     """NHWC memory layout."""
     compile: bool = False
     """torch.compile the model, once per image shape."""
+    grad_checkpointing: bool = False
+    """Keep less for the backward pass and compute it again: transformers of timm in less memory, at about a third more time."""
     accumulation: PositiveInt = 1
     """Micro-batches per optimizer step."""
     auto_batch: bool = False
@@ -183,6 +195,7 @@ RESUME_MAY_CHANGE = frozenset(
         "workers",
         "compile",
         "channels_last",
+        "grad_checkpointing",
         "auto_batch",
         "grad_compression",
         "profile",

@@ -42,6 +42,12 @@ class ViewSettings:
     crop_pct: ClosedUnitInterval = 0.875
     """Share of the (shorter) side that evaluation's centre crop keeps."""
 
+    auto_augment: Literal["none", "trivial", "rand", "three"] = "none"
+    """Edits of training images in the loader: TrivialAugmentWide, RandAugment (two edits), DeiT III's 3-Augment."""
+
+    rand_magnitude: ClosedUnitInterval = 0.9
+    """RandAugment's magnitude, as a share of its authors' 10."""
+
     rect_val: bool = False
     """Evaluate each image whole, at the aspect ratio nearest its own."""
 
@@ -117,10 +123,15 @@ class Batches:
         )
 
     def train_view(self, stage: Stage) -> View:
-        """A stage's random crops: the weaker its strength, the larger the smallest of them."""
+        """A stage's random crops and edits: the weaker its strength, the larger the smallest crop and the fewer images are edited."""
         low, high = self.settings.crop_scale
-        scale = (high * (low / high) ** stage.strength, high)
-        return View(scale, ratio=(1.0, 1.0)) if stage.shape == "rect" else View(scale)
+        view = View(
+            (high * (low / high) ** stage.strength, high),
+            auto_augment=self.settings.auto_augment,
+            magnitude=self.settings.rand_magnitude,
+            strength=stage.strength,
+        )
+        return view._replace(ratio=(1.0, 1.0)) if stage.shape == "rect" else view
 
     def eval_items(self, img_size: int, batch_size: int, crop: float | None = None) -> list[BatchItem]:
         """This process's share of the validation images, each exactly once over all processes.

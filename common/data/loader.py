@@ -26,6 +26,7 @@ from torch.utils.data import DataLoader, Dataset
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from common import UserError
+from common.data.auto_augment import auto_augment
 from common.data.decode import DecodeError, decode_batch
 from common.data.order import BatchItem
 from common.data.slots import Slot, Slots
@@ -115,6 +116,8 @@ class _BatchDecoder(Dataset):
                 ]
                 sizes = source.sizes()[indices] if source.prepared else None
                 decode_batch(encoded, item, self.seed, images, sizes)
+                if item.view.auto_augment != "none":
+                    auto_augment(images.permute(0, 2, 3, 1).numpy(), item, self.seed)
                 return None
             except UserError as error:  # the storage cannot be reached: no image can stand in
                 return str(error)

@@ -29,6 +29,9 @@ class View(NamedTuple):
     scale: tuple[float, float] | None  # random crop: area as a share of the image; None = evaluation, centred
     ratio: tuple[float, float] = (3 / 4, 4 / 3)  # random crop: aspect jitter, times the shape's own aspect
     crop_pct: float = 0.875  # evaluation: the centred box is this share of the largest of the shape's aspect
+    auto_augment: str = "none"  # policy of `auto_augment`
+    magnitude: float = 0.0  # of its RandAugment
+    strength: float = 1.0  # share of the images that it edits
 
 
 class BatchItem(NamedTuple):

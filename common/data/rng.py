@@ -3,7 +3,7 @@
 import numpy as np
 
 # Streams: independent draws for the same image.
-CROP, FLIP, ERASE, CUTOUT, ORDER, ROWS, SUBSET, ASPECT, CLASSES = range(9)
+CROP, FLIP, ERASE, CUTOUT, ORDER, ROWS, SUBSET, ASPECT, CLASSES, AUTO = range(10)
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 

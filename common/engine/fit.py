@@ -6,7 +6,6 @@ from itertools import islice
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from common.data.batches import Batches
 from common.data.loader import Batch, Loader
@@ -119,7 +118,7 @@ def train_step(t: Trainer, epoch: EpochPlan, lr: float, momentum: float, stream:
             )
             # Autocast in, float32 out: prepare_model saw to it.
             logits = t.net(images)
-            loss = F.cross_entropy(logits, targets)
+            loss = t.loss(logits, targets)
             # Scales for fp16, and divides by the accumulation.
             accelerator.backward(loss)
             if clip_grad and accelerator.sync_gradients:

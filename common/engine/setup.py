@@ -66,6 +66,10 @@ def typical_short_side(train: Source) -> int:
 def prepare_state(run: Run, model: nn.Module, train: Source) -> TrainState:
     """Model on its device, optimizer and EMA: new ones, or as the resumed checkpoint holds them."""
     cfg, accelerator = run.cfg, run.accelerator
+    if cfg.drop_path and not any(type(module).__name__ == "DropPath" for module in model.modules()):
+        raise UserError(f"--drop_path {cfg.drop_path}: the model was built without stochastic depth")
+    if cfg.grad_checkpointing:
+        checkpoint_gradients(model)
     layout = torch.channels_last if cfg.channels_last else torch.contiguous_format
     model = model.to(accelerator.device).to(memory_format=layout)
     ema = Ema(model, cfg.ema_decay) if cfg.ema else None
@@ -89,6 +93,23 @@ def prepare_state(run: Run, model: nn.Module, train: Source) -> TrainState:
     return state
 
 
+def checkpoint_gradients(model: nn.Module) -> None:
+    """Let a model of timm keep the inputs of its blocks only, and compute the rest again in the backward pass (Chen et al., 2016).
+
+    Raises:
+        UserError: timm cannot, or there is BatchNorm, whose statistics would count every batch twice.
+    """
+    if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules()):
+        raise UserError(
+            "--grad_checkpointing is for networks without BatchNorm, which would count every batch twice"
+        )
+    try:
+        # torch's stubs take every other attribute of a module for a tensor or a module.
+        model.set_grad_checkpointing(True)  # type: ignore[operator]
+    except (AttributeError, AssertionError) as error:
+        raise UserError("--grad_checkpointing: timm has none for this model") from error
+
+
 def settle_plan(run: Run, state: TrainState, train: Source) -> Plan:
     """Stages over steps; a resumed run keeps its global batches, whatever the number of processes now.
 
@@ -98,6 +119,9 @@ def settle_plan(run: Run, state: TrainState, train: Source) -> Plan:
     cfg.check_momentum()
     if "none" not in (cfg.class_weights, cfg.sampler):
         raise UserError("--class_weights and --sampler both make up for rare classes; choose one")
+    if cfg.class_weights != "none" and cfg.loss == "bce":
+        # They are factors of the targets, which binary cross-entropy takes for probabilities.
+        raise UserError("--class_weights goes with --loss ce; --sampler goes with both")
     for stage in run.stages:
         check_frozen(state.model, stage.frozen)
     plan = make_plan(

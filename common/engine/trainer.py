@@ -1,14 +1,16 @@
 """What the steps of a run share: entering a stage, looking up, and evaluating."""
 
 import json
+import math
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from common import UserError
 from common.augment import Augment
@@ -25,6 +27,19 @@ from common.run.progress import Meter
 from common.run.run import Run
 from common.scheduling import EpochPlan, Plan
 
+
+def binary_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """Binary cross-entropy of each class, summed over the classes: the mean over the batch, from float32 [B, C] each.
+
+    Wightman et al. (2021, "ResNet strikes back"); soft targets stay as they are. Logits count from log(1 / C), so that training starts
+    as if each class were seen once in C images (Lin et al., 2017), near cross-entropy's log C and not at C log 2: the LR finder needs
+    losses that fall little by little. Softmax does not see the offset.
+    """
+    images, classes = logits.shape
+    return F.binary_cross_entropy_with_logits(logits - math.log(classes), targets, reduction="sum") / images
+
+
+LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"ce": F.cross_entropy, "bce": binary_cross_entropy}
 # Micro-batches in a row without a finite loss before training stops.
 NAN_PATIENCE = 10
 
@@ -33,6 +48,7 @@ class Trainer:
     """Model, optimizer and data of a run, set up for its present stage.
 
     Attributes:
+        loss: from logits and soft targets, both float32 [B, classes], to the mean over the batch.
         net: the model as training calls it: with autocast, and wrapped for several processes.
         optimizer: Accelerate's, which steps at the end of an accumulation window only.
         meter: of the epoch that was begun last.
@@ -59,6 +75,7 @@ class Trainer:
         )
         # Accelerate would move all of its state to the device, and reading AdamW's counters there waits in every step.
         self.optimizer = run.accelerator.prepare_optimizer(state.optimizer, device_placement=False)
+        self.loss = LOSSES[cfg.loss]
         self.net: nn.Module = state.model
         self.stage_index = -1
         self.meter: Meter

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from common import UserError
 from common.model.pretrained_cfg import (
     CONFIG,
+    SMALL_STEM,
     PretrainedCfg,
     architecture,
     read_pretrained_cfg,
@@ -40,21 +41,24 @@ LOAD_ERRORS = (
 )
 
 
-def create_model(name: str, num_classes: int, img_size: int | None = None) -> nn.Module:
+def create_model(
+    name: str, num_classes: int, img_size: int | None = None, drop_path: float = 0.0
+) -> nn.Module:
     """Build a model with random weights; nothing is ever downloaded.
 
     Args:
-        name: "resnet18", "resnet34", "resnet50" or "resnet101" for the ones written here, "timm/<name>" or
-            any other timm name for timm's.
+        name: one of `RESNETS` for those written here, "timm/<name>" or any other timm name for timm's.
         num_classes: length of the logits.
         img_size: side in pixels for networks that fit one size only (`check_size` tells); None = timm's default.
             All others take images of any size, whatever stands here.
+        drop_path: highest probability of stochastic depth (Huang et al., 2016), the last block's.
 
     Raises:
-        UserError: nobody knows the name, and the message offers similar ones; or it cannot be built for the size.
+        UserError: nobody knows the name, and the message offers similar ones; or it cannot be built for the size, or with drop_path.
     """
     if name in RESNETS:
-        return ResNet(*RESNETS[name], num_classes)
+        block, depths, small_stem = RESNETS[name]
+        return ResNet(block, depths, num_classes, small_stem, drop_path)
     import timm
 
     timm_name = name.removeprefix("timm/")
@@ -62,10 +66,17 @@ def create_model(name: str, num_classes: int, img_size: int | None = None) -> nn
         "." not in timm_name or timm_name in timm.list_pretrained(f"{architecture(name)}.*")
     )
     if not known:
-        raise UserError(f"--model {name} is unknown{did_you_mean(timm_name, timm.list_models())}")
+        raise UserError(
+            f"--model {name} is unknown{did_you_mean(timm_name, [*RESNETS, *timm.list_models()])}"
+        )
     args = size_args(architecture(name), img_size)
+    drops: dict[str, Any] = {"drop_path_rate": drop_path} if drop_path else {}
     try:
-        return timm.create_model(architecture(name), num_classes=num_classes, **args)
+        return timm.create_model(architecture(name), num_classes=num_classes, **args, **drops)
+    except TypeError as error:
+        if not drops:
+            raise
+        raise UserError(f"--drop_path {drop_path}: {name} has no stochastic depth") from error
     except SIZE_ERRORS as error:
         if img_size is None or not args:
             raise
@@ -95,7 +106,7 @@ def check_size(model: nn.Module, height: int, width: int) -> str:
 
 
 def create_finetuned_model(
-    name: str, classes: Sequence[str], weights: str, img_size: int | None = None
+    name: str, classes: Sequence[str], weights: str, img_size: int | None = None, drop_path: float = 0.0
 ) -> tuple[nn.Module, PretrainedCfg | None]:
     """Build a model and load `weights`; the head's rows follow the names of the classes.
 
@@ -111,6 +122,7 @@ def create_finetuned_model(
             .pth or .pt file of tensors, "timm" for timm's default weights of this model, or a timm pretrained name
             or tag such as "resnet50.a1_in1k" or "a1_in1k" (timm downloads its weights).
         img_size: as for `create_model`; timm interpolates the weights that depend on it.
+        drop_path: as for `create_model`.
 
     Returns:
         The model, and what the weights know about themselves: None for a bare file.
@@ -118,7 +130,7 @@ def create_finetuned_model(
     Raises:
         UserError: the weights cannot be found or read, or are another network's.
     """
-    model = create_model(name, len(classes), img_size)
+    model = create_model(name, len(classes), img_size, drop_path)
     state, source = _read_weights(name, weights, img_size)
     own = model.state_dict()
     with torch.device("meta"):
@@ -207,6 +219,8 @@ def _read_weights(
     folder = _model_folder(path) if path.exists() else None
     if folder:
         source = read_pretrained_cfg(folder)
+        if source.architecture.endswith(SMALL_STEM):
+            return _read_file(folder / WEIGHTS), source
         return _load_timm(f"local-dir:{folder}", weights, size_args(source.architecture, img_size)), source
     if path.exists():
         return _read_file(path), None

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from common import UserError
 from common.model.create import did_you_mean
+from common.model.freezing import classifiers
 
 if TYPE_CHECKING:
     from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat
@@ -50,9 +51,9 @@ def create_optimizer(
         momentum: SGD's momentum; the loop sets it, or the first beta, in every step.
 
     Raises:
-        UserError: timm has no optimizer of that name, or lacks what it needs.
+        UserError: timm has no optimizer of that name, or lacks what it needs, or a run cannot go on with it.
     """
-    from timm.optim import create_optimizer_v2, list_optimizers
+    from timm.optim import create_optimizer_v2, get_optimizer_info, list_optimizers
 
     known = list(map(str, list_optimizers()))
     if settings.optimizer not in known:
@@ -65,6 +66,10 @@ def create_optimizer(
     # Fused: several times faster on a CPU. With gradient scaling it skips a step inside the kernel, in silence.
     own = partial(create_optimizer_v2, fused=True, nesterov=momentum > 0)
     create = own if settings.optimizer == "sgd" else create_optimizer_v2
+    if "muon" in settings.optimizer:
+        # Its steps are for hidden matrices; the head and embeddings are Adam's (Jordan et al., 2024), as timm has it for 1-d tensors.
+        heads = [f"{name}.*" for name in classifiers(model)]
+        create = partial(create_optimizer_v2, fallback_list=heads, fallback_no_weight_decay=True)
     try:
         optimizer = create(
             model,
@@ -77,6 +82,15 @@ def create_optimizer(
         )
     except (AssertionError, ImportError) as error:  # needs a GPU, or a package that is not installed
         raise UserError(f"--optimizer {settings.optimizer} cannot be used here: {error}") from error
+    options = [value for group in optimizer.param_groups for value in group.values()]
+    if (
+        get_optimizer_info(settings.optimizer).second_order
+        or optimizer.state_dict().keys() != {"state", "param_groups"}
+        or any(isinstance(value, torch.dtype) for value in options)
+    ):
+        raise UserError(
+            f"--optimizer {settings.optimizer} needs second derivatives, or keeps what a checkpoint cannot hold"
+        )
     for group in optimizer.param_groups:
         group.setdefault("lr_scale", 1.0)
     if settings.optimizer == "sgd" and momentum > 0:

@@ -18,6 +18,8 @@ import torch
 from common import UserError
 
 CONFIG = "config.json"
+# Ends the names of our networks with a stem for small images, which timm has not; it describes those of the plain name.
+SMALL_STEM = "_cifar"
 
 
 @dataclass(frozen=True)
@@ -50,9 +52,10 @@ class PretrainedCfg:
         """The content of config.json, plain values only."""
         import timm
 
-        known = timm.get_pretrained_cfg(self.architecture)
+        plain_name = self.architecture.removesuffix(SMALL_STEM)
+        known = timm.get_pretrained_cfg(plain_name)
         assert known is not None
-        args = size_args(self.architecture, self.img_size)
+        args = size_args(plain_name, self.img_size)
         return {
             "architecture": self.architecture,
             "num_classes": len(self.classes),

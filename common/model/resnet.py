@@ -1,6 +1,7 @@
 """ResNets written here, with the parameter names of torchvision and timm."""
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 
 from torch import Tensor, nn
 
@@ -10,7 +11,14 @@ class BasicBlock(nn.Module):
 
     expansion = 1
 
-    def __init__(self, channels: int, width: int, stride: int, downsample: nn.Module | None) -> None:
+    def __init__(
+        self,
+        channels: int,
+        width: int,
+        stride: int,
+        downsample: nn.Module | None,
+        drop_path: nn.Module | None,
+    ) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(channels, width, 3, stride, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
@@ -18,11 +26,13 @@ class BasicBlock(nn.Module):
         self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(width)
         self.downsample = downsample
+        self.drop_path = drop_path
         nn.init.zeros_(self.bn2.weight)  # each block starts as the identity (Goyal et al., 2017)
 
     def forward(self, x: Tensor) -> Tensor:
         out = self.relu(self.bn1(self.conv1(x)))
         out = self.bn2(self.conv2(out))
+        out = out if self.drop_path is None else self.drop_path(out)
         return self.relu(out + (x if self.downsample is None else self.downsample(x)))
 
 
@@ -31,7 +41,14 @@ class Bottleneck(nn.Module):
 
     expansion = 4
 
-    def __init__(self, channels: int, width: int, stride: int, downsample: nn.Module | None) -> None:
+    def __init__(
+        self,
+        channels: int,
+        width: int,
+        stride: int,
+        downsample: nn.Module | None,
+        drop_path: nn.Module | None,
+    ) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(channels, width, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
@@ -41,12 +58,14 @@ class Bottleneck(nn.Module):
         self.bn3 = nn.BatchNorm2d(width * self.expansion)
         self.relu = nn.ReLU(inplace=True)
         self.downsample = downsample
+        self.drop_path = drop_path
         nn.init.zeros_(self.bn3.weight)  # each block starts as the identity (Goyal et al., 2017)
 
     def forward(self, x: Tensor) -> Tensor:
         out = self.relu(self.bn1(self.conv1(x)))
         out = self.relu(self.bn2(self.conv2(out)))
         out = self.bn3(self.conv3(out))
+        out = out if self.drop_path is None else self.drop_path(out)
         return self.relu(out + (x if self.downsample is None else self.downsample(x)))
 
 
@@ -54,6 +73,13 @@ class ResNet(nn.Module):
     """ResNet for images of any height and width: float [B, 3, H, W] -> logits [B, num_classes].
 
     Parameters are named as in torchvision and timm, so weights travel between the three.
+
+    Args:
+        block: of which it is built.
+        depths: blocks of each of the four sizes.
+        num_classes: length of the logits.
+        small_stem: begin with a 3x3 convolution at full size and no pooling, for images below 64 px (He et al., 2015, on CIFAR).
+        drop_path: probability that training leaves out the last block, rising linearly from 0 at the first (Huang et al., 2016).
     """
 
     layer1: nn.Sequential
@@ -62,13 +88,20 @@ class ResNet(nn.Module):
     layer4: nn.Sequential
 
     def __init__(
-        self, block: type[BasicBlock] | type[Bottleneck], depths: Sequence[int], num_classes: int
+        self,
+        block: type[BasicBlock] | type[Bottleneck],
+        depths: Sequence[int],
+        num_classes: int,
+        small_stem: bool = False,
+        drop_path: float = 0.0,
     ) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(3, 64, 7, stride=2, padding=3, bias=False)
+        kernel, stride = (3, 1) if small_stem else (7, 2)
+        self.conv1 = nn.Conv2d(3, 64, kernel, stride, padding=kernel // 2, bias=False)
         self.bn1 = nn.BatchNorm2d(64)
         self.relu = nn.ReLU(inplace=True)
-        self.maxpool = nn.MaxPool2d(3, stride=2, padding=1)
+        self.maxpool = nn.Identity() if small_stem else nn.MaxPool2d(3, stride=2, padding=1)
+        drops = _drop_paths(drop_path, sum(depths))
         channels = 64
         for stage, depth in enumerate(depths):
             width = 64 * 2**stage
@@ -81,9 +114,11 @@ class ResNet(nn.Module):
                         nn.Conv2d(channels, width * block.expansion, 1, stride, bias=False),
                         nn.BatchNorm2d(width * block.expansion),
                     )
-                blocks.append(block(channels, width, stride, downsample))
+                blocks.append(block(channels, width, stride, downsample, next(drops)))
                 channels = width * block.expansion
             setattr(self, f"layer{stage + 1}", nn.Sequential(*blocks))
+        # Pixels per cell of the last map, under timm's name for it.
+        self.feature_info = [{"reduction": 8 if small_stem else 32}]
         self.fc = nn.Linear(channels, num_classes)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
@@ -103,9 +138,20 @@ class ResNet(nn.Module):
         return {"stem": r"^(?:conv1|bn1)", "blocks": r"^layer(\d+)" if coarse else r"^layer(\d+)\.(\d+)"}
 
 
-RESNETS: dict[str, tuple[type[BasicBlock] | type[Bottleneck], Sequence[int]]] = {
-    "resnet18": (BasicBlock, (2, 2, 2, 2)),
-    "resnet34": (BasicBlock, (3, 4, 6, 3)),
-    "resnet50": (Bottleneck, (3, 4, 6, 3)),
-    "resnet101": (Bottleneck, (3, 4, 23, 3)),
+def _drop_paths(rate: float, blocks: int) -> Iterator[nn.Module | None]:
+    """What drops each block's branch, from the first to the last; None for nothing."""
+    if rate == 0:
+        return itertools.repeat(None)
+    from timm.layers import DropPath
+
+    return (DropPath(rate * index / (blocks - 1)) for index in range(blocks))
+
+
+RESNETS: dict[str, tuple[type[BasicBlock] | type[Bottleneck], Sequence[int], bool]] = {
+    "resnet18": (BasicBlock, (2, 2, 2, 2), False),
+    "resnet34": (BasicBlock, (3, 4, 6, 3), False),
+    "resnet50": (Bottleneck, (3, 4, 6, 3), False),
+    "resnet101": (Bottleneck, (3, 4, 23, 3), False),
+    "resnet18_cifar": (BasicBlock, (2, 2, 2, 2), True),
+    "resnet50_cifar": (Bottleneck, (3, 4, 6, 3), True),
 }

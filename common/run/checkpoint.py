@@ -93,7 +93,12 @@ def _pack_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor]
     for index, entries in packed["state"].items():
         for key, value in entries.items():
             (tensors if isinstance(value, Tensor) else rest)[f"{index}.{key}"] = value
-    return tensors, {"state": rest, "param_groups": packed["param_groups"]}
+    # LAMB counts its steps there, in a tensor that it makes anew of a number.
+    groups = [
+        {key: value.item() if isinstance(value, Tensor) else value for key, value in group.items()}
+        for group in packed["param_groups"]
+    ]
+    return tensors, {"state": rest, "param_groups": groups}
 
 
 def _unpack_optimizer(

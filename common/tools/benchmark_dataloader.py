@@ -35,10 +35,11 @@ REPEATED = 1 << 16  # images in an epoch of the other loaders: enough for a pass
 Start = Callable[[int, int], Iterator[int]]
 
 
-def ours(source: Source, batch_size: int) -> Start:
+def ours(source: Source, batch_size: int, auto_augment: str = "none") -> Start:
     def start(size: int, workers: int) -> Iterator[int]:
         loader = Loader(source, source, seed=0, settings=LoaderSettings(workers))
         order = np.random.default_rng(0)
+        view = View(SCALE, auto_augment=auto_augment, magnitude=0.9)
 
         def items() -> Iterator[BatchItem]:
             for epoch in count():
@@ -46,7 +47,7 @@ def ours(source: Source, batch_size: int) -> Start:
                 # A dataset smaller than a batch still fills one.
                 indices = np.resize(indices, max(len(indices) // batch_size, 1) * batch_size)
                 for chosen in indices.reshape(-1, batch_size):
-                    yield BatchItem(0, chosen, size, size, epoch, View(SCALE))
+                    yield BatchItem(0, chosen, size, size, epoch, view)
 
         try:
             for batch in loader.stream(items()):
@@ -193,6 +194,8 @@ def benchmark(options: argparse.Namespace) -> pd.DataFrame:
     source = open_source(options.data_dir, "train")
     mine = ("ours", "pyramid" if source.prepared else "originals")
     loaders = {mine: ours(source, options.batch_size)}
+    for policy in options.auto_augment:
+        loaders[f"ours, {policy}", mine[1]] = ours(source, options.batch_size, policy)
     originals = open_source(options.originals, "train") if options.originals else source
     loaders.setdefault(("ours", "originals"), ours(originals, options.batch_size))
     if isinstance(originals, FolderSource):
@@ -231,6 +234,7 @@ def main(args: list[str] | None = None) -> None:
     add("--sizes", type=int, nargs="+", default=[224, 128, 56], help="of the stages (default: 224 128 56)")
     add("--workers", type=int, nargs="+", help="counts to try (default: 1, 2, 4 ... up to the CPUs)")
     add("--batch_size", type=int, default=64)
+    add("--auto_augment", nargs="+", default=[], help="also measure ours with: trivial rand three")
     add("--passes", type=int, default=3, help="of which the median counts (default: 3)")
     add("--seconds", type=float, default=3.0, help="that a pass takes (default: 3)")
     add("--device_rate", type=float, nargs="+", help="images/s the device trains on, for each of --sizes")

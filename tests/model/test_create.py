@@ -8,6 +8,7 @@ import pytest
 import timm
 import torch
 from safetensors.torch import save_file
+from timm.layers import DropPath
 
 from common import UserError
 from common.model import create_finetuned_model, create_model
@@ -42,7 +43,55 @@ def test_unknown_models_name_the_flag(name):
     assert "hf-hub" in name or "resnet50" in str(error.value).partition("did you mean")[2]
 
 
+@pytest.mark.parametrize("name", ["resnet18", "timm/resnet18", "test_vit"])
+def test_stochastic_depth_rises_to_the_last_block(name):
+    def rates(model):
+        return [module.drop_prob for module in model.modules() if isinstance(module, DropPath)]
+
+    assert not rates(create_model(name, 5))
+    model = create_model(name, 5, drop_path=0.35)
+    expected = {"test_vit": [0.0, 0.35]}.get(name, [0.35 * block / 7 for block in range(8)])
+    # Vision transformers have two branches a block; timm leaves the first block's out, where it is 0.
+    assert sorted(set(rates(model)) | {0.0})[-1] == pytest.approx(0.35)
+    if "resnet" in name:
+        assert sorted({*rates(model), 0.0}) == pytest.approx(expected)
+
+
+def test_stochastic_depth_drops_branches_in_training_only():
+    model = randomise(create_model("resnet18", 5, drop_path=1.0))
+    with torch.inference_mode():
+        plain = create_model("resnet18", 5).eval()
+        plain.load_state_dict(model.state_dict())
+        torch.testing.assert_close(model(IMAGES), plain(IMAGES))
+        model.layer4[1].train()
+        model.layer4[1].bn1.eval(), model.layer4[1].bn2.eval()
+        x = torch.rand(4, 512, 2, 2)
+        torch.testing.assert_close(model.layer4[1](x), x)
+
+
+def test_a_network_without_stochastic_depth_is_refused():
+    with pytest.raises(UserError, match=r"--drop_path 0.1: vgg11 has no stochastic depth"):
+        create_model("vgg11", 5, drop_path=0.1)
+
+
 # ---------------------------------------------------------------------------------------------- image sizes
+
+
+def test_the_small_stem_keeps_the_names_and_ends_at_an_eighth(tmp_path):
+    model = randomise(create_model("resnet18_cifar", 5))
+    shapes = {key: value.shape for key, value in create_model("resnet18", 5).state_dict().items()}
+    assert {key: value.shape for key, value in model.state_dict().items()} == shapes | {
+        "conv1.weight": (64, 3, 3, 3)
+    }
+    sizes = []
+    model.layer4.register_forward_hook(lambda _module, _inputs, output: sizes.append(tuple(output.shape[2:])))
+    with torch.inference_mode():
+        expected = model(IMAGES)
+        folder = write_model(tmp_path / "model", model, cfg("resnet18_cifar"))
+        loaded, source = create_finetuned_model("resnet18_cifar", CLASSES, str(folder))
+        torch.testing.assert_close(loaded.eval()(IMAGES), expected)
+    assert sizes == [(4, 6)]
+    assert source.architecture == "resnet18_cifar"
 
 
 # Sizes that each network takes of 56, 64, 112 and 224; all that are not here take all four.

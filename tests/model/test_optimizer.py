@@ -1,4 +1,5 @@
 import copy
+import json
 
 import pytest
 import timm
@@ -10,9 +11,11 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from common import UserError
+from common.engine.fit import set_rates
 from common.model import create_model
 from common.model.freezing import set_trainable_layers, train_mode
 from common.model.optimizer import Ema, OptimizerSettings
+from common.run.checkpoint import _pack_optimizer, _unpack_optimizer
 from tests.model.models import IMAGES, LABELS, changed, optimizer_for, small, snapshot, step
 
 
@@ -179,6 +182,52 @@ def test_optimizers_by_name():
     assert "conv1.weight" in changed(model, before)
     with pytest.raises(UserError, match=r"--optimizer addamw is unknown; did you mean .*adamw"):
         optimizer_for(model, optimizer="addamw")
+
+
+@pytest.mark.parametrize("name", ["adafactor", "adopt", "lamb", "lion", "muon"])
+def test_a_run_goes_on_with_the_optimizer_bit_for_bit(name):
+    model = create_model("test_vit", 5, 32)
+    model.eval()
+    optimizer, images = optimizer_for(model, optimizer=name), IMAGES[..., :32]
+    begin, untouched = snapshot(model), copy.deepcopy(optimizer.state_dict())
+
+    def train(model, optimizer):
+        for _ in range(3):
+            set_rates(optimizer, 3e-3, 0.9)
+            loss = F.cross_entropy(model(images), LABELS)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        return loss.item()
+
+    start = F.cross_entropy(model(images), LABELS).item()
+    first = train(model, optimizer)
+    # As the LR finder puts everything back.
+    model.load_state_dict(begin)
+    optimizer.load_state_dict(untouched)
+    assert train(model, optimizer) == first < start
+    tensors, rest = _pack_optimizer(optimizer)
+    other = copy.deepcopy(model)
+    resumed = optimizer_for(other, optimizer=name)
+    _unpack_optimizer(resumed, copy.deepcopy(tensors), json.loads(json.dumps(rest)))
+    assert train(model, optimizer) == train(other, resumed)
+    assert not changed(model, other.state_dict())
+
+
+@pytest.mark.parametrize("name", ["adafactorbv", "adahessian", "kron"])
+def test_an_optimizer_with_which_a_run_cannot_go_on_is_refused(name):
+    with pytest.raises(UserError, match=f"--optimizer {name} needs second derivatives, or keeps what"):
+        optimizer_for(small(), optimizer=name)
+
+
+def test_muon_leaves_head_and_embeddings_to_adam():
+    model = create_model("test_vit", 5, 32)
+    optimizer = optimizer_for(model, optimizer="muon", decay_norm_and_bias=True)
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    adams = [
+        names[p] for group in optimizer.param_groups if group.get("use_fallback") for p in group["params"]
+    ]
+    assert sorted(adams) == ["cls_token", "head.bias", "head.weight", "pos_embed"]
 
 
 # ----------------------------------------------------------------------------------------------------- EMA
