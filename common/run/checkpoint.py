@@ -209,7 +209,10 @@ def apply(files: Files, state: TrainState, accelerator: Accelerator) -> None:
 
 
 def share(files: Files | None, accelerator: Accelerator) -> Files | None:
-    """Send a checkpoint that the main process has read to all others, which may not see its disk."""
+    """Send a checkpoint that the main process has read to all others, which may not see its disk.
+
+    Between our own processes, tensors travel as Accelerate sends any object.
+    """
     shared = [files]
     if accelerator.num_processes > 1:
         broadcast_object_list(shared)
