@@ -180,7 +180,7 @@ def decode_batch(
     """
     position = 0
     try:
-        headers = []
+        headers: list[Header] = []
         if original_sizes is None:
             for data in encoded:
                 position = len(headers)

@@ -353,7 +353,7 @@ def newest_whole(checkpoints: Path) -> tuple[Path | None, list[str]]:
     Raises:
         UserError: there are only checkpoints of an older format.
     """
-    damaged = []
+    damaged: list[str] = []
     for folder in reversed(_by_step(checkpoints)):
         if not (sentence := _damage(folder)):
             return folder, damaged
