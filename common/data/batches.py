@@ -22,7 +22,7 @@ from common.data.order import (
     streaming_epoch,
     subset,
 )
-from common.data.shapes import assign, bucket_table, choose_shapes, format_buckets, jittered
+from common.data.shapes import assign, bucket_table, choose_shapes, jittered
 from common.data.sources.base import Source
 from common.scheduling import EpochPlan, Plan, Stage
 
@@ -154,9 +154,7 @@ class Batches:
     def bucket_tables(self) -> str:
         """For each image size of the plan that has rectangular batches: shapes, shares and what cropping loses."""
         sizes = {s.img_size for s in self.plan.stages if s.shape == "rect" or self.settings.rect_val}
-        return "\n".join(
-            format_buckets(bucket_table(self.train.sizes(), self._shapes(size))) for size in sorted(sizes)
-        )
+        return "\n".join(bucket_table(self.train.sizes(), self._shapes(size)) for size in sorted(sizes))
 
     def _pool(self, epoch: EpochPlan) -> np.ndarray:
         """The epoch's images, in no order yet."""

@@ -8,8 +8,8 @@ and the antialiased resize writes straight into the batch's own memory, so there
 import io
 import struct
 import warnings
-from collections.abc import Callable, Sequence
-from typing import NamedTuple, TypeVar
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -32,9 +32,6 @@ _DECODE_ERRORS = (OSError, RuntimeError, SyntaxError, ValueError, struct.error, 
 # The bytes may lie in a read-only memory map, which the decoder only reads. torch warns of that once: now.
 with warnings.catch_warnings(action="ignore"):
     torch.from_numpy(np.frombuffer(b"\0", np.uint8))
-
-
-Result = TypeVar("Result")
 
 
 class DecodeError(ValueError):
@@ -181,42 +178,40 @@ def decode_batch(
     Raises:
         DecodeError: for the first image that cannot be decoded.
     """
-    fast: Sequence[bool] = [True] * len(encoded)
-    if original_sizes is None:
-        headers = [_at(position, read_header, data) for position, data in enumerate(encoded)]
-        original_sizes = np.array([header[:2] for header in headers])
-        fast = [header.fast for header in headers]
-    random = item.view.scale is not None
-    draws = uniforms(seed, item.epoch, item.indices, CROP, 4 * TRIES) if random else None
-    boxes = crop_boxes(original_sizes, item.height, item.width, item.view, draws)
-
-    target = [item.height, item.width]
-    for position, (data, (original_h, original_w), box, out) in enumerate(
-        zip(encoded, original_sizes.tolist(), boxes.tolist(), images.split(1), strict=True)
-    ):
-        pixels = _at(position, _decode, data, fast[position])
-        top, left, box_h, box_w = box
-        _, height, width = pixels.shape
-        if (height, width) != (original_h, original_w):  # a smaller copy: the same box, in its pixels
-            top, box_h = _scaled(top, box_h, height / original_h, height)
-            left, box_w = _scaled(left, box_w, width / original_w, width)
-        crop = pixels[None, :, top : top + box_h, left : left + box_w]
-        _resize_into(crop, target, False, None, None, out=out)
-
-
-def _at(position: int, function: Callable[..., Result], data: np.ndarray, *more: bool) -> Result:
-    """Call `function(data, *more)`; a failure says which image of the batch it was."""
+    position = 0
     try:
-        return function(data, *more)
+        headers: list[Header] = []
+        if original_sizes is None:
+            for data in encoded:
+                position = len(headers)
+                headers.append(read_header(data))
+            original_sizes = np.array([header[:2] for header in headers])
+        random = item.view.scale is not None
+        draws = uniforms(seed, item.epoch, item.indices, CROP, 4 * TRIES) if random else None
+        boxes = crop_boxes(original_sizes, item.height, item.width, item.view, draws)
+
+        target = [item.height, item.width]
+        for position, (data, (original_h, original_w), box, out) in enumerate(
+            zip(encoded, original_sizes.tolist(), boxes.tolist(), images.split(1), strict=True)
+        ):
+            pixels = _decode(data, not headers or headers[position].fast)
+            top, left, box_h, box_w = box
+            _, height, width = pixels.shape
+            # A smaller copy: the same box, in its pixels.
+            if (height, width) != (original_h, original_w):
+                top, box_h = _scaled(top, box_h, height / original_h, height)
+                left, box_w = _scaled(left, box_w, width / original_w, width)
+            crop = pixels[None, :, top : top + box_h, left : left + box_w]
+            _resize_into(crop, target, False, None, None, out=out)
     except DecodeError as error:
         error.position = position
         raise
-    except _DECODE_ERRORS as error:
-        raise DecodeError(_reason(error, data), position) from error
 
 
 def _decode(data: np.ndarray, fast: bool) -> torch.Tensor:
     """Decode with the library that suits, or with the other where that one refuses: uint8 [3, H, W].
+
+    Raises DecodeError where both do.
 
     Their strictness differs at damaged metadata, not their pixels: both read JPEGs by libjpeg, and neither
     accepts an image that is cut short. So an image trains that any other program shows, and as it shows it.
@@ -228,7 +223,7 @@ def _decode(data: np.ndarray, fast: bool) -> torch.Tensor:
         try:
             return second(data)
         except _DECODE_ERRORS:
-            raise error from None
+            raise DecodeError(_reason(error, data)) from error
 
 
 def _torchvision(data: np.ndarray) -> torch.Tensor:

@@ -58,7 +58,7 @@ class LoaderSettings:
 
 def available_workers() -> int:
     """Share the CPUs this process may use (affinity, cgroup quota) among the machine's training processes."""
-    cpus = float(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    cpus = float(len(os.sched_getaffinity(0)))
     for quota_file, period_file in CGROUP_QUOTAS:
         if Path(quota_file).exists():
             words = Path(quota_file).read_text().split()
@@ -110,10 +110,7 @@ class _BatchDecoder(Dataset):
         indices = wanted.copy()
         while True:
             try:
-                encoded = [
-                    self._read(source, position, index, item)
-                    for position, index in enumerate(indices.tolist())
-                ]
+                encoded = self._read(source, indices, min(item.height, item.width))
                 sizes = source.sizes()[indices] if source.prepared else None
                 decode_batch(encoded, item, self.seed, images, sizes)
                 if item.view.auto_augment != "none":
@@ -134,11 +131,14 @@ class _BatchDecoder(Dataset):
                 return f"cannot decode {path}: {why}; nor any other image of its class"
 
     @staticmethod
-    def _read(source: Source, position: int, index: int, item: BatchItem) -> np.ndarray:
+    def _read(source: Source, indices: np.ndarray, short_side: int) -> list[np.ndarray]:
+        encoded: list[np.ndarray] = []
         try:
-            return source.read(index, min(item.height, item.width))
+            for index in indices.tolist():
+                encoded.append(source.read(index, short_side))
         except OSError as error:
-            raise DecodeError(error.strerror or str(error), position) from error
+            raise DecodeError(error.strerror or str(error), len(encoded)) from error
+        return encoded
 
 
 @contextmanager
@@ -183,10 +183,6 @@ def end_with(parent: int) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def _identity(answer: object) -> object:
-    return answer
-
-
 class Loader:
     """Loads any batches of a train and a validation source with one set of workers, for a whole run."""
 
@@ -215,19 +211,18 @@ class Loader:
         self.unreadable: dict[str, str] = {}  # path -> why, of every image replaced so far
         self._layout = torch.channels_last if channels_last else torch.contiguous_format
         self._sources = (train, val)
-        forks = self.workers > 0 and hasattr(os, "memfd_create")
         # As many as can be waiting, and a few for the batches in the caller's hands.
-        self._slots = Slots(self.workers * PREFETCH + 4 if forks else 0)
+        self._slots = Slots(self.workers * PREFETCH + 4 if self.workers else 0)
         self._sampler = _Sampler(self._slots)
         self._loader = DataLoader(
             _BatchDecoder(self._sources, seed, settings.skip_unreadable, self._slots.slots),
             batch_size=None,
-            collate_fn=_identity,  # the default would turn an item's arrays into tensors
+            collate_fn=lambda answer: answer,  # the default would turn an item's arrays into tensors
             sampler=self._sampler,
             num_workers=self.workers,
             prefetch_factor=PREFETCH if self.workers else None,
             persistent_workers=self.workers > 0,
-            multiprocessing_context="fork" if forks else None,
+            multiprocessing_context="fork" if self.workers else None,
             worker_init_fn=partial(_start_worker, os.getpid()),
             generator=torch.Generator(),  # or each new iterator would draw from the one that dropout uses
         )

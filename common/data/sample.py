@@ -7,18 +7,16 @@ place and size say nothing about the class; the outline does.
 """
 
 import argparse
-import errno
 import io
 import shutil
 import sys
-import tempfile
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw
 
 from common import UserError
-from common.data.sources.cache import cache_folder
+from common.data.sources.cache import cache_folder, locked
 
 VERSION = "sample-v2"  # names the folder: raise it when a picture changes
 IMAGES_PER_CLASS = {"train": 200, "val": 50}
@@ -93,27 +91,23 @@ def ensure_sample_data(cache: Path | None = None) -> Path:
     """Make the sample unless it is there; return its folder, an ImageFolder tree: 2,000 train, 500 val.
 
     `cache` is the folder to put `sample-v2` into (default: the user's cache folder). It gets its name when
-    it is whole, so a process that is killed leaves none, and several that start at once end with one.
+    it is whole, so a process that is killed leaves none; of several that start at once, one draws.
     UserError: cannot be written.
     """
     folder = (cache or cache_folder()) / VERSION
     if folder.is_dir():
         return folder
-    print(f"making the sample data in {folder} (once, a few seconds)", file=sys.stderr)
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = Path(tempfile.mkdtemp(prefix=f".{VERSION}-", dir=folder.parent))
+    unfinished = folder.with_name(f".{VERSION}.tmp")
+    with locked(folder.with_name(f".{VERSION}.lock")):
         try:
-            # mkdtemp's own mode shuts out other users of a shared cache.
-            unfinished.chmod(0o755)
-            _draw_all(unfinished)
-            unfinished.rename(folder)
-        finally:
-            # Nothing is left of it once renamed.
+            if not folder.is_dir():
+                print(f"making the sample data in {folder} (once, a few seconds)", file=sys.stderr)
+                # Of a process that was killed.
+                shutil.rmtree(unfinished, ignore_errors=True)
+                _draw_all(unfinished)
+                unfinished.rename(folder)
+        except OSError as error:
             shutil.rmtree(unfinished, ignore_errors=True)
-    except OSError as error:
-        # Where another process was faster, its pictures are the same.
-        if error.errno not in (errno.EEXIST, errno.ENOTEMPTY) or not folder.is_dir():
             raise UserError(f"cannot write the sample data to {folder}: {error.strerror}") from error
     return folder
 

@@ -6,7 +6,7 @@ Only the logarithm of an aspect (width / height) is used: cropping from aspect a
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
@@ -114,29 +114,18 @@ def jittered(sizes: np.ndarray, seed: int, epoch: int) -> np.ndarray:
     return np.stack([sizes[:, 0] / factors, sizes[:, 1] * factors], 1)
 
 
-class Bucket(NamedTuple):
-    """One shape and what it does to its images."""
+def bucket_table(sizes: np.ndarray, shapes: np.ndarray) -> str:
+    """What shapes (int [K, 2]) do to images of the given sizes (int [N, 2]): a line for each, and one for all.
 
-    height: int
-    width: int
-    share: float  # of all images
-    lost: float  # mean share of its images' area that is cropped away to get its aspect
-
-
-def bucket_table(sizes: np.ndarray, shapes: np.ndarray) -> list[Bucket]:
-    """Measure each shape (int [K, 2]) on images of the given sizes (int [N, 2])."""
+    `lost` is the mean share of the images' area that is cropped away to get the shape's aspect.
+    """
     bucket = assign(sizes, shapes)
     images = np.bincount(bucket, minlength=len(shapes))
     lost = area_lost(log_aspect(sizes), log_aspect(shapes)[bucket])
     mean_lost = np.bincount(bucket, lost, minlength=len(shapes)) / np.maximum(images, 1)
-    columns = (*shapes.T, images / len(sizes), mean_lost)
-    return [Bucket(*row) for row in zip(*(column.tolist() for column in columns), strict=True)]
-
-
-def format_buckets(buckets: list[Bucket]) -> str:
-    """Write the table for the console, with a line for all images."""
-    pixels = sum(bucket.share * bucket.height * bucket.width for bucket in buckets)
-    lost = sum(bucket.share * bucket.lost for bucket in buckets)
-    lines = [f"{b.height:>5} × {b.width:<5}{b.share:>8.1%}{b.lost:>8.1%}" for b in buckets]
-    header = f"{'high':>5} × {'wide':<5}{'images':>8}{'lost':>8}"
-    return "\n".join([header, *lines, f"{'all':<13}{1:>8.1%}{lost:>8.1%}   {pixels:,.0f} pixels per image"])
+    share = images / len(sizes)
+    lines = [f"{'high':>5} × {'wide':<5}{'images':>8}{'lost':>8}"]
+    for (height, width), part, loss in zip(shapes.tolist(), share, mean_lost, strict=True):
+        lines.append(f"{height:>5} × {width:<5}{part:>8.1%}{loss:>8.1%}")
+    pixels = shapes.prod(axis=1) @ share
+    return "\n".join([*lines, f"{'all':<13}{1:>8.1%}{lost.mean():>8.1%}   {pixels:,.0f} pixels per image"])

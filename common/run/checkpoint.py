@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
-from safetensors.torch import load_file
+from safetensors.torch import load as from_safetensors
 from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 
@@ -216,48 +216,24 @@ def apply(files: Files, state: TrainState, accelerator: Accelerator) -> None:
 def share(files: Files | None, accelerator: Accelerator) -> Files | None:
     """Send a checkpoint that the main process has read to all others, which may not see its disk.
 
-    The tensors are on the CPU afterwards, as `read` gives them.
+    Between our own processes, tensors travel as Accelerate sends any object.
     """
-    if accelerator.num_processes == 1:
-        return files
-    layout: list[Any] = [None]
-    if files is not None:
-        tensors = {file: content for file, content in files.items() if file != STATE}
-        shapes = {f: {k: (tuple(t.shape), t.dtype) for k, t in c.items()} for f, c in tensors.items()}
-        layout = [(files[STATE], shapes)]
-    broadcast_object_list(layout)
-    if layout[0] is None:
-        return None
-    state, shapes = layout[0]
-    shared: Files = {STATE: state}
-    for file, entries in shapes.items():
-        shared[file] = {}
-        for name, (shape, dtype) in entries.items():
-            tensor = files[file][name] if files is not None else torch.empty(shape, dtype=dtype)
-            tensor = tensor.to(accelerator.device).contiguous()
-            torch.distributed.broadcast(tensor, 0)
-            shared[file][name] = tensor.cpu()
-    return shared
+    shared = [files]
+    if accelerator.num_processes > 1:
+        broadcast_object_list(shared)
+    return shared[0]
 
 
 # --- files ---------------------------------------------------------------------------------------------------------
 
 
-def _write_flushed(path: Path, content: bytes) -> None:
-    with open(path, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-
-
 def write_durably(path: Path, content: bytes) -> None:
     """Write and flush to the disk under a temporary name, then rename: a reader sees the old file or the new one."""
     temporary = path.with_name(path.name + TEMPORARY)
-    try:
-        _write_flushed(temporary, content)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
+    with open(temporary, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(temporary, path)
 
 
@@ -307,15 +283,15 @@ def write(checkpoints: Path, files: Files) -> Path:
     temporary = folder.with_name(folder.name + TEMPORARY)
     manifest: dict[str, Any] = {"format_version": FORMAT_VERSION, "files": {}}
     try:
-        if not _is_whole(folder):
+        if _damage(folder):
             _remove(folder)
             _remove(temporary)
             temporary.mkdir(parents=True)
             for name, content in files.items():
                 data = _to_json(content) if name == STATE else to_safetensors(content)
                 manifest["files"][name] = {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
-                _write_flushed(temporary / name, data)
-            _write_flushed(temporary / MANIFEST, _to_json(manifest))
+                write_durably(temporary / name, data)
+            write_durably(temporary / MANIFEST, _to_json(manifest))
             _flush_directory(temporary)
             temporary.rename(folder)
             _flush_directory(checkpoints)
@@ -336,47 +312,44 @@ def _to_json(content: dict[str, Any]) -> bytes:
     return json.dumps(content, indent=1).encode()
 
 
-def verify(folder: Path) -> None:
-    """Compare every file with the manifest.
+def read(folder: Path) -> Files:
+    """The files of a checkpoint as `capture` made them, each compared with the manifest.
 
     Raises:
         DamagedCheckpoint: names the file that is missing, cut short or altered.
         UserError: it is of another format.
     """
+    files: Files = {}
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
-        version, entries = manifest["format_version"], manifest["files"]
-        files = {Path(name).name: (entry["sha256"], entry["bytes"]) for name, entry in entries.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DamagedCheckpoint(f"{folder / MANIFEST} is missing or damaged") from error
-    if version != FORMAT_VERSION:
-        raise UserError(
-            f"{folder} has checkpoint format {version} and this version reads {FORMAT_VERSION}: go on with the "
-            "version that wrote it, or choose another --run_name"
-        )
-    for name, (sha256, size) in files.items():
-        try:
+        if (version := manifest["format_version"]) != FORMAT_VERSION:
+            raise UserError(
+                f"{folder} has checkpoint format {version} and this version reads {FORMAT_VERSION}: go on with the "
+                "version that wrote it, or choose another --run_name"
+            )
+        for name, entry in manifest["files"].items():
             data = (folder / name).read_bytes()
-        except OSError as error:
-            raise DamagedCheckpoint(f"{folder / name} is missing or unreadable ({error.strerror})") from error
-        if hashlib.sha256(data).hexdigest() != sha256:
-            raise DamagedCheckpoint(f"{folder / name} is damaged ({len(data)} of {size} bytes, or altered)")
-
-
-def _is_whole(folder: Path) -> bool:
-    try:
-        verify(folder)
-    except DamagedCheckpoint:
-        return False
-    return True
-
-
-def read(folder: Path) -> Files:
-    """The files of a verified checkpoint as `capture` made them."""
-    files: Files = {STATE: json.loads((folder / STATE).read_text())}
-    for path in folder.glob("*.safetensors"):
-        files[path.name] = load_file(path)
+            if hashlib.sha256(data).hexdigest() != entry["sha256"]:
+                size = f"{len(data)} of {entry['bytes']} bytes"
+                raise DamagedCheckpoint(f"{folder / name} is damaged ({size}, or altered)")
+            files[name] = json.loads(data) if name == STATE else from_safetensors(data)
+    # Those are ValueErrors too.
+    except UserError:
+        raise
+    except OSError as error:
+        raise DamagedCheckpoint(f"{error.filename} is missing or unreadable ({error.strerror})") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DamagedCheckpoint(f"{folder / MANIFEST} is damaged") from error
     return files
+
+
+def _damage(folder: Path) -> str:
+    """What is wrong with a checkpoint's files, in a sentence; empty where nothing is."""
+    try:
+        read(folder)
+    except DamagedCheckpoint as error:
+        return str(error)
+    return ""
 
 
 def newest_whole(checkpoints: Path) -> tuple[Path | None, list[str]]:
@@ -385,14 +358,11 @@ def newest_whole(checkpoints: Path) -> tuple[Path | None, list[str]]:
     Raises:
         UserError: there are only checkpoints of an older format.
     """
-    damaged = []
+    damaged: list[str] = []
     for folder in reversed(_by_step(checkpoints)):
-        try:
-            verify(folder)
-        except DamagedCheckpoint as error:
-            damaged.append(str(error))
-        else:
+        if not (sentence := _damage(folder)):
             return folder, damaged
+        damaged.append(sentence)
     return None, damaged
 
 

@@ -90,7 +90,6 @@ def _find(cfg: TrainConfig, folder: Path, asked: Path | None) -> dict[str, Any] 
     """Read the checkpoint to go on from; None where the folder holds no trained step."""
     found, damaged = checkpoint.newest_whole(folder / "checkpoints")
     if asked is not None and asked != folder:
-        checkpoint.verify(asked)
         found = asked
     elif asked is not None and found is None and not damaged:
         raise UserError(f"--resume {cfg.resume} holds no checkpoint to go on from")

@@ -75,14 +75,15 @@ def write_plots(run_dir: Path) -> None:
         return
     plots, name = run_dir / "plots", run_dir.resolve().name
     plots.mkdir(exist_ok=True)
+    against = (
+        ("live", "by epoch", "epoch", log["epoch"]),
+        ("time", "over time", "minutes since the run began", log["total_s"] / 60),
+    )
     for panel in (ACCURACY, LOSS):
-        stem = panel.title.lower()
-        axes = new_plot(f"{panel.title} by epoch", "epoch", panel.y_label, name)
-        _draw_panel(axes, panel, log, log["epoch"])
-        save(axes, plots / f"{stem}_live.png")
-        axes = new_plot(f"{panel.title} over time", "minutes since the run began", panel.y_label, name)
-        _draw_panel(axes, panel, log, log["total_s"] / 60)
-        save(axes, plots / f"{stem}_time.png")
+        for suffix, words, x_label, x in against:
+            axes = new_plot(f"{panel.title} {words}", x_label, panel.y_label, name)
+            _draw_panel(axes, panel, log, x)
+            save(axes, plots / f"{panel.title.lower()}_{suffix}.png")
     schedule = read_schedule(run_dir)
     for column, quantity, colour in (("lr", "Learning rate", BLUE), ("momentum", "Momentum", PURPLE)):
         axes = new_plot(f"{quantity} by epoch", "epoch", quantity.lower(), name)
@@ -143,27 +144,17 @@ def plot_lr_finder(run_dir: Path) -> None:
 
 
 def read_log(path: Path) -> Table:
-    """Read a training log; its header names the columns, and empty cells are NaN.
+    """Read a CSV of numbers, whose header names the columns; empty cells are NaN.
 
-    A line that was cut off (a run is writing now, or was killed while it did) is left out. Where a resumed
-    run logged an epoch again, its row replaces that epoch's and all later ones.
+    A last line without an end is left out: a run is writing it now, or was killed while it did.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: a cell is not a number, or there is no column `epoch`.
+        ValueError: a cell is not a number.
     """
-    with path.open(newline="") as file:
-        lines = csv.reader([line for line in file if line.endswith("\n")])
-    header = next(lines, ["epoch"])
-    epoch = header.index("epoch")
-    rows: list[list[float]] = []
-    for cells in lines:
-        if len(cells) != len(header):
-            continue
-        row = [float(cell or "nan") for cell in cells]
-        while rows and rows[-1][epoch] >= row[epoch]:
-            rows.pop()
-        rows.append(row)
+    with path.open() as file:
+        header, *lines = [line.rstrip().split(",") for line in file if line.endswith("\n")] or [["epoch"]]
+    rows = [[float(cell or "nan") for cell in line] for line in lines]
     return dict(zip(header, np.array(rows).reshape(-1, len(header)).T, strict=True))
 
 
@@ -175,9 +166,7 @@ def read_schedule(run_dir: Path) -> Table | None:
     path = run_dir / "schedule.csv"
     if not path.exists():
         return None
-    with path.open() as file:
-        header = file.readline().strip().split(",")
-        plan: Table = dict(zip(header, np.loadtxt(file, delimiter=",", ndmin=2).T, strict=True))
+    plan = read_log(path)
     epoch, step = plan["epoch"], np.arange(len(plan["epoch"]))
     first, end = (np.searchsorted(epoch, epoch, side) for side in ("left", "right"))
     plan["epoch"] = epoch - 1 + (step + 1 - first) / (end - first)

@@ -208,7 +208,7 @@ class Run:
             # The first process to leave makes a launcher signal the others.
             self.signals.ignore()
         if self.mirror is not None:
-            self.log.info("%s", self.mirror.close(LAUNCHER_GRACE_S if self._signal() else 300.0))
+            self.mirror.close(LAUNCHER_GRACE_S if self._signal() else 300.0)
         for tracker in self.accelerator.trackers:
             tracker.finish()
         if not failed and self.accelerator.num_processes > 1:

@@ -9,7 +9,7 @@ then a checkpoint's files and its manifest, and only then are checkpoints delete
 has, manifest first.
 
 A request that timed out may yet be carried out, after those that followed it. That does no harm to a
-checkpoint, whose files never change; plain files are compared with S3's listing after each pass.
+checkpoint, whose files never change; what has not the size that was sent is sent again by the next pass.
 
 What the mirror asks of the modules that write into the folder: a plain file is either replaced by a rename
 (from a `*.tmp` name) or appended to in whole lines; `checkpoint.prune` keeps what `uploading` names.
@@ -17,22 +17,18 @@ What it asks of the bucket: s3:ListBucket, GetObject, PutObject and, to clear ol
 Another server than Amazon's is named by AWS_ENDPOINT_URL, which boto3 reads.
 """
 
-import base64
 import contextlib
 import hashlib
 import io
 import logging
 import os
-import random
 import re
 import shutil
 import stat
 import threading
 import time
-from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from common import UserError
 from common.run.checkpoint import MANIFEST, NAME, TEMPORARY
@@ -41,61 +37,30 @@ log = logging.getLogger(__name__)
 
 # Files from this size on go up in parts of it.
 PART_BYTES = 8 << 20
-CONNECT_TIMEOUT_S, READ_TIMEOUT_S = 10.0, 30.0
-FIRST_RETRY_S, LONGEST_RETRY_S, CLOSING_RETRY_S = 1.0, 60.0, 5.0
+CONNECT_TIMEOUT_S, READ_TIMEOUT_S, RETRY_S = 10.0, 30.0, 5.0
 # In vain and one after the other, about a minute of them: then training's end waits no longer.
-CLOSING_TRIES = 15
+CLOSING_TRIES = 12
 RESTORE_ATTEMPTS = 6
 # A file that every run has from its first second; it tells a run's address from any other.
 MARKER = "config.yaml"
 
-# What stat tells of a file's content: inode, size, modification time.
+# What stat tells of a file's content: size, modification time, inode.
 Version = tuple[int, int, int]
-
-
-@dataclass(frozen=True)
-class Report:
-    """What a mirror did. Names are relative to the run's folder, and a checkpoint is one name.
-
-    Attributes:
-        pending: (name, why it is not on S3).
-        bytes: sent, repeated versions of a file included.
-    """
-
-    url: str
-    uploaded: list[str]
-    pending: list[tuple[str, str]]
-    bytes: int
-
-    def __str__(self) -> str:
-        done = f"S3: {len(self.uploaded)} files and checkpoints, {self.bytes / 1e6:.1f} MB, are at {self.url}"
-        if not self.pending:
-            return f"{done}; nothing is left to upload."
-        rest = ", ".join(f"{name} ({why})" for name, why in self.pending[:10])
-        more = f" and {len(self.pending) - 10} more" if len(self.pending) > 10 else ""
-        return f"{done}; {len(self.pending)} NOT uploaded, only on this machine: {rest}{more}."
-
-
-class Stored(NamedTuple):
-    """An object on S3; `etag` changes with its content."""
-
-    bytes: int
-    etag: str
 
 
 class NothingStored(UserError):
     """S3 answers, and there is no run at the address."""
 
 
-class UploadError(Exception):
-    """The object that S3 holds is not the file that was sent."""
-
-
 class S3Mirror:
     """Copies what changes in `run_dir` to `<url>/<name of run_dir>` from one daemon thread.
 
     There is no queue to overflow: the thread compares the folder with what it has sent, so ten changes of a
-    file during an outage cost one upload.
+    file during an outage cost one upload. Plain files and checkpoints are what is counted and reported.
+
+    Attributes:
+        uploaded: what went up, by name.
+        sent_bytes: repeated versions of a file included.
 
     Raises UserError if the address, the bucket or the credentials are wrong, or if the address already holds
     checkpoints while `run_dir` has none. A server out of reach is a warning: it is retried for ever.
@@ -108,26 +73,15 @@ class S3Mirror:
         self.url = f"s3://{self._bucket}/{self._prefix}".rstrip("/")
         # One attempt: retries are ours, for close() to hurry.
         self._client = _client("--s3", attempts=1)
-        self._starts_afresh = not self._manifests()
+        self._starts_afresh = not any(map(_is_manifest, self._files()))
         self._changed, self._closing, self._stopped = (threading.Event() for _ in range(3))
-
-        # What follows is the thread's own, once it runs. S3's objects by name; None until it has answered.
-        self._stored: dict[str, Stored] | None = None
-        # By name: what has been sent and what S3 calls it. A checkpoint is sent when its manifest is.
-        self._sent: dict[str, tuple[Version, str]] = {}
+        self.uploaded: set[str] = set()
+        self.sent_bytes = 0
+        self._sent: dict[str, Version] = {}
+        # What the last pass did not get to S3, and why.
+        self._failed: dict[str, str] = {}
         self._uploading: set[str] = set()
-        # Name -> why its last upload failed, and the last of those that S3 is to blame for.
-        self._reasons: dict[str, str] = {}
-        self._refused: str | None = None
-        # Why the last pass was not complete.
-        self._trouble: str | None = None
-        self._all_sent = False
         self._may_delete = True
-        # An ordered set.
-        self._uploaded: dict[str, None] = {}
-        self._bytes = 0
-        self._report: Report | None = None
-
         self._check_at_start()
         self._thread = threading.Thread(target=self._work, name="s3-mirror", daemon=True)
         self._thread.start()
@@ -140,223 +94,211 @@ class S3Mirror:
         """Names of the checkpoints that must stay in the folder, else slow uploads might never get to an end."""
         return self._uploading
 
-    def close(self, timeout_s: float = 300) -> Report:
-        """Upload what is left, for at most `timeout_s` seconds or `CLOSING_TRIES`; say what is and is not on S3."""
-        if self._report is None:
-            log.info("S3: uploading what is left to %s, for at most %.0f s", self.url, timeout_s)
-            self._closing.set()
-            self._changed.set()
-            self._thread.join(timeout_s)
-            self._stopped.set()
-            self._report = Report(self.url, list(self._uploaded), self._pending(), self._bytes)
-        return self._report
+    def close(self, timeout_s: float = 300) -> dict[str, str]:
+        """Upload what is left, for at most `timeout_s` seconds or `CLOSING_TRIES`; log and return what is not on S3, and why."""
+        log.info("S3: uploading what is left to %s, for at most %.0f s", self.url, timeout_s)
+        self._closing.set()
+        self._changed.set()
+        self._thread.join(timeout_s)
+        self._stopped.set()
+        pending = {}
+        if self._failed or self._thread.is_alive():
+            pending = {name: self._failed.get(name, "not reached in time") for name in self._lacking()}
+        done = f"S3: {len(self.uploaded)} files and checkpoints, {self.sent_bytes / 1e6:.1f} MB, are at {self.url}"
+        if pending:
+            rest = ", ".join(f"{name} ({why})" for name, why in pending.items())
+            log.warning("%s; %d NOT uploaded, only on this machine: %s", done, len(pending), rest)
+        else:
+            log.info("%s; nothing is left to upload.", done)
+        return pending
 
-    # In the thread that trains
+    # --- the folder ------------------------------------------------------------------------------------------------
+
+    def _files(self) -> dict[str, Version]:
+        """The folder's files that belong on S3, by name, as they are now.
+
+        Without symbolic links, as they may point to what is not the run's.
+        """
+        # Looked for before plain files are, so that no checkpoint is newer than its row in the CSV.
+        whole = {f"checkpoints/{path.parent.name}" for path in self.run_dir.glob(f"checkpoints/*/{MANIFEST}")}
+        files = {}
+        for folder, _, names in os.walk(self.run_dir):
+            for path in (Path(folder, name) for name in names):
+                name = path.relative_to(self.run_dir).as_posix()
+                if f"{TEMPORARY}/" in f"{name}/" or (
+                    name.startswith("checkpoints/") and _unit(name) not in whole
+                ):
+                    continue
+                # Deleted meanwhile.
+                with contextlib.suppress(FileNotFoundError):
+                    status = path.lstat()
+                    if stat.S_ISREG(status.st_mode):
+                        files[name] = (status.st_size, status.st_mtime_ns, status.st_ino)
+        return files
+
+    def _units(self) -> dict[str, dict[str, Version]]:
+        """What is sent together, in the order of sending: plain files, then checkpoints, the newest first."""
+        units: dict[str, dict[str, Version]] = {}
+        for name, version in sorted(self._files().items(), reverse=True):
+            units.setdefault(_unit(name), {})[name] = version
+
+        def place(name: str) -> tuple[bool, bool]:
+            # One that was begun is finished first, else many short outages might let none get to its end.
+            return name.startswith("checkpoints/"), Path(name).name not in self._uploading
+
+        return {name: units[name] for name in sorted(units, key=place)}
+
+    def _lacking(self) -> list[str]:
+        """What of the folder S3 does not have."""
+        return [
+            unit
+            for unit, files in self._units().items()
+            if any(self._sent.get(name) != version for name, version in files.items())
+        ]
+
+    # --- S3 --------------------------------------------------------------------------------------------------------
 
     def _check_at_start(self) -> None:
         from botocore.exceptions import BotoCoreError, ClientError
 
-        marker = self.run_dir / MARKER
         try:
-            self._attach()
-            if marker.exists():  # shows, too, that we may write
-                _upload(self._client, marker, self._bucket, self._prefix + MARKER)
-        except (BotoCoreError, ClientError, UploadError) as error:
+            self._list()
+            # Shows, too, that we may write.
+            if (self.run_dir / MARKER).exists():
+                self._upload(MARKER)
+        except (BotoCoreError, ClientError) as error:
             if not _is_transient(error):
                 raise UserError(_refusal(error, f"--s3 {self.url}", self._bucket)) from None
-            self._trouble = _reason(error)
-            log.warning("S3: %s is out of reach (%s); training goes on", self.url, self._trouble)
-
-    def _pending(self) -> list[tuple[str, str]]:
-        """What of the folder S3 does not have, and why."""
-        pending = dict(self._reasons)
-        if not self._all_sent:  # compare with the folder, so that nothing can be forgotten
-            for name, version in {**self._manifests(), **self._plain_files()}.items():
-                if not self._has(name, version):
-                    pending.setdefault(_label(name), self._trouble or "not reached in time")
-        return list(pending.items())
-
-    def _has(self, name: str, version: Version) -> bool:
-        return name in self._sent and self._sent[name][0] == version
-
-    def _manifests(self) -> dict[str, Version]:
-        """The manifests of the folder's checkpoints, name -> version, the newest first."""
-        paths = (self.run_dir / "checkpoints").glob(f"*/{MANIFEST}")
-        return self._versions(sorted((p for p in paths if NAME.fullmatch(p.parent.name)), reverse=True))
-
-    def _plain_files(self) -> dict[str, Version]:
-        """The run's other files, name -> version."""
-        paths: list[Path] = []
-        for folder, subfolders, names in os.walk(self.run_dir):
-            hidden = "checkpoints" if Path(folder) == self.run_dir else None
-            subfolders[:] = [name for name in subfolders if name != hidden and not name.endswith(TEMPORARY)]
-            paths += (Path(folder, name) for name in names if not name.endswith(TEMPORARY))
-        return self._versions(sorted(paths))
-
-    def _versions(self, paths: Iterable[Path]) -> dict[str, Version]:
-        """By name; without symbolic links, as they may point to what is not the run's."""
-        versions = {}
-        for path in paths:
-            with contextlib.suppress(FileNotFoundError):  # deleted meanwhile
-                status = path.lstat()
-                if stat.S_ISREG(status.st_mode):
-                    version = (status.st_ino, status.st_size, status.st_mtime_ns)
-                    versions[path.relative_to(self.run_dir).as_posix()] = version
-        return versions
-
-    # In the thread that uploads
+            self._failed = {MARKER: _reason(error)}
+            log.warning("S3: %s is out of reach (%s); training goes on", self.url, _reason(error))
 
     def _work(self) -> None:
-        failures, was_closing = 0, False
+        in_vain = complete = 0
         while not self._stopped.is_set():
             self._changed.wait()
             self._changed.clear()
-            closing, sent_before = self._closing.is_set(), self._bytes
-            trouble = self._try()
-            self._tell(trouble)
-            if trouble is None:
-                failures = 0
-                if closing and not self._changed.is_set():
-                    self._all_sent = not self._stopped.is_set()
-                    return
-                continue
-            failures = 1 if self._bytes > sent_before or closing != was_closing else failures + 1
-            was_closing = closing
-            if closing and failures >= CLOSING_TRIES:
+            closing, sent_before = self._closing.is_set(), self.sent_bytes
+            self._try()
+            # The last pass sees that what the one before sent is there.
+            complete = complete + 1 if closing and not self._failed else 0
+            in_vain = in_vain + 1 if closing and self.sent_bytes == sent_before else 0
+            if complete == 2 or in_vain == CLOSING_TRIES:
                 return
-            # close() cuts a long wait short.
-            until, longest_s = (
-                (self._stopped, CLOSING_RETRY_S) if closing else (self._closing, LONGEST_RETRY_S)
-            )
-            until.wait(_retry_s(failures, longest_s))
-            self._changed.set()
+            if self._failed:
+                # close() cuts a long wait short.
+                (self._stopped if closing else self._closing).wait(RETRY_S)
+            if self._failed or closing:
+                self._changed.set()
 
-    def _try(self) -> str | None:
-        """One pass; returns why it was not complete."""
+    def _try(self) -> None:
+        """One pass, and a word in the log when trouble begins, changes or ends."""
         from botocore.exceptions import BotoCoreError, ClientError
 
+        before = set(self._failed.values())
         try:
-            self._sync()
-        except (BotoCoreError, ClientError) as error:
-            return _reason(error)
-        except (UserError, OSError) as error:  # S3 answers, but refuses us; or our disk is in trouble
-            return str(error)
-        return self._refused
-
-    def _tell(self, trouble: str | None) -> None:
-        """Log when trouble begins, changes and ends, not at every attempt."""
-        if trouble is not None and trouble != self._trouble:
-            log.warning("S3: %s; training goes on, uploads are retried", trouble)
-        elif trouble is None and self._trouble is not None:
+            self._failed = self._sync()
+        # UserError: S3 answers, but refuses us; OSError: our disk is in trouble.
+        except (BotoCoreError, ClientError, UserError, OSError) as error:
+            self._failed = dict.fromkeys(self._lacking(), _reason(error))
+        for name, why in self._failed.items():
+            if why not in before:
+                log.warning("S3: %s: %s; training goes on, uploads are retried", name, why)
+                before.add(why)
+        if before and not self._failed:
             log.info("S3: uploads work again")
-        self._trouble = trouble
 
-    def _sync(self) -> None:
-        """One pass over what S3 lacks, in the order the module promises.
+    def _sync(self) -> dict[str, str]:
+        """Send what S3 lacks, in the order the module promises; returns what cannot be read or is refused alone, and why.
 
         Raises ClientError or BotoCoreError where it is pointless to go on with the next file.
         """
-        self._reasons, self._refused = {}, None
-        if self._stored is None:
-            self._attach()
-        # Looked for before the plain files are, so that none is newer than its row in the CSV.
-        manifests = self._manifests()
-        for name, version in self._plain_files().items():
-            self._send(name, version)
-        lacking = [name for name, version in manifests.items() if not self._has(name, version)]
-        # One that was begun is finished first, else many short outages might let none get to its end.
-        for name in sorted(lacking, key=lambda name: _checkpoint(name) not in self._uploading):
-            self._uploading = {_checkpoint(name)}
-            self._send_checkpoint(name)
-        self._uploading = set()
-        self._compare()
-        self._delete_old()
+        from botocore.exceptions import BotoCoreError, ClientError
 
-    def _attach(self) -> None:
-        """See what S3 has. Checkpoints that are there already need not be sent again."""
+        stored, units = self._list(), self._units()
+        self._sent = {name: version for name, version in self._sent.items() if stored.get(name) == version[0]}
+        failed = {}
+        for unit, files in units.items():
+            try:
+                self._send(unit, files, stored)
+            # Before OSError, which some of botocore's timeouts are as well.
+            except BotoCoreError:
+                raise
+            # Deleted since the scan.
+            except FileNotFoundError:
+                continue
+            except (OSError, ClientError) as error:
+                if _is_transient(error):
+                    raise
+                failed[unit] = _reason(error)
+        self._uploading = set()
+        self._delete_old(stored, set(units))
+        return failed
+
+    def _list(self) -> dict[str, int]:
         stored = _list(self._client, self._bucket, self._prefix)
         if self._starts_afresh and any(map(_is_manifest, stored)):
             raise UserError(
                 f"--s3 {self.url} already holds checkpoints and {self.run_dir} had none, so pass"
                 f" --resume {self.url} to go on from them, or another --run_name"
             )
-        for name, version in self._manifests().items():
-            if name in stored:
-                head = self._client.head_object(Bucket=self._bucket, Key=self._prefix + name)
-                digest = hashlib.sha256((self.run_dir / name).read_bytes()).hexdigest()
-                if head["Metadata"].get("sha256") == digest:
-                    self._sent[name] = (version, stored[name].etag)
-        self._stored = stored
+        self._starts_afresh = False
+        return stored
 
-    def _send_checkpoint(self, manifest: str) -> None:
-        """Upload a checkpoint's files, the manifest last and only if all others have arrived."""
-        assert self._stored is not None
-        # That of another course, which `--resume` of an older checkpoint has left.
-        if manifest in self._stored:
-            self._client.delete_object(Bucket=self._bucket, Key=self._prefix + manifest)
-            del self._stored[manifest]
-        files = self._versions((self.run_dir / manifest).parent.glob("*"))
-        version = files.pop(manifest, None)
-        if version is not None and all(self._send(name, files[name]) for name in sorted(files)):
-            self._send(manifest, version)
+    def _send(self, unit: str, files: dict[str, Version], stored: dict[str, int]) -> None:
+        """Upload what of a file or a checkpoint is new, the manifest last."""
+        manifest = f"{unit}/{MANIFEST}"
+        if manifest in files:
+            self._uploading = {Path(unit).name}
+        if manifest in stored and self._sent.get(manifest) != files.get(manifest):
+            key = {"Bucket": self._bucket, "Key": self._prefix + manifest}
+            if self._client.get_object(**key)["Body"].read() == (self.run_dir / manifest).read_bytes():
+                # An earlier process has sent it.
+                self._sent |= {
+                    name: version for name, version in files.items() if stored.get(name) == version[0]
+                }
+            else:
+                # That of another course, which `--resume` of an older checkpoint has left.
+                self._client.delete_object(**key)
+        lacking = [name for name, version in files.items() if self._sent.get(name) != version]
+        for name in sorted(lacking, key=lambda name: name == manifest):
+            self._upload(name)
+            self._sent[name] = files[name]
+            if name in (unit, manifest):
+                self.uploaded.add(unit)
 
-    def _send(self, name: str, version: Version) -> bool:
-        """Upload one file, unless S3 has it; False if it is unreadable or S3 refuses it alone, which spares the others."""
-        from botocore.exceptions import BotoCoreError, ClientError
+    def _upload(self, name: str) -> None:
+        """Upload a file as it is when the call begins; the whole of it is in memory meanwhile.
 
-        if self._has(name, version):
-            return True
-        if self._stopped.is_set():
-            return False
-        if not _is_safe(name):
-            self._reasons[_label(name)] = "restoring refuses such a name"
-            return False
-        try:
-            stored = _upload(self._client, self.run_dir / name, self._bucket, self._prefix + name)
-        except FileNotFoundError:
-            return False  # deleted since the scan
-        except BotoCoreError:  # before OSError, which some of botocore's timeouts are as well
-            raise
-        except OSError as error:
-            self._reasons[_label(name)] = error.strerror or str(error)
-            return False
-        except (ClientError, UploadError) as error:
-            if _is_transient(error):
-                raise
-            self._reasons[_label(name)] = _reason(error)
-            self._refused = f"{name}: {_reason(error)}"
-            return False
-        self._bytes += stored.bytes
-        self._sent[name] = (version, stored.etag)
-        if not _checkpoint(name) or _is_manifest(name):
-            self._uploaded[_label(name)] = None
-        return True
+        S3 compares what arrives with its SHA-256, which also travels in the object's metadata (`sha256`), for `restore`.
+        """
+        from boto3.s3.transfer import TransferConfig
 
-    def _compare(self) -> None:
-        """Have files sent again that S3 does not have as they were sent, a checkpoint's manifest after them."""
-        self._stored = _list(self._client, self._bucket, self._prefix)
-        for name, (_version, etag) in list(self._sent.items()):
-            if name not in self._stored or self._stored[name].etag != etag:
-                self._sent.pop(name, None)
-                self._sent.pop(f"checkpoints/{_checkpoint(name)}/{MANIFEST}", None)
-                self._refused = f"{name}: S3 holds another version"
+        content = (self.run_dir / name).read_bytes()
+        config = TransferConfig(
+            multipart_threshold=PART_BYTES,
+            multipart_chunksize=PART_BYTES,
+            # s3transfer's threads would hold up the interpreter's exit while S3 is away.
+            use_threads=False,
+            preferred_transfer_client="classic",
+        )
+        extra = {"ChecksumAlgorithm": "SHA256", "Metadata": {"sha256": hashlib.sha256(content).hexdigest()}}
+        key = self._prefix + name
+        self._client.upload_fileobj(io.BytesIO(content), self._bucket, key, Config=config, ExtraArgs=extra)
+        self.sent_bytes += len(content)
 
-    def _delete_old(self) -> None:
+    def _delete_old(self, stored: dict[str, int], local: set[str]) -> None:
         """Delete the checkpoints that the folder no longer has, and what a dead machine left half sent.
 
         The newest stays: the highest step that this mirror has sent or, before it has sent any, that S3 has.
         """
         from botocore.exceptions import ClientError
 
-        assert self._stored is not None
-        whole = [_checkpoint(name) for name in self._stored if _is_manifest(name)]
-        sent = [name for name in whole if f"checkpoints/{name}" in self._uploaded]
-        keep = {max(sent or whole, default=""), *map(_checkpoint, self._manifests())}
-        old = [name for name in self._stored if _checkpoint(name) not in {"", *keep}]
+        whole = {_unit(name) for name in stored if _is_manifest(name)}
+        keep = {max(whole & self.uploaded or whole, default=""), *local}
+        old = [name for name in stored if name.startswith("checkpoints/") and _unit(name) not in keep]
         try:
             for name in sorted(old, key=_is_manifest, reverse=True) if self._may_delete else ():
                 self._client.delete_object(Bucket=self._bucket, Key=self._prefix + name)
-                self._sent.pop(name, None)
         except ClientError as error:
             if _is_transient(error):
                 raise
@@ -364,49 +306,15 @@ class S3Mirror:
             log.warning("S3: old checkpoints stay in %s (%s)", self.url, _reason(error))
 
 
-def _upload(client: Any, path: Path, bucket: str, key: str) -> Stored:
-    """Upload a file as it is when the call begins, and compare what S3 then holds.
-
-    The whole file is in memory meanwhile, as it was when a checkpoint was written. Its SHA-256 travels in the
-    object's metadata (`sha256`), which `restore` checks.
-
-    Raises UploadError if size or checksum differ afterwards, OSError if the file cannot be read, and
-    botocore's ClientError and BotoCoreError.
-    """
-    from boto3.s3.transfer import TransferConfig
-
-    content = path.read_bytes()
-    digest = hashlib.sha256(content)
-    config = TransferConfig(
-        multipart_threshold=PART_BYTES,
-        multipart_chunksize=PART_BYTES,
-        use_threads=False,  # s3transfer's threads would hold up the interpreter's exit while S3 is away
-        preferred_transfer_client="classic",
-    )
-    extra = {"ChecksumAlgorithm": "SHA256", "Metadata": {"sha256": digest.hexdigest()}}
-    client.upload_fileobj(io.BytesIO(content), bucket, key, Config=config, ExtraArgs=extra)
-
-    head = client.head_object(Bucket=bucket, Key=key, ChecksumMode="ENABLED")
-    if head["ContentLength"] != len(content) or head["Metadata"].get("sha256") != digest.hexdigest():
-        raise UploadError("S3 holds another version")
-    checksum = base64.b64encode(digest.digest()).decode()
-    if len(content) >= PART_BYTES:  # S3 gives the checksum of the parts' checksums, and their number
-        starts = range(0, len(content), PART_BYTES)
-        parts = [hashlib.sha256(content[start : start + PART_BYTES]).digest() for start in starts]
-        checksum = f"{base64.b64encode(hashlib.sha256(b''.join(parts)).digest()).decode()}-{len(parts)}"
-    if head.get("ChecksumSHA256", checksum) != checksum:  # some compatible servers do not report it
-        raise UploadError("the checksum differs after uploading")
-    return Stored(len(content), head["ETag"].strip('"'))
-
-
 def restore(url: str, run_dir: Path, flag: str = "--resume") -> Path:
     """Download the run at `url` (`s3://bucket/prefix/<run>`) into `run_dir`, which must be absent or empty.
 
     The folder gets its name when everything is there, so an interrupted restore leaves nothing that looks
-    like a run. A file that does not match its checksum is left out and named in a warning: a damaged plot
-    must not stop a resume, and a checkpoint that lacks a file fails its manifest, so the one before is used.
+    like a run. A file that does not match its checksum is left out and named in a warning, as is a key that would
+    leave the folder: a damaged plot must not stop a resume, and a checkpoint that lacks a file fails its manifest,
+    so the one before is used.
 
-    Raises UserError: nothing there, refused, out of reach, a key that would leave the folder, a full disk.
+    Raises UserError: nothing there, refused, out of reach, a full disk.
     """
     from botocore.exceptions import BotoCoreError, ClientError
 
@@ -420,13 +328,13 @@ def restore(url: str, run_dir: Path, flag: str = "--resume") -> Path:
         files = _choose(_list(client, bucket, f"{prefix}/"), f"{flag} {url}")
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        free, needed = shutil.disk_usage(partial).free, sum(item.bytes for item in files.values())
+        free, needed = shutil.disk_usage(partial).free, sum(files.values())
         if needed > free:
             raise UserError(f"{flag} {url} needs {needed} bytes of disk and {run_dir.parent} has {free}")
-        for name, item in files.items():
+        for name, size in files.items():
             path = partial / name
             path.parent.mkdir(parents=True, exist_ok=True)
-            if not _download(client, bucket, f"{prefix}/{name}", path, item.bytes):
+            if not _download(client, bucket, f"{prefix}/{name}", path, size):
                 path.unlink()
                 log.warning("S3: %s/%s does not match its checksum and is left out", url.rstrip("/"), name)
         partial.rename(run_dir)
@@ -437,34 +345,31 @@ def restore(url: str, run_dir: Path, flag: str = "--resume") -> Path:
     return run_dir
 
 
-def _choose(stored: dict[str, Stored], what: str) -> dict[str, Stored]:
-    """What of a run to download: all but checkpoints that lack their manifest.
+def _choose(stored: dict[str, int], what: str) -> dict[str, int]:
+    """What of a run to download, name -> bytes: all but checkpoints that lack their manifest.
 
-    Raises UserError: no run is there, it is of an older format, or a key would leave the folder.
+    Raises UserError: no run is there, or it is of an older format.
     """
-    whole = {_checkpoint(name) for name in stored if _is_manifest(name)}
+    whole = {_unit(name) for name in stored if _is_manifest(name)}
     if not whole and MARKER not in stored:
         raise NothingStored(f"{what}: there is no run at this address")
-    # Consoles mark a folder by an empty object.
-    names = [name for name, item in stored.items() if item.bytes or not name.endswith("/")]
-    for name in names:
-        if not _is_safe(name):
-            raise UserError(f"{what}: the key {name!r} would leave the run's folder")
-    if not all(map(NAME.fullmatch, whole)):
+    if not all(NAME.fullmatch(Path(unit).name) for unit in whole):
         raise UserError(
             f"{what} holds checkpoints of an older format: go on with the version that wrote them, or choose"
             " another --run_name"
         )
-    return {
-        name: stored[name]
-        for name in names
-        if not name.startswith("checkpoints/") or _checkpoint(name) in whole
-    }
+    chosen = {}
+    for name, size in stored.items():
+        if not _is_safe(name):
+            log.warning("%s: the key %r would leave the run's folder and is left out", what, name)
+        elif not name.startswith("checkpoints/") or _unit(name) in whole:
+            chosen[name] = size
+    return chosen
 
 
 def _download(client: Any, bucket: str, key: str, path: Path, size: int) -> bool:
     """Download an object; False if it has not the size listed or not the SHA-256 it was uploaded with."""
-    from botocore.exceptions import BotoCoreError, FlexibleChecksumError
+    from botocore.exceptions import BotoCoreError
 
     for attempt in range(1, RESTORE_ATTEMPTS + 1):
         try:
@@ -478,12 +383,11 @@ def _download(client: Any, bucket: str, key: str, path: Path, size: int) -> bool
                 os.fsync(file.fileno())
                 arrived = file.tell()
             return arrived == size and answer["Metadata"].get("sha256") == digest.hexdigest()
-        except FlexibleChecksumError:
-            return False
-        except BotoCoreError:  # the connection broke in the middle, which botocore itself does not retry
+        # The connection broke in the middle, which botocore itself does not retry.
+        except BotoCoreError:
             if attempt == RESTORE_ATTEMPTS:
                 raise
-            time.sleep(_retry_s(attempt, LONGEST_RETRY_S))
+            time.sleep(RETRY_S)
     raise AssertionError("the last attempt returns or raises")
 
 
@@ -494,11 +398,14 @@ def _client(flag: str, attempts: int) -> Any:
 
     for name in ("boto3", "botocore", "s3transfer", "urllib3"):
         logger = logging.getLogger(name)
-        logger.setLevel(max(logging.INFO, logger.level))  # at DEBUG they log the session token, in headers
+        # At DEBUG they log the session token, in headers.
+        logger.setLevel(max(logging.INFO, logger.level))
     config = Config(
         connect_timeout=CONNECT_TIMEOUT_S,
         read_timeout=READ_TIMEOUT_S,
         retries={"total_max_attempts": attempts, "mode": "standard"},
+        # Our own SHA-256 finds what is damaged.
+        response_checksum_validation="when_required",
     )
     try:
         return boto3.session.Session().client("s3", config=config)
@@ -510,43 +417,31 @@ def _client(flag: str, attempts: int) -> Any:
 def _parse_url(url: str, flag: str) -> tuple[str, str]:
     match = re.fullmatch(r"s3://([a-z0-9][a-z0-9.-]{1,61}[a-z0-9])(?:/(.*?)/*)?", url)
     if match is None or (match[2] and not _is_safe(match[2])):
-        raise UserError(f"{flag} takes s3://bucket/prefix")  # not echoed either
+        # Not echoed either.
+        raise UserError(f"{flag} takes s3://bucket/prefix")
     return match[1], match[2] or ""
 
 
-def _list(client: Any, bucket: str, prefix: str) -> dict[str, Stored]:
-    """The objects under a prefix, by their names without it."""
-    found = {}
-    for page in client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix):
-        for item in page.get("Contents", []):
-            # Not all servers quote the ETag here.
-            found[item["Key"].removeprefix(prefix)] = Stored(item["Size"], item["ETag"].strip('"'))
-    return found
+def _list(client: Any, bucket: str, prefix: str) -> dict[str, int]:
+    """Bytes of the objects under a prefix, by their names without it."""
+    pages = client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)
+    items = (item for page in pages for item in page.get("Contents", []))
+    return {item["Key"].removeprefix(prefix): item["Size"] for item in items}
 
 
-def _checkpoint(name: str) -> str:
-    """The name of the checkpoint that a file belongs to; empty if there is none."""
-    match = re.fullmatch(r"checkpoints/([^/]+)/.+", name)
-    return match[1] if match else ""
+def _unit(name: str) -> str:
+    """What a file is sent with and counted as: its checkpoint's folder, or itself."""
+    match = re.match("checkpoints/[^/]+(?=/.)", name)
+    return match[0] if match else name
 
 
 def _is_manifest(name: str) -> bool:
-    return _checkpoint(name) != "" and name == f"checkpoints/{_checkpoint(name)}/{MANIFEST}"
-
-
-def _label(name: str) -> str:
-    """What a report calls a file: itself, or its checkpoint."""
-    return f"checkpoints/{_checkpoint(name)}" if _checkpoint(name) else name
+    return name == f"{_unit(name)}/{MANIFEST}"
 
 
 def _is_safe(name: str) -> bool:
     """Whether a relative path stays in its folder, on any system."""
     return name.isprintable() and "\\" not in name and not {"", ".", ".."} & set(name.split("/"))
-
-
-def _retry_s(failures: int, longest: float) -> float:
-    """Exponential back-off; the jitter keeps many runs from coming back to a server in the same second."""
-    return min(longest, FIRST_RETRY_S * 2 ** min(failures - 1, 16)) * random.uniform(0.5, 1.0)
 
 
 def _is_transient(error: Exception) -> bool:
@@ -560,14 +455,12 @@ def _is_transient(error: Exception) -> bool:
 
 
 def _reason(error: Exception) -> str:
-    """Why a request failed, from codes alone: the text of an error may quote addresses and headers."""
-    from botocore.exceptions import ClientError
+    """Why a request failed, from codes alone: the text of botocore's errors may quote addresses and headers."""
+    from botocore.exceptions import BotoCoreError, ClientError
 
-    if isinstance(error, UploadError):
-        return str(error)
     if isinstance(error, ClientError):
         return f"{error.operation_name} answered {error.response['Error'].get('Code')}"
-    return type(error).__name__
+    return type(error).__name__ if isinstance(error, BotoCoreError) else str(error)
 
 
 def _refusal(error: Exception, what: str, bucket: str) -> str:

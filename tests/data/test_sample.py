@@ -1,5 +1,7 @@
 import io
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from time import sleep
 
 import numpy as np
 import pytest
@@ -80,31 +82,38 @@ def test_the_folder_is_an_image_folder_and_is_made_once(tmp_path: Path, monkeypa
     # Whoever wants to draw again fails.
     monkeypatch.setattr(sample, "_draw_all", None)
     assert ensure_sample_data(tmp_path) == folder
-    assert [path.name for path in tmp_path.iterdir()] == [folder.name]
+    assert names(tmp_path) == [folder.name]
 
 
 def test_nothing_half_made_is_left_behind(tmp_path: Path, monkeypatch):
     def fail(folder: Path):
-        (folder / "train").mkdir()
+        (folder / "train").mkdir(parents=True)
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(sample, "_draw_all", fail)
     with pytest.raises(UserError, match=r"cannot write the sample data to .*sample-v2: No space left"):
         ensure_sample_data(tmp_path)
-    assert not list(tmp_path.iterdir())
+    assert names(tmp_path) == []
 
 
 @pytest.mark.usefixtures("few")
-def test_a_faster_process_is_no_error(tmp_path: Path, monkeypatch):
-    draw = sample._draw_all
+def test_of_two_processes_one_draws(tmp_path: Path, monkeypatch):
+    draw, drawn = sample._draw_all, []
 
-    def draw_while_another_finishes(folder: Path) -> None:
+    def slowly(folder: Path) -> None:
+        drawn.append(folder)
+        sleep(0.3)
         draw(folder)
-        (tmp_path / sample.VERSION / "train").mkdir(parents=True)
 
-    monkeypatch.setattr(sample, "_draw_all", draw_while_another_finishes)
-    assert ensure_sample_data(tmp_path) == tmp_path / sample.VERSION
-    assert len(list(tmp_path.iterdir())) == 1
+    monkeypatch.setattr(sample, "_draw_all", slowly)
+    with ThreadPoolExecutor(2) as pool:
+        assert set(pool.map(ensure_sample_data, [tmp_path] * 2)) == {tmp_path / sample.VERSION}
+    assert len(drawn) == 1
+    assert names(tmp_path) == [sample.VERSION]
+
+
+def names(folder: Path) -> list[str]:
+    return [path.name for path in folder.iterdir() if path.suffix != ".lock"]
 
 
 def test_a_cache_that_cannot_be_written_is_one_sentence(tmp_path: Path):

@@ -195,21 +195,6 @@ def test_half_written_last_line_is_ignored(tmp_path: Path, end: str) -> None:
     np.testing.assert_array_equal(plots.read_log(run / "training_log.csv")["val_top1"], [10, 20])
 
 
-def test_line_cut_off_by_a_kill_spoils_no_other(tmp_path: Path) -> None:
-    run = make_run(tmp_path / "run", [10, 20, 30, 40])
-    header, *rows = (run / "training_log.csv").read_text().splitlines()
-    rows[1] = rows[1][:6] + rows.pop(2)  # killed in epoch 2's line; epoch 3's was appended to it
-    (run / "training_log.csv").write_text("\n".join([header, *rows]) + "\n")
-    np.testing.assert_array_equal(plots.read_log(run / "training_log.csv")["val_top1"], [10, 40])
-
-
-def test_epochs_logged_again_after_a_resume_replace_the_old_ones(tmp_path: Path) -> None:
-    run = make_run(tmp_path / "run", [10, 20, 30, 40, 21, 31], epoch=[1, 2, 3, 4, 2, 3])
-    log = plots.read_log(run / "training_log.csv")
-    np.testing.assert_array_equal(log["epoch"], [1, 2, 3])
-    np.testing.assert_array_equal(log["val_top1"], [10, 21, 31])
-
-
 def test_no_epoch_yet_draws_nothing(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", [])
     plots.write_plots(run)

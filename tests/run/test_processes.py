@@ -5,7 +5,6 @@ from common import UserError
 from common.run import processes
 from common.run.processes import (
     Votes,
-    bf16_cost,
     rank0_errors,
     resolve_precision,
     start_processes,
@@ -42,10 +41,6 @@ def test_precision_on_a_gpu_is_the_flags_or_the_launchers(monkeypatch):
     assert resolve_precision("bf16", cpu=False) == ("bf16", "")
     with pytest.raises(UserError, match="--mixed_precision fp16 needs a GPU"):
         resolve_precision(None, cpu=True)
-
-
-def test_the_cost_of_bf16_is_measured():
-    assert 0.01 < bf16_cost() < 1000
 
 
 def test_a_resumed_run_keeps_its_precision_on_another_cpu(tmp_path, monkeypatch):

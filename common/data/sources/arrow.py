@@ -49,11 +49,13 @@ def find_columns(schema: pa.Schema, name: str) -> Columns:
     return Columns(dict(sorted(levels.items())) or {0: images[0]}, label, named.get(label, []), bool(levels))
 
 
-def read_labels(table: pa.Table, columns: Columns, name: str) -> np.ndarray:
-    """Return a table's labels, int64 [N].
+def read_small(
+    table: pa.Table, columns: Columns, name: str
+) -> tuple[np.ndarray, list[str], np.ndarray | None]:
+    """Return a table's labels, int64 [N], the names of its classes, and a pyramid's original sizes, int32 [N, 2].
 
     Raises:
-        UserError: some row has none.
+        UserError: some row has no label.
     """
     labels = table.column(columns.label)
     if labels.null_count or not pa.types.is_integer(labels.type):
@@ -61,7 +63,9 @@ def read_labels(table: pa.Table, columns: Columns, name: str) -> np.ndarray:
     numbers = labels.to_numpy().astype(np.int64)
     if numbers.min(initial=0) < 0:
         raise UserError(f"--data_dir: {name} has rows without a label (-1)")
-    return numbers
+    classes = columns.classes or [str(number) for number in range(numbers.max(initial=-1) + 1)]
+    sides = [table.column(side).to_numpy() for side in ("height", "width")] if columns.prepared else None
+    return numbers, classes, np.stack(sides, 1) if sides else None
 
 
 class Places(NamedTuple):
@@ -123,15 +127,11 @@ class ArrowSource:
         self._first_rows = np.cumsum([0] + [len(table) for table in tables.values()])
         table = pa.concat_tables(tables.values())
         columns = find_columns(table.schema, self._names[0])
-        self.labels = read_labels(table, columns, self._names[0])
-        self.classes = columns.classes or [str(number) for number in range(self.labels.max(initial=-1) + 1)]
+        self.labels, self.classes, self._sizes = read_small(table, columns, self._names[0])
         self.prepared = columns.prepared
         self._places = {level: find_places(table.column(name)) for level, name in columns.levels.items()}
         self._levels = list(columns.levels)
         self._fill_missing()
-        self._sizes: np.ndarray | None = None
-        if self.prepared:
-            self._sizes = np.stack([table.column(side).to_numpy() for side in ("height", "width")], 1)
 
     def _fill_missing(self) -> None:
         """Let a level point at the next smaller one for small images, which are stored once."""
@@ -160,11 +160,9 @@ class ArrowSource:
 
 def open_shards(data_dir: str, shards: list[Path], names: tuple[str, ...]) -> ArrowSource:
     """Map the Arrow shards that `prepare` wrote."""
-    for name in names:
-        chosen = [shard for shard in shards if shard.name.startswith(f"{name}-")]
-        if chosen:
-            break
-    else:
+    by_name = ([shard for shard in shards if shard.name.startswith(f"{name}-")] for name in names)
+    chosen = next(filter(None, by_name), None)
+    if chosen is None:
         raise MissingSplit(f"--data_dir {data_dir} has no data/{names[0]}-*.arrow")
     tables = {}
     for shard in chosen:

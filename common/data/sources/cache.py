@@ -51,7 +51,7 @@ def map_arrow(path: Path) -> pa.Table | None:
 
     try:
         return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
-    except (FileNotFoundError, pa.ArrowInvalid, OSError):
+    except (pa.ArrowInvalid, OSError):
         return None
 
 
@@ -71,7 +71,7 @@ def derived(
     parsed = parse(map_arrow(path))
     if parsed is not None:
         return parsed
-    with _locked(path.with_suffix(".lock")):
+    with locked(path.with_suffix(".lock")):
         parsed = parse(map_arrow(path))
         if parsed is None:
             table = make()
@@ -84,7 +84,7 @@ def derived(
 
 
 @contextmanager
-def _locked(path: Path) -> Iterator[None]:
+def locked(path: Path) -> Iterator[None]:
     """Let one process in at a time; where the cache folder cannot be written, all derive the same for themselves."""
     with ExitStack() as held:
         try:

@@ -1,6 +1,5 @@
 """Shards of datasets in object storage and on the hub: listed, read with patience, or downloaded once."""
 
-import fcntl
 import logging
 import os
 import shutil
@@ -14,7 +13,7 @@ from pyarrow import fs
 from tqdm import tqdm
 
 from common import UserError
-from common.data.sources.cache import cache_folder, fingerprint_of
+from common.data.sources.cache import cache_folder, fingerprint_of, locked
 
 log = logging.getLogger(__name__)
 
@@ -97,9 +96,8 @@ def download(data_dir: str) -> Path:
     storage = Storage(data_dir)
     files = storage.files()
     folder = cache_folder() / "downloads" / storage.fingerprint(files)
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # one process of the machine downloads, the others wait
+    # One process of the machine downloads, the others wait.
+    with locked(folder / ".lock"):
         targets = [folder / info.path[len(storage.root) :].lstrip("/") for info in files]
         missing = [pair for pair in zip(files, targets, strict=True) if not pair[1].exists()]
         needed, free = sum(info.size for info, _ in missing), shutil.disk_usage(folder).free

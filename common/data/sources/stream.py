@@ -10,7 +10,6 @@ What was fetched is kept in the user's cache folder, up to `KEEP_BYTES`, where a
 the machine map it: a row group travels once, whoever asks first.
 """
 
-import fcntl
 import logging
 import os
 import re
@@ -27,9 +26,9 @@ import pyarrow.parquet as pq
 from pyarrow import fs
 
 from common import UserError
-from common.data.sources.arrow import Places, choose_level, find_columns, find_places, read_labels
+from common.data.sources.arrow import Places, choose_level, find_columns, find_places, read_small
 from common.data.sources.base import VAL_NAMES, MissingSplit
-from common.data.sources.cache import cache_folder, derived, map_arrow, write_arrow
+from common.data.sources.cache import cache_folder, derived, locked, map_arrow, write_arrow
 from common.data.sources.remote import Storage
 
 log = logging.getLogger(__name__)
@@ -89,11 +88,7 @@ class StreamSource:
         columns = find_columns(schema, name)
         self._columns, self._levels, self.prepared = columns.levels, list(columns.levels), columns.prepared
         rows = self._read_rows(columns.small)
-        self.labels = read_labels(rows, columns, name)
-        self.classes = columns.classes or [str(number) for number in range(self.labels.max(initial=-1) + 1)]
-        self._sizes: np.ndarray | None = None
-        if self.prepared:
-            self._sizes = np.stack([rows.column(side).to_numpy() for side in ("height", "width")], 1)
+        self.labels, self.classes, self._sizes = read_small(rows, columns, name)
         # A row's group is known by the number of the shard and of the group in it.
         shard, group = (rows.column(which).to_numpy() for which in ("shard", "group"))
         first = np.flatnonzero(np.diff(shard, prepend=-1) | np.diff(group, prepend=-1))
@@ -155,9 +150,7 @@ class StreamSource:
             with suppress(FileNotFoundError):  # another process may need the room
                 os.utime(path)  # what was not used for longest makes room first
             return table
-        self._folder.mkdir(parents=True, exist_ok=True)
-        with open(self._folder / f"lock{number % 64}", "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with locked(self._folder / f"lock{number % 64}"):
             table = map_arrow(path)
             if table is None:  # no other worker has fetched it meanwhile
                 shard, group = self._groups[number].tolist()
@@ -168,8 +161,7 @@ class StreamSource:
                     write_arrow(path, table)
                 except OSError as error:
                     raise UserError(f"cannot keep row groups in {self._folder}: {error.strerror}") from error
-                mapped = map_arrow(path)
-                table = table if mapped is None else mapped  # rather the pages all share than this memory
+                table = map_arrow(path) or table  # rather the pages all share than this memory
         return table
 
     def _make_room(self) -> None:
