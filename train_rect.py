@@ -61,7 +61,7 @@ class RectConfig(TrainConfig):
 def main(cfg: RectConfig) -> None:
     with start_run(cfg) as run:
         train, val = open_dataset(cfg)
-        model = create_model(cfg.model, len(train.classes), drop_path=cfg.drop_path)
+        model = create_model(cfg.model, len(train.classes), cfg.largest_size(), drop_path=cfg.drop_path)
         fit(run, model, train, val)
 
 

@@ -46,7 +46,7 @@ class StandardConfig(TrainConfig):
 def main(cfg: StandardConfig) -> None:
     with start_run(cfg) as run:
         train, val = open_dataset(cfg)
-        model = create_model(cfg.model, len(train.classes), drop_path=cfg.drop_path)
+        model = create_model(cfg.model, len(train.classes), cfg.largest_size(), drop_path=cfg.drop_path)
         fit(run, model, train, val)
 
 

@@ -106,7 +106,7 @@ class RecordSettings:
     debug: bool = False
     """Shrink every stage, so that the whole curriculum runs in about a minute on two CPU cores."""
     dry_run: bool = False
-    """The pre-flight: check data, model and plan, print stages, steps and rates; train and write nothing."""
+    """The pre-flight: print the plan, check data, model and surroundings, measure loader, step and time; write nothing."""
 
 
 @dataclass
@@ -162,6 +162,10 @@ class TrainConfig(
             )
         stages = self.stages or self.curriculum()
         return scale_stages(stages, **DEBUG_SCALE) if self.debug else stages
+
+    def largest_size(self) -> int:
+        """Of the stages, in pixels; a network that fits one size only is built for it."""
+        return max(stage.img_size for stage in self.stages_in_force())
 
 
 @dataclass

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from common.augment import Augment
 from common.data.batches import WHOLE, Batches
 from common.data.loader import Batch, Loader
+from common.model.create import check_size
 from common.run.checkpoint import TrainState
 from common.run.processes import rank0_errors
 from common.run.run import Run
@@ -130,6 +131,9 @@ def final_grid(run: Run, state: TrainState, augment: Augment, batches: Batches, 
     for factor, crop in itertools.product(FINAL_SIZES, crops):
         size = 8 * round(stage.img_size * factor / 8) if factor != 1 else stage.img_size
         items = batches.eval_items(size, batch_size, crop)
+        if any(check_size(state.model, *shape) for shape in {(item.height, item.width) for item in items}):
+            # Some transformers take no other size than training's.
+            continue
         for flip, transform in (("no", one_view), ("yes", with_flip)):
             scores = evaluate(
                 list(models.values()),

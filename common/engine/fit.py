@@ -10,12 +10,13 @@ from torch import nn
 from common.data.batches import Batches
 from common.data.loader import Batch, Loader
 from common.data.sources.base import Source
+from common.engine.doctor import preflight
 from common.engine.evaluate import final_grid
 from common.engine.memory import out_of_memory_advice
 from common.engine.peak import settle_rates
 from common.engine.profiler import traced
 from common.engine.recording import out_of_patience, record, save
-from common.engine.setup import adapt_settings, preflight, prepare_state, settle_plan
+from common.engine.setup import adapt_settings, check_sizes, prepare_state, settle_plan
 from common.engine.trainer import Trainer
 from common.model.pretrained_cfg import PretrainedCfg
 from common.run.processes import Interrupted
@@ -36,11 +37,7 @@ def fit(run: Run, model: nn.Module, train: Source, val: Source, source: Pretrain
     progress = state.progress
     plan = settle_plan(run, state, train)
     batches = Batches(plan, train, val, cfg, cfg.seed, accelerator.process_index, accelerator.num_processes)
-    if cfg.dry_run:
-        if run.is_main:
-            print(preflight(run, plan, batches))
-        return
-    run.begin(progress)
+    check_sizes(run, model, batches)
     # Not prepared: Accelerate's loader fills the last batch up with images seen before, and its order is another one on
     # another number of processes.
     loader = Loader(
@@ -53,6 +50,10 @@ def fit(run: Run, model: nn.Module, train: Source, val: Source, source: Pretrain
     )
     with closing(loader):
         trainer = Trainer(run, state, plan, batches, loader, source)
+        if cfg.dry_run:
+            preflight(trainer, train_step, source)
+            return
+        run.begin(progress)
         rates = settle_rates(trainer, train_step)
         run.log.info("%s", "\n".join(filter(None, (rates.table(), batches.bucket_tables()))))
         if progress.epochs_done == plan.total_epochs:

@@ -12,13 +12,14 @@ from common.data.decode import DecodeError, read_header
 from common.data.shapes import stage_shapes
 from common.data.sources.base import Source
 from common.engine.memory import fit_memory
+from common.model.create import check_size
 from common.model.freezing import check_frozen
 from common.model.optimizer import Ema, create_optimizer
 from common.run import checkpoint
 from common.run.checkpoint import Progress, TrainState
 from common.run.processes import rank0_errors, seed_everything
 from common.run.run import Run
-from common.scheduling import Plan, Rates, make_plan, resolve_lr
+from common.scheduling import Plan, make_plan
 from common.scheduling.recipe import Facts, adapt
 
 # Images whose headers tell how large the images are.
@@ -137,17 +138,18 @@ def settle_plan(run: Run, state: TrainState, train: Source) -> Plan:
     return plan
 
 
-def preflight(run: Run, plan: Plan, batches: Batches) -> str:
-    """`--dry_run`: the plan in words and numbers."""
-    cfg, train, val = run.cfg, batches.train, batches.val
-    peak, note = 1.0, "relative to the LR finder's peak"
-    if cfg.lr != "auto":
-        peak, note = resolve_lr(cfg.lr, plan.global_batches[0], cfg.lr_scaling), "in force"
-    parts = [
-        f"{len(train):,} training and {len(val):,} validation images, {len(train.classes)} classes, {plan.processes} processes",
-        Rates(plan, cfg, peak).table(),
-        batches.bucket_tables(),
-        f"{plan.total_epochs} epochs, {plan.total_steps:,} optimizer steps, {plan.images_to_see:,} images to be seen; "
-        f"learning rates are {note}",
-    ]
-    return "\n".join(filter(None, parts))
+def check_sizes(run: Run, model: nn.Module, batches: Batches) -> None:
+    """Pass a blank image of every shape of every stage, training's and evaluation's, through the network.
+
+    Raises:
+        UserError: it cannot take one; the sentence names the stage.
+    """
+    flag = "target_size" if hasattr(run.cfg, "target_size") else "img_size"
+    for index, stage in enumerate(batches.plan.stages):
+        items = batches.eval_items(stage.img_size, batches.plan.micro_batch(index))
+        shapes = {(item.height, item.width) for item in items}
+        for height, width in sorted(shapes | set(stage_shapes(stage, batches.train, run.cfg))):
+            if problem := check_size(model, height, width):
+                raise UserError(
+                    f"stage {index + 1}: --model {run.cfg.model}: {problem}; set --{flag} or the stages' img_size"
+                )

@@ -17,6 +17,7 @@ from accelerate.utils import (
     DistributedDataParallelKwargs,
     ProjectConfiguration,
     broadcast_object_list,
+    is_torch_xla_available,
 )
 
 from common import UserError
@@ -75,6 +76,7 @@ def make_accelerator(cfg: TrainConfig) -> tuple[Accelerator, str]:
     if steps not in ("1", str(cfg.accumulation)):
         raise UserError(f"ACCELERATE_GRADIENT_ACCUMULATION_STEPS={steps} is set: pass --accumulation {steps}")
     cfg.mixed_precision, note = resolve_precision(cfg.mixed_precision, cpu=not torch.cuda.is_available())
+    note = "\n".join(filter(None, (idle_accelerator(), note)))
     hooks = {"fp16": DDPCommunicationHookType.FP16, "bf16": DDPCommunicationHookType.BF16}
     ddp = DistributedDataParallelKwargs(
         comm_hook=hooks.get(cfg.grad_compression, DDPCommunicationHookType.NO),
@@ -110,6 +112,21 @@ def tracker_names(trackers: str) -> list[str]:
         if find_spec(name) is None:
             raise UserError(f"--trackers {name} needs its package: pip install {name}")
     return names
+
+
+def idle_accelerator() -> str:
+    """A line about an accelerator that is there while the CPU trains; "" if there is none."""
+    if torch.cuda.is_available():
+        return ""
+    there = {
+        "an Apple GPU (mps)": torch.backends.mps.is_available(),
+        "an Intel GPU (xpu)": torch.xpu.is_available(),
+        "a TPU": is_torch_xla_available(check_is_tpu=True),
+    }
+    names = [name for name, is_there in there.items() if is_there]
+    return (
+        f"{' and '.join(names)} stays idle: these scripts train on CUDA GPUs or on the CPU" if names else ""
+    )
 
 
 def resolve_precision(asked: Precision | None, cpu: bool) -> tuple[Precision, str]:

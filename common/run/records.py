@@ -113,6 +113,17 @@ class Records:
         checkpoint.write_durably(self.folder / name, json.dumps(content, indent=1).encode())
 
 
+def wandb_mode() -> str:
+    """What WANDB_MODE says, or online where a login is found, offline elsewhere; starts no run and asks nobody."""
+    import wandb
+
+    if mode := os.environ.get("WANDB_MODE"):
+        return mode
+    # The run's lines are its own.
+    wandb.setup(wandb.Settings(silent=True))
+    return "online" if wandb.login(prompt=False, verify=False) else "offline"
+
+
 def start_trackers(cfg: TrainConfig, accelerator: Accelerator, folder: Path, progress: Progress) -> None:
     """Start or continue what --trackers names, on the main process; `progress` is to keep the W&B run's id."""
     # TensorBoard's parameters are numbers and texts alone.
@@ -137,7 +148,7 @@ def start_trackers(cfg: TrainConfig, accelerator: Accelerator, folder: Path, pro
         "id": progress.wandb_id,
         "name": cfg.run_name,
         "resume": "allow",
-        "mode": os.environ.get("WANDB_MODE") or ("online" if wandb.api.api_key else "offline"),
+        "mode": wandb_mode(),
         "dir": str(folder),
         # The run's last lines are its own.
         "settings": wandb.Settings(silent=True),

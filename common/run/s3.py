@@ -306,6 +306,24 @@ class S3Mirror:
             log.warning("S3: old checkpoints stay in %s (%s)", self.url, _reason(error))
 
 
+def probe(url: str) -> str:
+    """Ask S3 what is at `url`, and write nothing; returns "", or why S3 is out of reach, which training would wait out.
+
+    Raises:
+        UserError: the address, the bucket or the credentials are wrong.
+    """
+    from botocore.exceptions import BotoCoreError, ClientError
+
+    bucket, prefix = _parse_url(url, "--s3")
+    try:
+        _client("--s3", attempts=1).list_objects_v2(Bucket=bucket, Prefix=prefix, MaxKeys=1)
+    except (BotoCoreError, ClientError) as error:
+        if not _is_transient(error):
+            raise UserError(_refusal(error, f"--s3 {url}", bucket)) from None
+        return _reason(error)
+    return ""
+
+
 def restore(url: str, run_dir: Path, flag: str = "--resume") -> Path:
     """Download the run at `url` (`s3://bucket/prefix/<run>`) into `run_dir`, which must be absent or empty.
 
