@@ -41,6 +41,8 @@ def place(tmp_path_factory):
     make_images(place / "hollow", train=3, val=1)
     for image in (place / "hollow" / "train" / "class1").iterdir():
         image.unlink()
+    make_images(place / "broken", train=8, val=2)
+    (place / "broken" / "train" / "class0" / "0.jpg").write_bytes(b"no picture")
     make_images(place / "differ", train=3, val=1)
     (place / "differ" / "val" / "class1").rename(place / "differ" / "val" / "clas1")
     (place / "empty").mkdir()
@@ -137,6 +139,17 @@ FLAGS = [
     ("standard", "--config nowhere.yaml", "nowhere.yaml"),
     ("standard", "--model resnet51", "did you mean resnet51"),
     ("standard", "--model rsnet18", "did you mean"),
+    (
+        "standard",
+        "--model test_vit --img_size 56",
+        "stage 1: --model test_vit: the model cannot take images of 56x56",
+    ),
+    (
+        "progressive",
+        "--model test_coatnet",
+        "stage 1: --model test_coatnet: the model cannot take images of 56x56 px",
+    ),
+    ("rect", "--model test_vit --target_size 40", "set --target_size"),
     ("standard", "--optimizer sdg", "did you mean sgd"),
     ("standard", "--optimizer admw", "did you mean adamw"),
     ("standard", "--optimizer kron", "--optimizer kron needs second derivatives, or keeps what"),
@@ -276,6 +289,30 @@ def test_tools(tool, args, says, place, monkeypatch, capfd):
     main = importlib.import_module(f"common.{tool}").main
     call = lambda: sys.exit(main(args.split()))  # noqa: E731
     assert says in refused(place, monkeypatch, capfd, call, args.split())
+
+
+# Data, flags, and lines of the pre-flight that has to say no.
+DRY = [
+    ("broken", "", ["error    images: 1 of ", "class0/0.jpg (", "pass --skip_unreadable", "1 error,"]),
+    ("good", "--s3 nowhere", ["error    --s3 takes s3://bucket/prefix", "1 error,"]),
+]
+
+
+@pytest.mark.parametrize(("data", "flags", "says"), DRY, ids=[f"{d} {f}" for d, f, _ in DRY])
+def test_a_preflight_with_an_error(data, flags, says, place, monkeypatch, capfd):
+    monkeypatch.chdir(place)
+    before = tree(place)
+    args = [*FAST, "--data_dir", data, "--img_size", "32", "--batch_size", "16", "--dry_run", *flags.split()]
+    monkeypatch.setattr(sys, "argv", ["program", *args])
+    with pytest.raises(SystemExit) as end:
+        run_script(sys.modules[StandardConfig.__module__].main, StandardConfig, "")
+    text, errors = capfd.readouterr()
+    assert end.value.code == 2
+    for words in says:
+        assert words in text, text
+    assert "first loss" not in text
+    assert "Traceback" not in errors
+    assert tree(place) == before
 
 
 def test_precision_of_the_launcher(place, monkeypatch, capfd):

@@ -32,6 +32,8 @@ DECODED, HASHED = 200, 5000  # images of each split that are looked at
 # Seconds for the timed steps of a stage, and for its loader; images of a batch that the loader is timed with.
 STEPS_S, LOADER_S, LOADED = 2.0, 1.5, 64
 MOST_STEPS, EVAL_BATCHES = 20, 2
+# Pixels of a timed batch on a CPU, whose time grows with them; a GPU takes whole batches, of which it tells the memory.
+CPU_PIXELS = 16 * 224 * 224
 # So small that no weight moves; some optimizers divide by their rate.
 NO_RATE = 1e-9
 FEWEST_STEPS = 20  # of an epoch; with fewer, warm-up and schedule are coarse
@@ -83,15 +85,25 @@ def preflight(t: Trainer, train_step: TrainStep, source: PretrainedCfg | None) -
         if run.is_main:
             print(plan_table(t))
             tell(checks(t, source))
+            if any(finding.level == "error" for finding in found):
+                conclude(found)
     first_epochs = {epoch.stage_index: epoch for epoch in reversed(list(t.plan.epochs()))}
     costs = [measure(t, epoch, train_step) for _, epoch in sorted(first_epochs.items())]
     with rank0_errors():
         if run.is_main:
             tell(verdicts(t, costs))
-            count_of = {level: sum(f.level == level for f in found) for level in ("error", "warning")}
-            print("pre-flight: " + ", ".join(f"{n} {level}{'s' * (n != 1)}" for level, n in count_of.items()))
-            if count_of["error"]:
-                raise SystemExit(2)
+            conclude(found)
+
+
+def conclude(found: list[Finding]) -> None:
+    """Count what was found; SystemExit with 2 if there are errors."""
+    errors, warnings = (sum(finding.level == level for finding in found) for level in ("error", "warning"))
+    print(
+        f"pre-flight: {errors} error{'s' * (errors != 1)}, {warnings} warning{'s' * (warnings != 1)}",
+        flush=True,
+    )
+    if errors:
+        raise SystemExit(2)
 
 
 def plan_table(t: Trainer) -> str:
@@ -137,7 +149,8 @@ def checks(t: Trainer, source: PretrainedCfg | None) -> Iterator[Finding]:
 def classes(train: Source) -> Finding:
     """How many images the classes have."""
     counts = np.bincount(train.labels, minlength=len(train.classes))
-    text = f"classes: {len(counts)}, the same in train and val, {counts.min():,} to {counts.max():,} training images each"
+    most = f" to {counts.max():,}" if counts.max() > counts.min() else ""
+    text = f"classes: {len(counts)}, the same in train and val, {counts.min():,}{most} training images each"
     if counts.min() >= FEWEST_OF_A_CLASS:
         return Finding("ok", text)
     rare = train.classes[int(counts.argmin())]
@@ -175,7 +188,7 @@ def duplicates(train: Source, val: Source) -> Finding:
     def digests(source: Source, most: int) -> Iterator[tuple[bytes, int]]:
         for index in sample(source, most):
             try:
-                yield hashlib.blake2b(source.read(index, 1 << 20), digest_size=16).digest(), index
+                yield hashlib.blake2b(source.read(index, 1 << 20).data, digest_size=16).digest(), index
             except OSError:
                 continue  # `readable` names those
 
@@ -228,7 +241,11 @@ def surroundings(t: Trainer) -> Iterator[Finding]:
 
 
 def measure(t: Trainer, epoch: EpochPlan, train_step: TrainStep) -> StageCost:
-    """Time a stage: its loader, some warm steps at next to no learning rate, some batches of an evaluation. A collective."""
+    """Time a stage: its loader, some warm steps at next to no learning rate, some batches of an evaluation.
+
+    A collective. On a CPU batches are cut down, and their time is scaled up; weights stay, momentum and BatchNorm's
+    statistics do not.
+    """
     run, micro_batch = t.run, t.plan.micro_batch(epoch.stage_index)
     device = run.accelerator.device
     if device.type == "cuda":
@@ -236,7 +253,8 @@ def measure(t: Trainer, epoch: EpochPlan, train_step: TrainStep) -> StageCost:
     t.enter_stage(epoch)
     t.begin_epoch(epoch)
     loader_rate = time_loader(t, epoch)
-    batch = next(t.loader.stream(_items(t, epoch)))
+    most = max(1, micro_batch if device.type == "cuda" else CPU_PIXELS // epoch.stage.img_size**2)
+    batch = next(t.loader.stream(_items(t, epoch, most)))
 
     def timed(number: int) -> float:
         began = time.perf_counter()
@@ -254,21 +272,22 @@ def measure(t: Trainer, epoch: EpochPlan, train_step: TrainStep) -> StageCost:
         # All processes have to take the same number of steps.
         slowest_ms = run.votes.largest(math.ceil(1000 * timed(1)))[0]
         number = min(max(int(1000 * STEPS_S / slowest_ms), 1), MOST_STEPS)
-        step_s = timed(number) / number
-        eval_s = time_evaluation(t, epoch)
+        step_s = timed(number) / number * micro_batch / len(batch.labels)
+        eval_s = time_evaluation(t, epoch, most)
     t.meter.bar.close()
     return StageCost(step_s, eval_s, loader_rate, first_loss, peak_memory_mb(device))
 
 
-def _items(t: Trainer, epoch: EpochPlan) -> Iterator[BatchItem]:
+def _items(t: Trainer, epoch: EpochPlan, most: int) -> Iterator[BatchItem]:
+    """The stage's micro-batches for ever, cut down to `most` images."""
     passes = (replace(epoch, index=index) for index in count(epoch.index))
-    return chain.from_iterable(map(t.batches.train_items, passes))
+    for item in chain.from_iterable(map(t.batches.train_items, passes)):
+        yield item._replace(indices=item.indices[:most])
 
 
 def time_loader(t: Trainer, epoch: EpochPlan) -> float:
     """Images/s of all processes' loaders, in batches that are small where the stage's are large; a collective."""
-    items = (item._replace(indices=item.indices[:LOADED]) for item in _items(t, epoch))
-    stream = t.loader.stream(items)
+    stream = t.loader.stream(_items(t, epoch, LOADED))
     # The first batch of every worker is late.
     for _ in range(max(1, t.loader.workers)):
         next(stream)
@@ -282,11 +301,11 @@ def time_loader(t: Trainer, epoch: EpochPlan) -> float:
     return -t.run.votes.largest(-int(rate))[0] * t.plan.processes
 
 
-def time_evaluation(t: Trainer, epoch: EpochPlan) -> float:
-    """Seconds of an evaluation whose images are there, from its first batches; a collective."""
+def time_evaluation(t: Trainer, epoch: EpochPlan, most: int) -> float:
+    """Seconds of an evaluation whose images are there, from its first batches of up to `most` images; a collective."""
     state, accelerator, seconds = t.state, t.run.accelerator, 0.0
     models = [state.model] if state.ema is None else [state.model, state.ema.module]
-    items = t.batches.eval_items(epoch.stage.img_size, t.plan.micro_batch(epoch.stage_index))
+    items = t.batches.eval_items(epoch.stage.img_size, min(most, t.plan.micro_batch(epoch.stage_index)))
     loaded = list(t.loader.stream(items[:EVAL_BATCHES]))
     own = torch.tensor(sum(len(batch.labels) for batch in loaded), device=accelerator.device)
     images = int(accelerator.reduce(own, "sum"))

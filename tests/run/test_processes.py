@@ -5,6 +5,7 @@ from common import UserError
 from common.run import processes
 from common.run.processes import (
     Votes,
+    idle_accelerator,
     rank0_errors,
     resolve_precision,
     start_processes,
@@ -130,3 +131,12 @@ def test_trackers_are_those_that_are_known_and_installed(monkeypatch):
     for wrong, shown in (("on", "on"), ("wandb,", "nothing"), ("", "nothing")):
         with pytest.raises(UserError, match=f"wandb,tensorboard,trackio, not {shown}"):
             tracker_names(wrong)
+
+
+def test_an_accelerator_that_stays_idle_is_named(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert idle_accelerator() == ""
+    monkeypatch.setattr("torch.backends.mps.is_available", lambda: True)
+    assert idle_accelerator().startswith("an Apple GPU (mps) stays idle")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    assert idle_accelerator() == ""

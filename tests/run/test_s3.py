@@ -21,7 +21,7 @@ import torch
 from common import UserError
 from common.run import checkpoint
 from common.run import s3 as storage
-from common.run.s3 import NothingStored, S3Mirror, restore
+from common.run.s3 import NothingStored, S3Mirror, probe, restore
 from tests.conftest import S3Server
 
 # Plus 3 s for the restart; try S3_OUTAGE_S=30, too.
@@ -664,14 +664,24 @@ def test_a_wrong_start_is_one_sentence_without_a_secret(
     caplog.set_level(logging.DEBUG)
     for name, value in change.items():
         monkeypatch.setenv(name, value) if value is not None else monkeypatch.delenv(name)
-    with pytest.raises(UserError) as caught:
-        S3Mirror(tmp_path / "run-1", url)
-    sentence = str(caught.value)
-    assert says in sentence
-    assert sentence.startswith("--s3 ") or sentence.startswith("--s3:")
-    assert "\n" not in sentence
-    for secret in (s3.secret_key, "wrong-secret", "secret-that", "AKIA", "token-that"):
-        assert secret not in sentence + caplog.text
+    for start in (lambda: S3Mirror(tmp_path / "run-1", url), lambda: probe(url)):
+        with pytest.raises(UserError) as caught:
+            start()
+        sentence = str(caught.value)
+        assert says in sentence
+        assert sentence.startswith("--s3 ") or sentence.startswith("--s3:")
+        assert "\n" not in sentence
+        for secret in (s3.secret_key, "wrong-secret", "secret-that", "AKIA", "token-that"):
+            assert secret not in sentence + caplog.text
+
+
+def test_a_probe_asks_and_writes_nothing(s3: S3Server, address: str) -> None:
+    assert probe(address) == ""
+    bucket, prefix = storage._parse_url(address, "--s3")
+    assert storage._list(storage._client("--s3", attempts=1), bucket, prefix) == {}
+    s3.stop()
+    assert probe(address) == "EndpointConnectionError"
+    s3.start()
 
 
 def test_a_compatible_server_is_not_asked_for_a_host_per_bucket(

@@ -1,0 +1,198 @@
+"""The pre-flight: what it finds in data and surroundings, what it says of the measurements; and it writes nothing."""
+
+import math
+import re
+from collections import namedtuple
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from common.engine import doctor
+from common.engine.doctor import StageCost, disk, duration, labels, pace
+from common.engine.fit import train_step
+from common.run.records import tracking
+from common.scheduling import Stage, make_plan
+from tests.engine.trainers import noise, small_trainer
+from tests.helpers import launch, make_images, run_training
+from train_progressive import ProgressiveConfig
+from train_standard import StandardConfig
+
+COST = StageCost(step_s=0.5, eval_s=3.0, loader_rate=64.0, first_loss=1.0, memory_mb=500.0)
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    monkeypatch.setattr(doctor, "STEPS_S", 0.02)
+    monkeypatch.setattr(doctor, "LOADER_S", 0.02)
+
+
+def lines(text: str) -> dict[str, str]:
+    """The pre-flight's lines by subject: level and sentence."""
+    found = re.findall(r"^(ok|warning|error) +([^:,]+)(.*)$", text, re.MULTILINE)
+    return {subject: f"{level} {rest}" for level, subject, rest in found}
+
+
+def test_a_run_that_can_begin(tmp_path, capsys):
+    data = make_images(tmp_path / "data", train=24)
+    flags = ["--batch_size", "8", "--dry_run", "--optimizer", "adamw", "--ema", "--epochs", "2"]
+    run_training(StandardConfig, data, tmp_path / "runs", "dry", *flags)
+    text = capsys.readouterr().out
+    said = lines(text)
+    assert said.keys() >= {"model", "normalisation", "classes", "images", "duplicates", "W&B", "first loss"}
+    assert said.keys() >= {"stage 1", "memory", "disk", "time"}
+    assert "72 training and 21 validation images, 3 classes, 1 process\n" in text
+    assert said["steps"].startswith("warning")
+    assert "stage 1 has 9" in said["steps"]
+    assert "--batch_size" in said["steps"]
+    assert "ln 3 = 1.1" in said["first loss"]
+    assert text.endswith("pre-flight: 0 errors, 1 warning\n")
+    assert not (tmp_path / "runs").exists()
+
+
+def test_what_a_sample_of_the_images_shows(tmp_path, capsys):
+    data = make_images(tmp_path / "data", train=9)
+    (data / "val" / "class2" / "0.jpg").write_bytes((data / "train" / "class1" / "4.jpg").read_bytes())
+    (data / "train" / "class0" / "3.jpg").write_bytes(b"no picture")
+    flags = ["--batch_size", "4", "--dry_run", "--skip_unreadable"]
+    run_training(ProgressiveConfig, data, tmp_path / "runs", "dry", *flags)
+    said = lines(capsys.readouterr().out)
+    assert said["images"].startswith("warning")
+    assert "class0/3.jpg" in said["images"]
+    assert said["duplicates"].startswith("warning : 1 in ")
+    assert re.search(r"val/class2/0\.jpg is .*train/class1/4\.jpg; .*--data_dir", said["duplicates"])
+    assert said["classes"].startswith("warning")
+    assert "class0 can hardly be learnt" in said["classes"]
+    assert {"stage 1", "stage 2", "stage 3"} <= said.keys()
+
+
+def test_several_processes_print_once(tmp_path):
+    data = make_images(tmp_path / "data")
+    flags = [
+        "--model",
+        "test_resnet",
+        "--img_size",
+        "32",
+        "--batch_size",
+        "8",
+        "--wandb",
+        "off",
+        "--workers",
+        "0",
+    ]
+    done = launch(
+        2,
+        "train_standard.py",
+        "--data_dir",
+        str(data),
+        "--output",
+        str(tmp_path / "runs"),
+        *flags,
+        "--dry_run",
+    )
+    assert done.returncode == 0, done.stderr
+    assert "3 classes, 2 processes\n" in done.stdout
+    assert done.stdout.count("pre-flight:") == done.stdout.count("first loss") == 1
+    assert not (tmp_path / "runs").exists()
+
+
+def test_measuring_moves_no_weight(monkeypatch):
+    with small_trainer([Stage(epochs=2, img_size=16, batch_size=8)]) as t:
+        epoch = next(t.plan.epochs())
+        t.loader = SimpleNamespace(stream=lambda items: noise(t, epoch), workers=0)
+        monkeypatch.setattr(doctor, "time_evaluation", lambda *_: 1.0)
+        before = [parameter.clone() for parameter in t.state.model.parameters()]
+        cost = doctor.measure(t, epoch, train_step)
+        for old, new in zip(before, t.state.model.parameters(), strict=True):
+            torch.testing.assert_close(old, new, rtol=1e-6, atol=1e-6)
+        assert cost.step_s > 0
+        assert cost.loader_rate > 0
+        assert abs(cost.first_loss - math.log(4)) < 1
+
+
+@pytest.mark.parametrize(
+    ("loss", "level", "words"),
+    [
+        (2.4, "ok", "ln 10 = 2.3"),
+        (0.2, "ok", "the weights know the classes already"),
+        (9.0, "warning", "check the classes"),
+        (math.nan, "error", "--mixed_precision no"),
+    ],
+)
+def test_the_first_loss(loss, level, words):
+    finding = labels(loss, 10)
+    assert finding.level == level
+    assert words in finding.sentence
+
+
+def at_rest(workers: int = 2, device: str = "cuda", **cfg) -> SimpleNamespace:
+    """What the verdicts read of a trainer: 2 stages of 3 and 1 epochs, 10 steps each, of 64 images of 640."""
+    stages = [Stage(epochs=3, img_size=32, batch_size=64), Stage(epochs=1, img_size=64, batch_size=64)]
+    settings = {"lr": 0.1, "lr_finder_iterations": 100, "keep_every": 0} | cfg
+    return SimpleNamespace(
+        plan=make_plan(stages, 640, 1),
+        run=SimpleNamespace(
+            cfg=SimpleNamespace(**settings),
+            accelerator=SimpleNamespace(device=torch.device(device)),
+        ),
+        state=SimpleNamespace(progress=SimpleNamespace(epochs_done=0, peak_lr=0.0)),
+        loader=SimpleNamespace(workers=workers),
+        batches=SimpleNamespace(train=SimpleNamespace(prepared=False), val=range(320)),
+    )
+
+
+def test_the_loader_against_the_device():
+    # 64 images in half a second are 128/s; the loader gives 64.
+    finding = pace(at_rest(), 1, COST)
+    assert finding.level == "warning"
+    assert "stage 2, 64 px: training takes 128 images/s" in finding.sentence
+    assert "starves the device, at 0.5 x: raise --workers or prepare a pyramid" in finding.sentence
+    finding = pace(at_rest(), 0, StageCost(0.5, 3.0, 397.0, 1.0, 1.0))
+    assert finding.level == "ok"
+    assert "the loader keeps up: 3.1 x" in finding.sentence
+
+
+def test_the_time_of_a_run():
+    # An epoch trains for 5 s, evaluates for 3 s, and loads 640 and 320 images at 64/s in 10 s and 5 s.
+    assert (
+        duration(at_rest(), [COST, COST]) == "time: about 1:00 with evaluation (stage 1 0:45, stage 2 0:15)"
+    )
+    alone = "time: about 1:32 with evaluation (stage 1 1:09, stage 2 0:23)"
+    assert duration(at_rest(workers=0), [COST, COST]) == alone
+    assert duration(at_rest(device="cpu"), [COST, COST]) == alone
+    assert "about 1:50 with evaluation (stage 1 0:45, stage 2 0:15, LR finder 0:50)" in duration(
+        at_rest(lr="auto"), [COST, COST]
+    )
+    resumed = at_rest()
+    resumed.state.progress.epochs_done = 2
+    assert "stage 1 0:15, stage 2 0:15" in duration(resumed, [COST, COST])
+
+
+@pytest.mark.parametrize(("free_gb", "level"), [(10, "ok"), (1.5, "warning"), (0.5, "error")])
+def test_the_disk(free_gb, level, tmp_path, monkeypatch):
+    usage = namedtuple("usage", "free")
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: usage(free_gb * 1e9))
+    t = at_rest(keep_every=1)
+    t.run.folder = tmp_path / "runs" / "new"
+    # 8 checkpoints, as 4 epochs are kept: of 0.05 GB of weights and as much momentum.
+    model = torch.nn.Linear(5000, 2500, bias=False, device="meta")
+    state = {model.weight: {"momentum_buffer": torch.empty_like(model.weight)}}
+    t.state.model, t.state.ema, t.state.optimizer = model, None, SimpleNamespace(state=state)
+    finding = disk(t)
+    assert finding.level == level
+    assert "8 checkpoints of 0.1 GB" in finding.sentence
+    assert "--output" in finding.sentence
+
+
+def test_where_wandb_keeps_a_run(monkeypatch, tmp_path, capfd):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    assert tracking(StandardConfig(wandb="off")) == "off"
+    assert tracking(StandardConfig()) == "offline"
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    assert tracking(StandardConfig()) == "online"
+    assert tracking(StandardConfig(wandb="offline")) == "offline"
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    assert tracking(StandardConfig()) == "offline"
+    assert capfd.readouterr().err == ""
