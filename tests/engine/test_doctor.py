@@ -11,7 +11,7 @@ import torch
 from common.engine import doctor
 from common.engine.doctor import StageCost, disk, duration, labels, pace
 from common.engine.fit import train_step
-from common.run.records import tracking
+from common.run.records import wandb_mode
 from common.scheduling import Stage, make_plan
 from tests.engine.trainers import noise, small_trainer
 from tests.helpers import launch, make_images, run_training
@@ -39,7 +39,7 @@ def test_a_run_that_can_begin(tmp_path, capsys):
     run_training(StandardConfig, data, tmp_path / "runs", "dry", *flags)
     text = capsys.readouterr().out
     said = lines(text)
-    assert said.keys() >= {"model", "normalisation", "classes", "images", "duplicates", "W&B", "first loss"}
+    assert said.keys() >= {"model", "normalisation", "classes", "images", "duplicates", "trackers", "first loss"}
     assert said.keys() >= {"stage 1", "memory", "disk", "time"}
     assert "72 training and 21 validation images, 3 classes, 1 process\n" in text
     assert said["steps"].startswith("warning")
@@ -75,8 +75,8 @@ def test_several_processes_print_once(tmp_path):
         "32",
         "--batch_size",
         "8",
-        "--wandb",
-        "off",
+        "--trackers",
+        "none",
         "--workers",
         "0",
     ]
@@ -188,11 +188,9 @@ def test_where_wandb_keeps_a_run(monkeypatch, tmp_path, capfd):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.delenv("WANDB_MODE", raising=False)
-    assert tracking(StandardConfig(wandb="off")) == "off"
-    assert tracking(StandardConfig()) == "offline"
+    assert wandb_mode() == "offline"
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
-    assert tracking(StandardConfig()) == "online"
-    assert tracking(StandardConfig(wandb="offline")) == "offline"
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    assert tracking(StandardConfig()) == "offline"
+    assert wandb_mode() == "online"
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    assert wandb_mode() == "disabled"
     assert capfd.readouterr().err == ""

@@ -64,7 +64,6 @@ def test_wandb_that_cannot_be_reached_falls_back_to_offline(tmp_path, monkeypatc
             return SimpleNamespace(offline=modes[-1] == "offline")
 
     monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
-    monkeypatch.setattr("wandb.api", type("Api", (), {"api_key": "k" * 40})())
     monkeypatch.delenv("WANDB_MODE", raising=False)
     with caplog.at_level("INFO"):
         start_trackers(StandardConfig(), Accelerator(), tmp_path, Progress(wandb_id="abc"))

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from common.engine.doctor import StageCost
 from common.tools import yardstick
 from tests.helpers import ROOT, make_images
 
@@ -99,7 +100,7 @@ def test_our_scripts_know_their_commands(
         yardstick.main([*flags, "--seeds", "0"])
     ours = [command for command in commands if Path(command[1]).parent == ROOT]
     assert len(ours) == 4
-    monkeypatch.setattr("common.engine.fit.preflight", lambda *_: None)
+    monkeypatch.setattr("common.engine.doctor.measure", lambda *_: StageCost(0.1, 1.0, 100.0, 1.1, 1.0))
     for command in ours:
         monkeypatch.setattr(sys, "argv", [*command[1:], "--dry_run"])
         runpy.run_path(command[1], run_name="__main__")
