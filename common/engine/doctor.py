@@ -233,7 +233,9 @@ def surroundings(t: Trainer) -> Iterator[Finding]:
     text = f"trackers: {cfg.trackers}"
     if "wandb" in cfg.trackers:
         mode = wandb_mode()
-        text += f"; W&B is {mode}" + ("; `wandb login` or --trackers change that" if mode == "offline" else "")
+        text += f"; W&B is {mode}" + (
+            "; `wandb login` or --trackers change that" if mode == "offline" else ""
+        )
     yield Finding("ok", text)
 
 

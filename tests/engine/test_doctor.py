@@ -39,7 +39,15 @@ def test_a_run_that_can_begin(tmp_path, capsys):
     run_training(StandardConfig, data, tmp_path / "runs", "dry", *flags)
     text = capsys.readouterr().out
     said = lines(text)
-    assert said.keys() >= {"model", "normalisation", "classes", "images", "duplicates", "trackers", "first loss"}
+    assert said.keys() >= {
+        "model",
+        "normalisation",
+        "classes",
+        "images",
+        "duplicates",
+        "trackers",
+        "first loss",
+    }
     assert said.keys() >= {"stage 1", "memory", "disk", "time"}
     assert "72 training and 21 validation images, 3 classes, 1 process\n" in text
     assert said["steps"].startswith("warning")
