@@ -293,7 +293,11 @@ def test_tools(tool, args, says, place, monkeypatch, capfd):
 
 # Data, flags, and lines of the pre-flight that has to say no.
 DRY = [
-    ("broken", "", ["error    images: 1 of ", "class0/0.jpg (", "pass --skip_unreadable", "1 error,"]),
+    (
+        "broken",
+        "",
+        ["error    images: 29 of 30 sampled ones", "class0/0.jpg (", "or pass --skip_unreadable", "1 error,"],
+    ),
     ("good", "--s3 nowhere", ["error    --s3 takes s3://bucket/prefix", "1 error,"]),
 ]
 

@@ -21,12 +21,13 @@ from common.engine.evaluate import evaluate
 from common.engine.memory import out_of_memory_advice
 from common.engine.peak import TrainStep
 from common.engine.recording import KEEP_CHECKPOINTS
+from common.engine.setup import plan_table
 from common.engine.trainer import Trainer
 from common.model.pretrained_cfg import PretrainedCfg
 from common.run.processes import rank0_errors
 from common.run.progress import clock, peak_memory_mb
 from common.run.records import wandb_mode
-from common.scheduling import EpochPlan, Rates, resolve_lr
+from common.scheduling import EpochPlan, Plan
 
 DECODED, HASHED = 200, 5000  # images of each split that are looked at
 # Seconds for the timed steps of a stage, and for its loader; images of a batch that the loader is timed with.
@@ -47,6 +48,11 @@ class Finding(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.level:<9}{self.sentence}"
+
+
+def judged(bad: bool, text: str, remedy: str) -> Finding:
+    """`text` alone where all is well, a warning with what to do elsewhere."""
+    return Finding("warning", f"{text}; {remedy}") if bad else Finding("ok", text)
 
 
 @dataclass(frozen=True)
@@ -74,7 +80,7 @@ def preflight(t: Trainer, train_step: TrainStep, source: PretrainedCfg | None) -
     Raises:
         SystemExit: with 2, on all processes, if something is an error.
     """
-    run, found = t.run, list[Finding]()
+    run, cfg, found = t.run, t.run.cfg, list[Finding]()
 
     def tell(findings: Iterator[Finding]) -> None:
         for finding in findings:
@@ -83,7 +89,7 @@ def preflight(t: Trainer, train_step: TrainStep, source: PretrainedCfg | None) -
 
     with rank0_errors():
         if run.is_main:
-            print(plan_table(t))
+            print(plan_table(cfg, t.plan, t.batches))
             tell(checks(t, source))
             if any(finding.level == "error" for finding in found):
                 conclude(found)
@@ -106,23 +112,6 @@ def conclude(found: list[Finding]) -> None:
         raise SystemExit(2)
 
 
-def plan_table(t: Trainer) -> str:
-    """The plan in words and numbers."""
-    cfg, plan, train, val = t.run.cfg, t.plan, t.batches.train, t.batches.val
-    peak, note = 1.0, "relative to the LR finder's peak"
-    if cfg.lr != "auto":
-        peak, note = resolve_lr(cfg.lr, plan.global_batches[0], cfg.lr_scaling), "in force"
-    processes = f"{plan.processes} process{'es' * (plan.processes > 1)}"
-    parts = [
-        f"{len(train):,} training and {len(val):,} validation images, {len(train.classes)} classes, {processes}",
-        Rates(plan, cfg, peak).table(),
-        t.batches.bucket_tables(),
-        f"{plan.total_epochs} epochs, {plan.total_steps:,} optimizer steps, {plan.images_to_see:,} images to be seen; "
-        f"learning rates are {note}",
-    ]
-    return "\n".join(filter(None, parts))
-
-
 # --- what can be seen at rest --------------------------------------------------------------------------------------
 
 
@@ -142,7 +131,7 @@ def checks(t: Trainer, source: PretrainedCfg | None) -> Iterator[Finding]:
         yield duplicates(train, val)
     else:
         yield Finding("ok", "images: streamed shards are not sampled; they are met as they come")
-    yield from steps(t)
+    yield steps(plan)
     yield from surroundings(t)
 
 
@@ -151,10 +140,9 @@ def classes(train: Source) -> Finding:
     counts = np.bincount(train.labels, minlength=len(train.classes))
     most = f" to {counts.max():,}" if counts.max() > counts.min() else ""
     text = f"classes: {len(counts)}, the same in train and val, {counts.min():,}{most} training images each"
-    if counts.min() >= FEWEST_OF_A_CLASS:
-        return Finding("ok", text)
     rare = train.classes[int(counts.argmin())]
-    return Finding("warning", f"{text}; {rare} can hardly be learnt: add images to it in --data_dir")
+    remedy = f"{rare} can hardly be learnt: add images to it in --data_dir"
+    return judged(counts.min() < FEWEST_OF_A_CLASS, text, remedy)
 
 
 def sample(source: Source, most: int) -> list[int]:
@@ -174,12 +162,13 @@ def readable(sources: tuple[Source, Source], skip_unreadable: bool) -> Finding:
                 decode_batch([source.read(index, 32)], item, 0, pixels)
             except (DecodeError, OSError) as error:
                 broken.append(f"{source.describe(index)} ({error})")
+    text = f"images: {looked_at - len(broken)} of {looked_at} sampled ones can be read"
     if not broken:
-        return Finding("ok", f"images: {looked_at} sampled ones can be read")
-    text = f"images: {len(broken)} of {looked_at} sampled ones cannot be read, such as {broken[0]}"
+        return Finding("ok", text)
+    text += f", not {broken[0]}"
     if skip_unreadable:
-        return Finding("warning", f"{text}; others stand in for them (--skip_unreadable)")
-    return Finding("error", f"{text}; remove them, or pass --skip_unreadable")
+        return Finding("warning", f"{text}; others stand in for such (--skip_unreadable)")
+    return Finding("error", f"{text}; remove such, or pass --skip_unreadable")
 
 
 def duplicates(train: Source, val: Source) -> Finding:
@@ -194,25 +183,16 @@ def duplicates(train: Source, val: Source) -> Finding:
 
     known = dict(digests(train, HASHED))
     twice = [(known[digest], index) for digest, index in digests(val, HASHED) if digest in known]
-    text = f"in {min(len(val), HASHED):,} of val and {min(len(train), HASHED):,} of train"
-    if not twice:
-        return Finding("ok", f"duplicates: none {text}")
-    where = f"{val.describe(twice[0][1])} is {train.describe(twice[0][0])}"
-    return Finding("warning", f"duplicates: {len(twice)} {text}: {where}; take them out of --data_dir")
+    text = f"duplicates: {len(twice)} in {min(len(val), HASHED):,} of val and {min(len(train), HASHED):,} of train"
+    names = f"{val.describe(twice[0][1])} is {train.describe(twice[0][0])}" if twice else ""
+    return judged(bool(twice), text, f"{names}; take them out of --data_dir")
 
 
-def steps(t: Trainer) -> Iterator[Finding]:
+def steps(plan: Plan) -> Finding:
     """Are there enough optimizer steps in an epoch?"""
-    few = [
-        f"stage {index + 1} has {t.plan.steps_per_epoch(index)}"
-        for index in range(len(t.plan.stages))
-        if t.plan.steps_per_epoch(index) < FEWEST_STEPS
-    ]
-    if few:
-        text = f"fewer than {FEWEST_STEPS} per epoch ({', '.join(few)}); lower --batch_size, if there are images enough"
-        yield Finding("warning", f"steps: {text}")
-    else:
-        yield Finding("ok", f"steps: {FEWEST_STEPS} or more per epoch")
+    fewest = min(map(plan.steps_per_epoch, range(len(plan.stages))))
+    remedy = f"{FEWEST_STEPS} are better: lower --batch_size, if there are images enough"
+    return judged(fewest < FEWEST_STEPS, f"steps: {fewest:,} or more per epoch", remedy)
 
 
 def surroundings(t: Trainer) -> Iterator[Finding]:
@@ -335,11 +315,8 @@ def labels(loss: float, num_classes: int) -> Finding:
     text = f"first loss: {loss:.3g}, and by chance it is ln {num_classes} = {chance:.3g}"
     if not math.isfinite(loss):
         return Finding("error", f"{text}; check the images in --data_dir, or try --mixed_precision no")
-    if loss > 1.5 * chance + 1:
-        return Finding(
-            "warning", f"{text}; check the classes in --data_dir and, where it is given, --weights"
-        )
-    return Finding("ok", text + ("; the weights know the classes already" if loss < 0.7 * chance else ""))
+    text += "; the weights know the classes already" if loss < 0.7 * chance else ""
+    return judged(loss > 1.5 * chance + 1, text, "check the classes in --data_dir, and what --weights names")
 
 
 def pace(t: Trainer, index: int, cost: StageCost) -> Finding:
@@ -347,12 +324,9 @@ def pace(t: Trainer, index: int, cost: StageCost) -> Finding:
     rate = t.plan.global_batches[index] / cost.step_s
     ratio = cost.loader_rate / rate
     text = f"stage {index + 1}, {t.plan.stages[index].img_size} px: training takes {rate:,.0f} images/s, {cost.step_s:.3g} s a step;"
-    if ratio >= 1:
-        return Finding("ok", f"{text} the loader keeps up: {ratio:.2g} x")
-    remedy = "raise --workers" + (
-        "" if t.batches.train.prepared else " or prepare a pyramid (python -m common.tools.prepare)"
-    )
-    return Finding("warning", f"{text} the loader starves the device, at {ratio:.2g} x: {remedy}")
+    text += f" the loader {'keeps up' if ratio >= 1 else 'starves the device'}: {ratio:.2g} x"
+    pyramid = "" if t.batches.train.prepared else " or prepare a pyramid (python -m common.tools.prepare)"
+    return judged(ratio < 1, text, f"raise --workers{pyramid}")
 
 
 def memory(t: Trainer, costs: list[StageCost]) -> Finding:
@@ -364,9 +338,7 @@ def memory(t: Trainer, costs: list[StageCost]) -> Finding:
     total = torch.cuda.get_device_properties(device).total_memory / 2**20
     stages = ", ".join(f"{cost.memory_mb / 1000:.2g}" for cost in costs)
     text = f"memory: {stages} GB by stage, of {total / 1000:.2g}"
-    if most > FULL * total:
-        return Finding("warning", f"{text}; lower --batch_size or pass --auto_batch")
-    return Finding("ok", text)
+    return judged(most > FULL * total, text, "lower --batch_size or pass --auto_batch")
 
 
 def disk(t: Trainer) -> Finding:
@@ -381,12 +353,9 @@ def disk(t: Trainer) -> Finding:
     text = f"disk: {kept} checkpoints of {one:.2g} GB, {free:,.3g} GB free in {folder} (--output)"
     if not os.access(folder, os.W_OK):
         return Finding("error", f"disk: {folder} cannot be written; choose another --output")
-    level: Literal["ok", "warning", "error"] = "ok"
     if kept * one > free:
-        level, text = "error", f"{text}; choose another --output or a larger --keep_every"
-    elif 2 * kept * one > free:
-        level, text = "warning", f"{text}; little is left beside them"
-    return Finding(level, text)
+        return Finding("error", f"{text}; choose another --output or a larger --keep_every")
+    return judged(2 * kept * one > free, text, "little is left beside them: choose another --output")
 
 
 def duration(t: Trainer, costs: list[StageCost]) -> str:

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from common import UserError
+from common.config import TrainConfig
 from common.data.batches import Batches
 from common.data.decode import DecodeError, read_header
 from common.data.shapes import stage_shapes
@@ -19,7 +20,7 @@ from common.run import checkpoint
 from common.run.checkpoint import Progress, TrainState
 from common.run.processes import rank0_errors, seed_everything
 from common.run.run import Run
-from common.scheduling import Plan, make_plan
+from common.scheduling import Plan, Rates, make_plan, resolve_lr
 from common.scheduling.recipe import Facts, adapt
 
 # Images whose headers tell how large the images are.
@@ -153,3 +154,20 @@ def check_sizes(run: Run, model: nn.Module, batches: Batches) -> None:
                 raise UserError(
                     f"stage {index + 1}: --model {run.cfg.model}: {problem}; set --{flag} or the stages' img_size"
                 )
+
+
+def plan_table(cfg: TrainConfig, plan: Plan, batches: Batches) -> str:
+    """The plan in words and numbers."""
+    train, val = batches.train, batches.val
+    peak, note = 1.0, "relative to the LR finder's peak"
+    if cfg.lr != "auto":
+        peak, note = resolve_lr(cfg.lr, plan.global_batches[0], cfg.lr_scaling), "in force"
+    processes = f"{plan.processes} process{'es' * (plan.processes > 1)}"
+    parts = [
+        f"{len(train):,} training and {len(val):,} validation images, {len(train.classes)} classes, {processes}",
+        Rates(plan, cfg, peak).table(),
+        batches.bucket_tables(),
+        f"{plan.total_epochs} epochs, {plan.total_steps:,} optimizer steps, {plan.images_to_see:,} images to be seen; "
+        f"learning rates are {note}",
+    ]
+    return "\n".join(filter(None, parts))

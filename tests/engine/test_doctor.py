@@ -51,7 +51,7 @@ def test_a_run_that_can_begin(tmp_path, capsys):
     assert said.keys() >= {"stage 1", "memory", "disk", "time"}
     assert "72 training and 21 validation images, 3 classes, 1 process\n" in text
     assert said["steps"].startswith("warning")
-    assert "stage 1 has 9" in said["steps"]
+    assert "9 or more per epoch" in said["steps"]
     assert "--batch_size" in said["steps"]
     assert "ln 3 = 1.1" in said["first loss"]
     assert text.endswith("pre-flight: 0 errors, 1 warning\n")
@@ -154,7 +154,7 @@ def test_the_loader_against_the_device():
     finding = pace(at_rest(), 1, COST)
     assert finding.level == "warning"
     assert "stage 2, 64 px: training takes 128 images/s" in finding.sentence
-    assert "starves the device, at 0.5 x: raise --workers or prepare a pyramid" in finding.sentence
+    assert "the loader starves the device: 0.5 x; raise --workers or prepare a pyramid" in finding.sentence
     finding = pace(at_rest(), 0, StageCost(0.5, 3.0, 397.0, 1.0, 1.0))
     assert finding.level == "ok"
     assert "the loader keeps up: 3.1 x" in finding.sentence
