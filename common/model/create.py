@@ -94,7 +94,7 @@ def check_size(model: nn.Module, height: int, width: int) -> str:
         with torch.no_grad():
             model.eval().forward(torch.zeros(1, 3, height, width, device=device))
     except SIZE_ERRORS as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        reason = next(iter(str(error).splitlines()), type(error).__name__).rstrip(".")
         return f"the model cannot take images of {height}x{width} px: {reason}"
     finally:
         for module, training in modes.items():
