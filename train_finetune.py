@@ -65,7 +65,9 @@ def main(cfg: FinetuneConfig) -> None:
         raise UserError("--weights is needed: a run folder, a weights file, or a timm pretrained tag")
     with start_run(cfg) as run:
         train, val = open_dataset(cfg)
-        model, source = create_finetuned_model(cfg.model, train.classes, cfg.weights, cfg.largest_size(), drop_path=cfg.drop_path)
+        model, source = create_finetuned_model(
+            cfg.model, train.classes, cfg.weights, cfg.largest_size(), drop_path=cfg.drop_path
+        )
         (probe if cfg.probe else fit)(run, model, train, val, source)
 
 
