@@ -36,11 +36,11 @@ def test_a_plot_that_fails_is_a_warning(tmp_path, caplog):
 def test_columns_are_those_of_the_first_row_and_late_rows_are_dropped(tmp_path):
     records = Records(tmp_path, Background())
     for epoch in (1, 2, 3):
-        records.add({"epoch": epoch, "top1": epoch / 3})
+        records.add({"epoch": epoch, "total_s": epoch / 3})
     records.background.drain()
     records.keep_epochs(2)
     with open(records.csv_path) as file:
-        assert list(csv.reader(file)) == [["epoch", "top1"], ["1", "0.333333"], ["2", "0.666667"]]
+        assert list(csv.reader(file)) == [["epoch", "total_s"], ["1", "0.333333"], ["2", "0.666667"]]
     records.keep_epochs(0)
     assert not records.csv_path.exists()
 
