@@ -25,6 +25,7 @@ from common.data.loader import LoaderSettings
 from common.data.sources.open import DataSettings
 from common.model.optimizer import OptimizerSettings
 from common.scheduling import ScheduleSettings, Stage, scale_stages
+from common.scheduling.budget import BudgetSettings
 
 if TYPE_CHECKING:
     from jsonargparse.typing import (
@@ -119,6 +120,7 @@ class TrainConfig(
     AugmentSettings,
     ViewSettings,
     SpeedSettings,
+    BudgetSettings,
     RecordSettings,
 ):
     """The curriculum"""
@@ -211,6 +213,7 @@ RESUME_MAY_CHANGE = frozenset(
         "patience",
         "final_eval",
         "dry_run",
+        "usd_per_hour",
     ]
 )
 
