@@ -2,7 +2,8 @@
 
 from collections.abc import Iterator
 from contextlib import closing
-from itertools import islice
+from functools import partial
+from itertools import accumulate, islice
 
 import torch
 from torch import nn
@@ -10,6 +11,7 @@ from torch import nn
 from common.data.batches import Batches
 from common.data.loader import Batch, Loader
 from common.data.sources.base import Source
+from common.engine.calibrate import within_budget
 from common.engine.evaluate import final_grid
 from common.engine.memory import out_of_memory_advice
 from common.engine.peak import settle_rates
@@ -18,8 +20,9 @@ from common.engine.recording import out_of_patience, record, save
 from common.engine.setup import adapt_settings, preflight, prepare_state, settle_plan
 from common.engine.trainer import Trainer
 from common.model.pretrained_cfg import PretrainedCfg
-from common.run.processes import Interrupted
-from common.run.progress import closing_block
+from common.run.processes import Interrupted, rank0_errors
+from common.run.progress import closing_block, outlook
+from common.run.receipt import write_receipt
 from common.run.records import upload_model
 from common.run.run import Run
 from common.scheduling import EpochPlan, Rates
@@ -31,7 +34,7 @@ def fit(run: Run, model: nn.Module, train: Source, val: Source, source: Pretrain
     `source` is what weights that it starts from expect of their images.
     """
     cfg, accelerator = run.cfg, run.accelerator
-    adapt_settings(run, model, train)
+    adapt_settings(run, model, train, partial(within_budget, run, model, train, val, train_step))
     state = prepare_state(run, model, train)
     progress = state.progress
     plan = settle_plan(run, state, train)
@@ -41,6 +44,9 @@ def fit(run: Run, model: nn.Module, train: Source, val: Source, source: Pretrain
             print(preflight(run, plan, batches))
         return
     run.begin(progress)
+    with rank0_errors():
+        if run.is_main and run.forecast:
+            run.records.write_json("forecast.json", run.forecast)
     # Not prepared: Accelerate's loader fills the last batch up with images seen before, and its order is another one on
     # another number of processes.
     loader = Loader(
@@ -53,9 +59,13 @@ def fit(run: Run, model: nn.Module, train: Source, val: Source, source: Pretrain
     )
     with closing(loader):
         trainer = Trainer(run, state, plan, batches, loader, source)
+        if run.forecast and progress.step:
+            run.log.info("%s", outlook(run, plan, progress))
         rates = settle_rates(trainer, train_step)
+        trainer.lap("finder")
         run.log.info("%s", "\n".join(filter(None, (rates.table(), batches.bucket_tables()))))
-        if progress.epochs_done == plan.total_epochs:
+        complete = progress.epochs_done == plan.total_epochs
+        if complete:
             run.log.info("this run is complete: %d of %d epochs", progress.epochs_done, plan.total_epochs)
         stream = loader.stream(batches.run_items(progress.epochs_done, progress.step))
         try:
@@ -70,8 +80,14 @@ def fit(run: Run, model: nn.Module, train: Source, val: Source, source: Pretrain
                 trainer.enter_stage(epoch)
                 train_epoch(trainer, epoch, rates, stream)
                 scores = trainer.evaluate(epoch, stream)
+                trainer.lap("evaluate")
                 record(trainer, epoch, rates, scores)
+                trainer.lap("save")
+                # After the first epoch, and at each stage's end.
+                if run.forecast and progress.epochs_done in {1, *accumulate(s.epochs for s in plan.stages)}:
+                    run.log.info("%s", outlook(run, plan, progress))
         except Interrupted:
+            trainer.lap(f"train {trainer.stage_index + 1}")
             save(trainer)
             run.background.drain()
             raise
@@ -81,9 +97,13 @@ def fit(run: Run, model: nn.Module, train: Source, val: Source, source: Pretrain
             )
         if cfg.final_eval:
             final_grid(run, state, trainer.augment, batches, loader)
+            trainer.lap("evaluate")
     run.background.drain()
+    trainer.lap("save")
     if run.is_main:
         run.log.info("%s", closing_block(run, progress))
+        if not complete:
+            run.log.info("%s", write_receipt(run, progress, len(val)))
         upload_model(accelerator, run.folder)
     run.sync()
 
@@ -92,6 +112,7 @@ def train_epoch(t: Trainer, epoch: EpochPlan, rates: Rates, stream: Iterator[Bat
     """Train from where the progress stands to the end of the epoch."""
     run, state, progress = t.run, t.state, t.state.progress
     t.begin_epoch(epoch)
+    part = f"train {epoch.stage_index + 1}"
     last_step = epoch.first_step + epoch.steps - 1
     with out_of_memory_advice(epoch, t.plan.micro_batch(epoch.stage_index)):
         for step in traced(run, range(progress.step, last_step + 1)):
@@ -103,8 +124,15 @@ def train_epoch(t: Trainer, epoch: EpochPlan, rates: Rates, stream: Iterator[Bat
             t.meter.tick()
             # Between two looks nothing waits for the device.
             if step < last_step and run.look_due(progress.step) and t.look():
+                t.lap(part)
                 save(t)
+                t.lap("save")
     t.look()
+    t.lap(part)
+    # What the loader was waited for has a line of its own.
+    seconds, waited = progress.seconds, t.meter.waited
+    seconds["wait"] = seconds.get("wait", 0.0) + waited
+    seconds[part] -= waited
 
 
 def train_step(t: Trainer, epoch: EpochPlan, lr: float, momentum: float, stream: Iterator[Batch]) -> None:

@@ -82,10 +82,21 @@ class Trainer:
         self.not_finite = torch.zeros((), dtype=torch.int64, device=run.accelerator.device)
         self.recent: deque = deque(maxlen=2 * NAN_PATIENCE)
         self.started = time.monotonic() - state.progress.wall_s
+        self.lapped = run.started
+        if run.calibration_s:
+            state.progress.seconds["calibration"] = run.calibration_s
+            self.lapped += run.calibration_s
+        self.lap("start")
         if run.cfg.compile:
             # One graph per shape and frozen set, known beforehand.
             torch._dynamo.config.recompile_limit = 64
             state.model.compile(dynamic=False)
+
+    def lap(self, part: str) -> None:
+        """Count the time since the last lap as a part's of the run."""
+        seconds, now = self.state.progress.seconds, time.monotonic()
+        seconds[part] = seconds.get(part, 0.0) + now - self.lapped
+        self.lapped = now
 
     # --- stages and epochs -----------------------------------------------------------------------------------------
 
@@ -126,6 +137,7 @@ class Trainer:
                 self.plan,
                 stage_shapes(stage, self.batches.train, self.run.cfg),
             )
+        self.lap("compile")
 
     def _prepare_net(self) -> None:
         """Let Accelerate wrap the model; for several processes anew, so that only what trains now is reduced."""

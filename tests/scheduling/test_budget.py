@@ -54,7 +54,7 @@ def test_budgets_are_read(text, seconds):
 
 @pytest.mark.parametrize("text", ["", "45", "min", "0min", "-1h", "3 weeks", "12usd"])
 def test_other_words_are_refused(text):
-    with pytest.raises(UserError, match="--budget|--usd_per_hour"):
+    with pytest.raises(UserError, match=r"--budget|--usd_per_hour"):
         BudgetSettings(text).budget_s()
 
 
@@ -129,7 +129,7 @@ def _fits(costs, budget_s) -> bool:
 def test_shards_are_read_whole():
     costs, tight = costs_of(STAGES), settings_of(budget="60s")
     assert _fits(costs, 60)
-    with pytest.raises(UserError, match="takes \\d+s or more"):
+    with pytest.raises(UserError, match=r"takes \d+s or more"):
         plan_budget(STAGES, tight, (), SMALL, costs, 60, streaming=True)
 
 
