@@ -33,7 +33,7 @@ from common.scheduling.recipe import Facts, Recipe, adapt
 
 TrainStep = Callable[[Trainer, EpochPlan, float, float, Iterator[Batch]], None]
 # Share of the budget that measuring may take, and what it takes at least: steps after the one that warms up.
-SHARE, FEWEST_STEPS, MOST_STEPS = 0.03, 3, 40
+SHARE, FEWEST_STEPS, MOST_STEPS = 0.03, 2, 40
 # The recipe's batches follow the length, so what was measured may not be what is planned: measured again, this often.
 ROUNDS, FIRST_LENGTH = 3, 12
 
@@ -66,15 +66,17 @@ def within_budget(
         start_s = time.monotonic() - run.started
         costs = Costs((), start_s, 0.0, 0.0)
         recipe = adapt(scale_stages(listed, FIRST_LENGTH), vars(cfg), cfg.given, facts, cfg.recipe)
-        for _ in range(ROUNDS):
+        for number in range(ROUNDS):
             with _as_planned(run, recipe):
-                costs = _measure(run, model, train, val, train_step, costs, SHARE * budget_s)
+                # The first batches are a guess, and hardly worth the time; the second are measured anew if it was right.
+                limit_s = SHARE / 2 * budget_s if number else 0.0
+                costs = _measure(run, model, train, val, train_step, costs, limit_s, anew=number == 1)
             spent_s = time.monotonic() - run.started - start_s
             # Planned by all processes alike.
             costs = costs._replace(start_s=_slowest(run, start_s)[0], calibration_s=_slowest(run, spent_s)[0])
             whole = plan(costs).whole
             recipe = whole.recipe
-            if all(_is_known(costs, whole, index) for index in range(len(recipe.stages))):
+            if number and all(_is_known(costs, whole, index) for index in range(len(recipe.stages))):
                 break
         if run.is_main:
             kept.parent.mkdir(parents=True, exist_ok=True)
@@ -117,8 +119,10 @@ def _measure(
     train_step: TrainStep,
     costs: Costs,
     limit_s: float,
+    *,
+    anew: bool,
 ) -> Costs:
-    """Train, evaluate and save a little with a copy of the model; what was measured before is kept."""
+    """Train, evaluate and save a little with a copy of the model; what is known is not measured again, unless `anew`."""
     cfg, accelerator = run.cfg, run.accelerator
     scaler = accelerator.scaler
     before = None if scaler is None else scaler.state_dict()
@@ -129,16 +133,17 @@ def _measure(
         train, val, seed=cfg.seed, settings=cfg, device=accelerator.device, channels_last=cfg.channels_last
     )
     measured = {(m.img_size, m.shape, m.frozen, m.images): m for m in costs.measured}
+    done = set() if anew else set(measured)
     with closing(loader):
         t = Trainer(run, state, plan, batches, loader)
         first = {epoch.stage_index: epoch for epoch in reversed(list(plan.epochs()))}
         for index, stage in enumerate(plan.stages):
             images = plan.global_batches[index] // plan.processes
             key = (stage.img_size, stage.shape, stage.frozen, images)
-            if key not in measured:
-                measured[key] = Measured(
-                    *key, *_measure_stage(t, first[index], train_step, limit_s / 2 / len(plan.stages))
-                )
+            if key not in done:
+                share_s = limit_s / len(plan.stages)
+                measured[key] = Measured(*key, *_measure_stage(t, first[index], train_step, share_s))
+                done.add(key)
         began = time.monotonic()
         files = checkpoint.capture(state, accelerator, {})
         if run.is_main:

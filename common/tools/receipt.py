@@ -46,7 +46,12 @@ def checks(receipt: dict[str, Any], rows: list[dict[str, str]]) -> Iterator[tupl
     # The log's epochs know only the time since a restart; and the final evaluation is none of them.
     yield "minutes of epochs", stated, logged, stated >= logged - CLOCKS_S / 60
     elapsed = float(last["total_s"]) / 60
-    yield "minutes until the last epoch", receipt["total_minutes"], elapsed, receipt["total_minutes"] >= elapsed
+    yield (
+        "minutes until the last epoch",
+        receipt["total_minutes"],
+        elapsed,
+        receipt["total_minutes"] >= elapsed,
+    )
 
 
 def check(folder: Path) -> tuple[str, bool]:
@@ -57,7 +62,9 @@ def check(folder: Path) -> tuple[str, bool]:
             rows = list(csv.DictReader(file))
         results = list(checks(receipt, rows))
     except FileNotFoundError as error:
-        raise UserError(f"{folder} has no receipt to check: {Path(error.filename).name} is missing") from error
+        raise UserError(
+            f"{folder} has no receipt to check: {Path(error.filename).name} is missing"
+        ) from error
     except (ValueError, KeyError, IndexError) as error:
         raise UserError(f"{folder}: its receipt or its log cannot be read ({error})") from error
     lines = [

@@ -93,7 +93,9 @@ def test_without_a_budget_there_is_a_receipt_without_a_forecast(data, tmp_path):
 
 def test_interrupted_equals_uninterrupted(data, tmp_path, monkeypatch, capsys):
     plan_as_if(monkeypatch, 200)
-    stages = '[{"epochs": 1, "img_size": 24, "batch_size": 24}, {"epochs": 2, "img_size": 32, "batch_size": 16}]'
+    stages = (
+        '[{"epochs": 1, "img_size": 24, "batch_size": 24}, {"epochs": 2, "img_size": 32, "batch_size": 16}]'
+    )
     flags = ("--stages", stages, "--budget", "1h")
     whole = run_training(HybridConfig, data, tmp_path, "whole", *flags)
     with monkeypatch.context() as patch:
