@@ -74,13 +74,13 @@ def within_budget(
             spent_s = time.monotonic() - run.started - start_s
             # Planned by all processes alike.
             costs = costs._replace(start_s=_slowest(run, start_s)[0], calibration_s=_slowest(run, spent_s)[0])
+            if run.is_main:
+                kept.parent.mkdir(parents=True, exist_ok=True)
+                checkpoint.write_durably(kept, json.dumps({"time": time.time(), **costs._asdict()}).encode())
             whole = plan(costs).whole
             recipe = whole.recipe
             if number and all(_is_known(costs, whole, index) for index in range(len(recipe.stages))):
                 break
-        if run.is_main:
-            kept.parent.mkdir(parents=True, exist_ok=True)
-            checkpoint.write_durably(kept, json.dumps({"time": time.time(), **costs._asdict()}).encode())
     outcome = plan(costs)
     whole = outcome.whole
     run.calibration_s = costs.calibration_s

@@ -3,10 +3,14 @@
 import csv
 import json
 from contextlib import suppress
+from types import SimpleNamespace
 
 import pytest
 
 from common.run import processes
+from common.run.checkpoint import Progress
+from common.run.progress import outlook
+from common.scheduling import Stage, make_plan
 from common.tools import receipt
 from tests.helpers import assert_same, last_checkpoint, make_images, run_training, stop_after, weights
 from train_hybrid import HybridConfig
@@ -22,7 +26,8 @@ def data(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def young(monkeypatch, tmp_path):
-    """Each run begins its own program, with a cache of its own."""
+    """Each run begins its own program, with a cache of its own, and draws no curves."""
+    monkeypatch.setattr("common.run.records.write_plots", lambda folder: None)
     monkeypatch.setattr("common.run.run.program_age_s", lambda: 1.0)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
@@ -85,12 +90,6 @@ def test_a_figure_that_was_changed_is_found(name, tmp_path, capsys):
     assert "WRONG" in capsys.readouterr().out
 
 
-def test_without_a_budget_there_is_a_receipt_without_a_forecast(data, tmp_path):
-    run = run_training(StandardConfig, data, tmp_path, "a", "--epochs", "1", "--batch_size", "16")
-    assert json.loads((run / "receipt.json").read_text())["forecast"] is None
-    receipt.main([str(run)])
-
-
 def test_interrupted_equals_uninterrupted(data, tmp_path, monkeypatch, capsys):
     plan_as_if(monkeypatch, 200)
     stages = (
@@ -146,13 +145,25 @@ def test_the_same_weights_as_without_a_budget(data, tmp_path, monkeypatch):
     epochs = str(state(planned)["progress"]["epochs_done"])
     by_hand = run_training(StandardConfig, data, tmp_path, "hand", "--batch_size", "16", "--epochs", epochs)
     assert_same(weights(planned), weights(by_hand))
+    assert json.loads((by_hand / "receipt.json").read_text())["forecast"] is None
+    receipt.main([str(by_hand)])
 
 
-def test_an_overrun_is_foreseen(data, tmp_path, monkeypatch, capsys):
-    plan_as_if(monkeypatch, 200)
-    monkeypatch.setattr("common.run.progress.OVERRUN", 0.0)
-    run_training(StandardConfig, data, tmp_path, "a", *FLAGS)
-    assert "overrun foreseen" in capsys.readouterr().out
+def test_an_overrun_is_foreseen():
+    plan = make_plan([Stage(2, 32, 16), Stage(2, 64, 16)], 64, 1)
+    forecast = {
+        "budget_s": 400.0,
+        "parts": {"start": 10, "train 1": 80, "train 2": 160, "wait": 0, "evaluate": 0, "save": 0},
+    }
+    run = SimpleNamespace(forecast=forecast, cfg=SimpleNamespace(usd_per_hour=36.0))
+    # The first stage is over, and took a third more than planned.
+    progress = Progress(step=8, seconds={"start": 10, "train 1": 100, "save": 6.7})
+    assert outlook(run, plan, progress) == "budget 6:40: 1:57 spent, about 3:33 to go, 3.30 USD in all"
+    progress.seconds["train 1"] = 140
+    said = outlook(run, plan, progress)
+    assert (
+        "2:37 spent, about 4:53 to go, 4.50 USD in all\noverrun foreseen: 0:50 more than the budget" in said
+    )
 
 
 def test_the_age_of_this_program_is_known():
