@@ -25,6 +25,7 @@ from common.engine.evaluate import FINAL_CROPS, FINAL_SIZES, one_view
 from common.engine.setup import prepare_state, settle_plan
 from common.engine.trainer import Trainer
 from common.run import checkpoint
+from common.run.plots import write_plots
 from common.run.progress import clock
 from common.run.run import Run
 from common.scheduling import EpochPlan, Stage, scale_stages
@@ -35,7 +36,11 @@ TrainStep = Callable[[Trainer, EpochPlan, float, float, Iterator[Batch]], None]
 # Share of the budget that measuring may take, and what it takes at least: steps after the one that warms up.
 SHARE, FEWEST_STEPS, MOST_STEPS = 0.03, 2, 40
 # The recipe's batches follow the length, so what was measured may not be what is planned: measured again, this often.
-ROUNDS, FIRST_LENGTH = 3, 12
+ROUNDS, FIRST_LENGTH = 4, 12
+ONE_EPOCH = (
+    "epoch,stage,img_size,lr,momentum,train_loss,val_loss,train_top1,val_top1,val_top5,total_s\n"
+    "1,1,64,0.1,0.9,2,2,30,30,60,10\n"
+)
 
 
 def within_budget(
@@ -149,6 +154,9 @@ def _measure(
         if run.is_main:
             with TemporaryDirectory() as folder:
                 checkpoint.write(Path(folder), files)
+                # Drawing is done beside the training, but holds the interpreter's lock.
+                (Path(folder) / "training_log.csv").write_text(ONE_EPOCH)
+                write_plots(Path(folder))
         save_s = time.monotonic() - began
     if scaler is not None:
         scaler.load_state_dict(before)

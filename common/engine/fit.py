@@ -65,6 +65,7 @@ def fit(run: Run, model: nn.Module, train: Source, val: Source, source: Pretrain
         trainer.lap("finder")
         run.log.info("%s", "\n".join(filter(None, (rates.table(), batches.bucket_tables()))))
         complete = progress.epochs_done == plan.total_epochs
+        had_receipt = complete or out_of_patience(cfg.patience, progress)
         if complete:
             run.log.info("this run is complete: %d of %d epochs", progress.epochs_done, plan.total_epochs)
         stream = loader.stream(batches.run_items(progress.epochs_done, progress.step))
@@ -102,7 +103,7 @@ def fit(run: Run, model: nn.Module, train: Source, val: Source, source: Pretrain
     trainer.lap("save")
     if run.is_main:
         run.log.info("%s", closing_block(run, progress))
-        if not complete:
+        if not had_receipt:
             run.log.info("%s", write_receipt(run, progress, len(val)))
         upload_model(accelerator, run.folder)
     run.sync()

@@ -76,13 +76,18 @@ class Costs(NamedTuple):
     measured: tuple[Measured, ...]
     start_s: float  # from the program's start, without calibrating
     calibration_s: float
-    save_s: float  # a checkpoint
+    save_s: float  # a checkpoint, and the plots of an epoch
 
     def step(self, stage: Stage, images: int) -> Measured:
         """What is known of a stage, for so many images per process and step: on the line through the two nearest batches."""
-        known = sorted(
-            (m for m in self.measured if m.serves(stage)), key=lambda m: (abs(m.images - images), m.images)
-        )
+        known = [m for m in self.measured if m.serves(stage)]
+        if not known:
+            # Until it is measured: an image costs as much as its pixels.
+            near = min(self.measured, key=lambda m: abs(m.img_size - stage.img_size))
+            pixels = (stage.img_size / near.img_size) ** 2
+            scaled = {name: pixels * getattr(near, name) for name in ("step_s", "wait_s", "evaluate_s")}
+            known = [near._replace(**scaled)]
+        known.sort(key=lambda m: (abs(m.images - images), m.images))
         nearest = known[0]
         scale = images / nearest.images
         step_s = nearest.step_s * scale
@@ -136,7 +141,7 @@ def plan_budget(
     Args:
         listed: the stages, whose proportions stay.
         settings, given, facts: as `adapt` takes them.
-        costs: cover every size, shape and frozen set of the list.
+        costs: of some sizes, shapes and frozen sets at least; others are estimated from them.
         evaluations: at the end, beside one after each epoch, in evaluations of the last stage.
         streaming: the data are read in order, so all of them.
 
@@ -144,8 +149,9 @@ def plan_budget(
         UserError: not even one epoch of each stage on the smallest share of the data fits; names the budget that would do.
     """
     runs: list[Budgeted] = []
-    for stages in _lengths(listed, 1.0 if streaming else _smallest_share(listed, settings, facts)):
-        runs.append(_cost(stages, settings, given, facts, costs, evaluations))
+    for share, stages in _lengths(listed, 1.0 if streaming else _smallest_share(listed, settings, facts)):
+        recipe = _recipe(share, stages, settings, given, facts)
+        runs.append(_cost(recipe, settings, facts, costs, evaluations))
         if runs[-1].total_s > 2 * BEYOND * budget_s:
             break
     half, whole, double = (_longest(runs, PLANNED * share * budget_s) for share in (0.5, 1.0, 2.0))
@@ -170,15 +176,15 @@ def _longest(runs: Sequence[Budgeted], limit_s: float) -> Budgeted | None:
     return longest
 
 
-def _lengths(listed: Sequence[Stage], smallest_share: float) -> Iterator[list[Stage]]:
+def _lengths(listed: Sequence[Stage], smallest_share: float) -> Iterator[tuple[float, list[Stage]]]:
     """Ever longer runs: one epoch of each stage on a growing share of the data, then more epochs, in steps of 1 % or one."""
     share = smallest_share
     while share < 1:
-        yield [replace(stage, epochs=1, data_fraction=stage.data_fraction * share) for stage in listed]
+        yield share, [replace(stage, epochs=1) for stage in listed]
         share *= 1.1
     epochs = len(listed)
     while True:
-        yield scale_stages(listed, epochs)
+        yield 1.0, scale_stages(listed, epochs)
         epochs += max(1, epochs // 100)
 
 
@@ -189,15 +195,22 @@ def _smallest_share(listed: Sequence[Stage], settings: Mapping[str, Any], facts:
     return min(1.0, max(steps, facts.classes) / fewest)
 
 
+def _recipe(
+    share: float, stages: list[Stage], settings: Mapping[str, Any], given: Collection[str], facts: Facts
+) -> Recipe:
+    """The default recipe of a length, as if the share of the data were all of them."""
+    recipe = adapt(
+        stages, settings, given, replace(facts, images=round(share * facts.images)), settings["recipe"]
+    )
+    if share == 1:
+        return recipe
+    shares = [replace(stage, data_fraction=share * stage.data_fraction) for stage in recipe.stages]
+    return Recipe(shares, recipe.values, [*recipe.notes, f"{share:.0%} of the data, to fit (--budget)"])
+
+
 def _cost(
-    stages: list[Stage],
-    settings: Mapping[str, Any],
-    given: Collection[str],
-    facts: Facts,
-    costs: Costs,
-    evaluations: float,
+    recipe: Recipe, settings: Mapping[str, Any], facts: Facts, costs: Costs, evaluations: float
 ) -> Budgeted:
-    recipe = adapt(stages, settings, given, facts, settings["recipe"])
     plan = make_plan(recipe.stages, facts.images, facts.processes, settings["accumulation"])
     in_force = {**settings, **recipe.values}
     sweep = in_force["lr_finder_iterations"] if in_force["lr"] == "auto" else 0

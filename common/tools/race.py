@@ -80,7 +80,7 @@ def command(job: Job, args: argparse.Namespace, data_dir: Path) -> list[str]:
     script = job.candidate.script
     words = [sys.executable, str(ROOT / f"train_{script}.py"), "--data_dir", str(data_dir)]
     words += ["--model", job.candidate.model, "--budget", f"{job.budget_s:.0f}s", "--seed", str(args.seed)]
-    words += ["--output", str(args.output), "--run_name", job.folder.name, "--wandb", "off"]
+    words += ["--output", str(args.output), "--run_name", job.folder.name, "--trackers", "none"]
     given = {
         "--target_size" if script == "rect" else "--img_size": args.img_size,
         "--usd_per_hour": args.usd_per_hour,
