@@ -35,6 +35,8 @@ from common.scheduling.recipe import Facts, Recipe, adapt
 TrainStep = Callable[[Trainer, EpochPlan, float, float, Iterator[Batch]], None]
 # Share of the budget that measuring may take, and what it takes at least: steps after the one that warms up.
 SHARE, FEWEST_STEPS, MOST_STEPS = 0.03, 2, 40
+# Beyond this share what is not measured is estimated.
+MOST_SHARE = 0.1
 # The recipe's batches follow the length, so what was measured may not be what is planned: measured again, this often.
 ROUNDS, FIRST_LENGTH = 4, 12
 ONE_EPOCH = (
@@ -84,7 +86,8 @@ def within_budget(
                 checkpoint.write_durably(kept, json.dumps({"time": time.time(), **costs._asdict()}).encode())
             whole = plan(costs).whole
             recipe = whole.recipe
-            if number and all(_is_known(costs, whole, index) for index in range(len(recipe.stages))):
+            known = all(_is_known(costs, whole, index) for index in range(len(recipe.stages)))
+            if number and (known or costs.calibration_s > MOST_SHARE * budget_s):
                 break
     outcome = plan(costs)
     whole = outcome.whole

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common import UserError
-from common.scheduling import Rates, Stage, apportion
+from common.scheduling import Rates, Stage, scale_stages
 from common.scheduling.budget import (
     PLANNED,
     BudgetSettings,
@@ -112,7 +112,8 @@ def test_a_generous_budget_is_used_and_a_tight_one_takes_a_share_of_the_data():
     costs = costs_of(STAGES)
     run = buy(STAGES, costs, 900).whole
     assert 0.9 * 900 < run.total_s <= PLANNED * 900
-    assert [s.epochs for s in run.plan.stages] == apportion([15, 15, 30, 20], run.plan.total_epochs)
+    default = adapt(scale_stages(STAGES, run.plan.total_epochs), settings_of(), (), SMALL)
+    assert list(run.plan.stages) == default.stages
     shortest = min(s for s in range(20, 200, 10) if _fits(costs, s))
     tight = buy(STAGES, costs, shortest).whole
     assert tight.plan.total_epochs == 4
