@@ -47,7 +47,7 @@ def test_a_run_with_a_budget_ends_with_a_receipt_that_its_log_bears_out(data, tm
     plan_as_if(monkeypatch, 200)
     run = run_training(StandardConfig, data, tmp_path, "a", *FLAGS, "--usd_per_hour", "3.6")
     said = capsys.readouterr().out
-    assert "budget 1:00:00, 3.60 USD: 3 epochs [3], forecast 50:" in said
+    assert "budget 1:00:00, 3.60 USD: 3 epochs [3], forecast 5" in said
     assert "twice of it" in said
     paper = json.loads((run / "receipt.json").read_text())
     assert paper["epochs"] == 3
