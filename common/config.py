@@ -25,6 +25,7 @@ from common.data.loader import LoaderSettings
 from common.data.sources.open import DataSettings
 from common.model.optimizer import OptimizerSettings
 from common.scheduling import ScheduleSettings, Stage, scale_stages
+from common.scheduling.budget import BudgetSettings
 
 if TYPE_CHECKING:
     from jsonargparse.typing import (
@@ -119,6 +120,7 @@ class TrainConfig(
     AugmentSettings,
     ViewSettings,
     SpeedSettings,
+    BudgetSettings,
     RecordSettings,
 ):
     """The curriculum"""
@@ -215,6 +217,7 @@ RESUME_MAY_CHANGE = frozenset(
         "patience",
         "final_eval",
         "dry_run",
+        "usd_per_hour",
     ]
 )
 
@@ -226,7 +229,7 @@ def as_plain(cfg: Any) -> dict[str, Any]:
 
 def repeatable(cfg: TrainConfig, stages: Sequence[Stage]) -> dict[str, Any]:
     """Settings that train these stages again, given as --config; those that they were made from are left out."""
-    left_out = cfg.read_by_curriculum()
+    left_out = cfg.read_by_curriculum() | {"budget"}
     kept = {name: value for name, value in as_plain(cfg).items() if name not in left_out}
     return {**kept, "stages": [as_plain(stage) for stage in stages]}
 

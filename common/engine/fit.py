@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import closing
+from functools import partial
 from itertools import islice
 
 import torch
@@ -10,18 +11,17 @@ from torch import nn
 from common.data.batches import Batches
 from common.data.loader import Batch, Loader
 from common.data.sources.base import Source
+from common.engine.calibrate import within_budget
 from common.engine.doctor import preflight
 from common.engine.evaluate import final_grid
 from common.engine.memory import out_of_memory_advice
 from common.engine.peak import settle_rates
 from common.engine.profiler import traced
-from common.engine.recording import out_of_patience, record, save
+from common.engine.recording import begin, finish, out_of_patience, record, save
 from common.engine.setup import adapt_settings, check_sizes, prepare_state, settle_plan
 from common.engine.trainer import Trainer
 from common.model.pretrained_cfg import PretrainedCfg
 from common.run.processes import Interrupted
-from common.run.progress import closing_block
-from common.run.records import upload_model
 from common.run.run import Run
 from common.scheduling import EpochPlan, Rates
 
@@ -32,7 +32,7 @@ def fit(run: Run, model: nn.Module, train: Source, val: Source, source: Pretrain
     `source` is what weights that it starts from expect of their images.
     """
     cfg, accelerator = run.cfg, run.accelerator
-    adapt_settings(run, model, train)
+    adapt_settings(run, model, train, partial(within_budget, run, model, train, val, train_step))
     state = prepare_state(run, model, train)
     progress = state.progress
     plan = settle_plan(run, state, train)
@@ -53,40 +53,32 @@ def fit(run: Run, model: nn.Module, train: Source, val: Source, source: Pretrain
         if cfg.dry_run:
             preflight(trainer, train_step, source)
             return
-        run.begin(progress)
+        begin(trainer)
+        begun = progress.step
         rates = settle_rates(trainer, train_step)
         run.log.info("%s", "\n".join(filter(None, (rates.table(), batches.bucket_tables()))))
-        if progress.epochs_done == plan.total_epochs:
-            run.log.info("this run is complete: %d of %d epochs", progress.epochs_done, plan.total_epochs)
-        stream = loader.stream(batches.run_items(progress.epochs_done, progress.step))
-        try:
-            for epoch in plan.epochs(progress.epochs_done):
-                if out_of_patience(cfg.patience, progress):
-                    run.log.info(
-                        "stopped after epoch %d: no new best in %d epochs; --patience 0 goes on",
-                        progress.epochs_done,
-                        cfg.patience,
-                    )
-                    break
-                trainer.enter_stage(epoch)
-                train_epoch(trainer, epoch, rates, stream)
-                scores = trainer.evaluate(epoch, stream)
-                record(trainer, epoch, rates, scores)
-        except Interrupted:
-            save(trainer)
-            run.background.drain()
-            raise
-        if loader.unreadable:
-            run.log.info(
-                "%d unreadable images were replaced by others of their class", len(loader.unreadable)
-            )
+        train_epochs(trainer, rates)
         if cfg.final_eval:
             final_grid(run, state, trainer.augment, batches, loader)
-    run.background.drain()
-    if run.is_main:
-        run.log.info("%s", closing_block(run, progress))
-        upload_model(accelerator, run.folder)
-    run.sync()
+            trainer.lap("evaluate")
+    finish(trainer, trained=progress.step > begun)
+
+
+def train_epochs(t: Trainer, rates: Rates) -> None:
+    """Train, evaluate and record every epoch that is left."""
+    run, progress = t.run, t.state.progress
+    stream = t.loader.stream(t.batches.run_items(progress.epochs_done, progress.step))
+    try:
+        for epoch in t.plan.epochs(progress.epochs_done):
+            if out_of_patience(run.cfg.patience, progress):
+                break
+            t.enter_stage(epoch)
+            train_epoch(t, epoch, rates, stream)
+            record(t, epoch, rates, t.evaluate(epoch, stream))
+    except Interrupted:
+        save(t)
+        run.background.drain()
+        raise
 
 
 def train_epoch(t: Trainer, epoch: EpochPlan, rates: Rates, stream: Iterator[Batch]) -> None:
@@ -106,6 +98,7 @@ def train_epoch(t: Trainer, epoch: EpochPlan, rates: Rates, stream: Iterator[Bat
             if step < last_step and run.look_due(progress.step) and t.look():
                 save(t)
     t.look()
+    t.lap_training(waited=t.meter.waited)
 
 
 def train_step(t: Trainer, epoch: EpochPlan, lr: float, momentum: float, stream: Iterator[Batch]) -> None:

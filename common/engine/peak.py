@@ -33,6 +33,7 @@ def settle_rates(t: Trainer, train_step: TrainStep) -> Rates:
     with rank0_errors():
         if run.is_main:
             run.records.write_schedule(t.plan, rates)
+    t.lap("finder")
     return rates
 
 

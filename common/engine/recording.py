@@ -2,6 +2,7 @@
 
 import time
 from dataclasses import replace
+from itertools import accumulate
 from typing import Any
 
 from safetensors.torch import save as to_safetensors
@@ -13,11 +14,44 @@ from common.engine.trainer import Trainer
 from common.run import checkpoint
 from common.run.checkpoint import Progress
 from common.run.processes import rank0_errors
-from common.run.progress import peak_memory_mb
+from common.run.progress import closing_block, outlook, peak_memory_mb
+from common.run.receipt import write_receipt
+from common.run.records import upload_model
 from common.scheduling import EpochPlan, Rates
 
 # Checkpoints kept beside the best and the numbered ones: the newest may have been damaged by what ended the run.
 KEEP_CHECKPOINTS = 2
+
+
+def begin(t: Trainer) -> None:
+    """Write to the disk from now on; a collective."""
+    run, progress = t.run, t.state.progress
+    run.begin(progress)
+    with rank0_errors():
+        if run.is_main and run.forecast:
+            run.records.write_json("forecast.json", run.forecast)
+    if run.forecast and progress.step:
+        run.log.info("%s", outlook(run, t.plan, progress))
+    if progress.epochs_done == t.plan.total_epochs:
+        run.log.info("this run is complete: %d epochs", progress.epochs_done)
+
+
+def finish(t: Trainer, *, trained: bool) -> None:
+    """The closing block and, if this start has trained, the receipt; a collective."""
+    run, progress = t.run, t.state.progress
+    if t.loader.unreadable:
+        run.log.info("%d unreadable images were replaced by others of their class", len(t.loader.unreadable))
+    if progress.epochs_done < t.plan.total_epochs:
+        why = f"no new best in {run.cfg.patience} epochs; --patience 0 goes on"
+        run.log.info("stopped after epoch %d: %s", progress.epochs_done, why)
+    run.background.drain()
+    t.lap("save")
+    if run.is_main:
+        run.log.info("%s", closing_block(run, progress))
+        if trained:
+            run.log.info("%s", write_receipt(run, progress, len(t.batches.val)))
+        upload_model(run.accelerator, run.folder)
+    run.sync()
 
 
 def out_of_patience(patience: int, progress: Progress) -> bool:
@@ -80,6 +114,9 @@ def record(t: Trainer, epoch: EpochPlan, rates: Rates, scores: list[Score]) -> N
     if improved or numbered or is_last or progress.epochs_done % run.cfg.save_freq_last == 0:
         save(t)
     run.sync()
+    # After the first epoch, and at each stage's end.
+    if run.forecast and progress.epochs_done in {1, *accumulate(s.epochs for s in t.plan.stages)}:
+        run.log.info("%s", outlook(run, t.plan, progress))
 
 
 def save(t: Trainer) -> None:
@@ -89,6 +126,7 @@ def save(t: Trainer) -> None:
     """
     run, progress = t.run, t.state.progress
     began = time.monotonic()
+    t.lap_training()
     progress.wall_s = began - t.started
     progress.epoch_sums = run.accelerator.reduce(t.meter.sums, "sum").tolist()
     config = {
@@ -109,6 +147,7 @@ def save(t: Trainer) -> None:
             else:
                 run.log.info("not saved: the weights are not finite")
     run.sync()
+    t.lap("save")
 
 
 def _write(t: Trainer, files: dict[str, Any], img_size: int, began: float) -> None:

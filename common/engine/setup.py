@@ -1,5 +1,6 @@
 """What happens before the first step: settings that fit, the state to go on from, and a plan that fits into memory."""
 
+from collections.abc import Callable
 from contextlib import suppress
 
 import numpy as np
@@ -19,18 +20,22 @@ from common.model.optimizer import Ema, create_optimizer
 from common.run import checkpoint
 from common.run.checkpoint import Progress, TrainState
 from common.run.processes import rank0_errors, seed_everything
+from common.run.receipt import read_forecast
 from common.run.run import Run
 from common.scheduling import Plan, Rates, make_plan, resolve_lr
-from common.scheduling.recipe import Facts, adapt
+from common.scheduling.recipe import Facts, Recipe, adapt
 
 # Images whose headers tell how large the images are.
 SIZE_SAMPLE = 500
 
 
-def adapt_settings(run: Run, model: nn.Module, train: Source) -> None:
+def adapt_settings(
+    run: Run, model: nn.Module, train: Source, within_budget: Callable[[Facts], Recipe]
+) -> None:
     """Settle the stages and the defaults that fit data, length and machine; a resumed run brings its own along."""
     cfg = run.cfg
     if run.stages:
+        run.forecast = read_forecast(run.folder)
         return
     # timm's networks tell by how much their last feature map is smaller than the image; ours are ResNets.
     features = getattr(model, "feature_info", None)
@@ -42,7 +47,10 @@ def adapt_settings(run: Run, model: nn.Module, train: Source) -> None:
         short_side=typical_short_side(train),
         stride=stride,
     )
-    fitting = adapt(cfg.stages_in_force(), vars(cfg), cfg.given, facts, cfg.recipe)
+    if cfg.budget:
+        fitting = within_budget(facts)
+    else:
+        fitting = adapt(cfg.stages_in_force(), vars(cfg), cfg.given, facts, cfg.recipe)
     run.stages = fitting.stages
     for name, value in fitting.values.items():
         setattr(cfg, name, value)

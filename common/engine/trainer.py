@@ -1,16 +1,14 @@
 """What the steps of a run share: entering a stage, looking up, and evaluating."""
 
 import json
-import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import nn
 
 from common import UserError
 from common.augment import Augment
@@ -20,6 +18,7 @@ from common.data.shapes import stage_shapes
 from common.engine.evaluate import Score, average_buffers, evaluate
 from common.engine.memory import out_of_memory_advice, warm_up
 from common.model.freezing import set_trainable_layers, train_mode
+from common.model.loss import LOSSES
 from common.model.pretrained_cfg import PretrainedCfg, architecture
 from common.run import checkpoint
 from common.run.checkpoint import TrainState
@@ -27,19 +26,6 @@ from common.run.progress import Meter
 from common.run.run import Run
 from common.scheduling import EpochPlan, Plan
 
-
-def binary_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """Binary cross-entropy of each class, summed over the classes: the mean over the batch, from float32 [B, C] each.
-
-    Wightman et al. (2021, "ResNet strikes back"); soft targets stay as they are. Logits count from log(1 / C), so that training starts
-    as if each class were seen once in C images (Lin et al., 2017), near cross-entropy's log C and not at C log 2: the LR finder needs
-    losses that fall little by little. Softmax does not see the offset.
-    """
-    images, classes = logits.shape
-    return F.binary_cross_entropy_with_logits(logits - math.log(classes), targets, reduction="sum") / images
-
-
-LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"ce": F.cross_entropy, "bce": binary_cross_entropy}
 # Micro-batches in a row without a finite loss before training stops.
 NAN_PATIENCE = 10
 
@@ -82,10 +68,28 @@ class Trainer:
         self.not_finite = torch.zeros((), dtype=torch.int64, device=run.accelerator.device)
         self.recent: deque = deque(maxlen=2 * NAN_PATIENCE)
         self.started = time.monotonic() - state.progress.wall_s
+        self.lapped = run.started
+        if run.calibration_s:
+            state.progress.seconds["calibration"] = run.calibration_s
+            self.lapped += run.calibration_s
+        self.lap("start")
         if run.cfg.compile:
             # One graph per shape and frozen set, known beforehand.
             torch._dynamo.config.recompile_limit = 64
             state.model.compile(dynamic=False)
+
+    def lap(self, part: str) -> None:
+        """Count the time since the last lap as a part's of the run."""
+        seconds, now = self.state.progress.seconds, time.monotonic()
+        seconds[part] = seconds.get(part, 0.0) + now - self.lapped
+        self.lapped = now
+
+    def lap_training(self, waited: float = 0.0) -> None:
+        """The same for the present stage's steps; `waited` of the time, seconds, went by waiting for data."""
+        self.lap(f"train {self.stage_index + 1}")
+        self.lapped -= waited
+        self.state.progress.seconds[f"train {self.stage_index + 1}"] -= waited
+        self.lap("wait")
 
     # --- stages and epochs -----------------------------------------------------------------------------------------
 
@@ -126,6 +130,7 @@ class Trainer:
                 self.plan,
                 stage_shapes(stage, self.batches.train, self.run.cfg),
             )
+        self.lap("compile")
 
     def _prepare_net(self) -> None:
         """Let Accelerate wrap the model; for several processes anew, so that only what trains now is reduced."""
@@ -182,7 +187,7 @@ class Trainer:
         for model in models:
             average_buffers(model, run.accelerator)
         items = self.batches.eval_items(epoch.stage.img_size, self.plan.micro_batch(epoch.stage_index))
-        return evaluate(
+        scores = evaluate(
             models,
             stream,
             len(items),
@@ -192,3 +197,5 @@ class Trainer:
             rounds=run.votes.largest(len(items))[0],
             between=run.stop_if_asked,
         )
+        self.lap("evaluate")
+        return scores

@@ -70,6 +70,8 @@ class Progress:
     global_batches: list[int] = field(default_factory=list)
     num_images: int = 0
     wandb_id: str = ""
+    seconds: dict[str, float] = field(default_factory=dict)
+    """of wall time by part of the run: "start", "finder", "train 1" ..., "wait", "evaluate", "save" """
 
 
 @dataclass

@@ -7,6 +7,7 @@ backend and no global state in the process that trains, and any thread may draw.
 """
 
 import csv
+import json
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -138,6 +139,31 @@ def plot_lr_finder(run_dir: Path) -> None:
         add_legend(axes)
     (run_dir / "plots").mkdir(exist_ok=True)
     save(axes, run_dir / "plots" / "lr_finder_plot.png")
+
+
+def plot_receipt(run_dir: Path) -> None:
+    """Draw `plots/receipt.png` from `receipt.json`: minutes by part, as planned if there was a budget, and as they were.
+
+    Raises:
+        FileNotFoundError: the run has no receipt.
+    """
+    receipt = json.loads((run_dir / "receipt.json").read_text())
+    actual, planned = receipt["minutes"], (receipt["forecast"] or {"minutes": {}})["minutes"]
+    parts = list(dict.fromkeys([*planned, *actual]))
+    place = np.arange(len(parts))
+    axes = new_plot(f"Receipt: {receipt['total_minutes']:.1f} minutes", "minutes", "", run_dir.resolve().name)
+    if planned:
+        axes.barh(place - 0.2, [planned.get(part, 0) for part in parts], 0.35, color=SKY, label="forecast")
+    axes.barh(place + 0.2, [actual.get(part, 0) for part in parts], 0.35, color=BLUE, label="taken")
+    axes.set_yticks(place, parts)
+    axes.invert_yaxis()
+    low, high = receipt["interval_95"]
+    price = f", {receipt['price_usd']:.2f} USD" if receipt["price_usd"] else ""
+    text = f"top-1 {receipt['last_top1']:.1f} % ({low:.1f} to {high:.1f}){price}"
+    label_above(axes, axes.get_xlim()[1], text, INK, "right")
+    add_legend(axes)
+    (run_dir / "plots").mkdir(exist_ok=True)
+    save(axes, run_dir / "plots" / "receipt.png")
 
 
 # ---------------------------------------------------------------------------------------------------- reading

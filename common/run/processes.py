@@ -10,6 +10,7 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Literal, cast
 
+import psutil
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import (
@@ -164,6 +165,11 @@ def has_fast_bf16() -> bool:
         return False
     lines = [line for line in info.read_text().splitlines() if line.startswith(("flags", "Features"))]
     return bool(lines) and not FAST_BF16_FLAGS.isdisjoint(lines[0].split())
+
+
+def program_age_s() -> float:
+    """Seconds since this process was started."""
+    return time.time() - psutil.Process().create_time()
 
 
 def seed_everything(seed: int) -> None:

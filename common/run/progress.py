@@ -12,9 +12,12 @@ from tqdm import tqdm
 from common.run.checkpoint import Progress
 from common.run.run import Run
 from common.scheduling import EpochPlan, Plan
+from common.scheduling.budget import expected_end_s
 
 # Share of an epoch spent waiting at which to say so.
 LOADER_BOUND = 0.2
+# Times the budget: an end that is foreseen later than that is said.
+OVERRUN = 1.03
 
 
 def peak_memory_mb(device: torch.device) -> float:
@@ -123,6 +126,24 @@ class Meter:
                 "pyramid (python -m common.tools.prepare)"
             )
         return text
+
+
+def outlook(run: Run, plan: Plan, progress: Progress) -> str:
+    """Where a run with a budget stands against it, and whether it will overrun."""
+    done, step = [], progress.step
+    for index in range(len(plan.stages)):
+        steps = plan.stage_steps(index)
+        done.append(min(max(step / steps, 0.0), 1.0))
+        step -= steps
+    end_s = expected_end_s(run.forecast["parts"], progress.seconds, done)
+    spent_s, budget_s = sum(progress.seconds.values()), run.forecast["budget_s"]
+    text = f"budget {clock(budget_s)}: {clock(spent_s)} spent, about {clock(end_s - spent_s)} to go"
+    if run.cfg.usd_per_hour:
+        text += f", {end_s / 3600 * run.cfg.usd_per_hour:.2f} USD in all"
+    if end_s > OVERRUN * budget_s:
+        late = clock(end_s - budget_s)
+        text += f"\noverrun foreseen: {late} more than the budget; steps take longer than when they were calibrated"
+    return text
 
 
 def clock(seconds: float) -> str:

@@ -49,7 +49,10 @@ def apportion(epochs: Sequence[int], total: int, least: Sequence[int] | None = N
     Largest remainders (Hamilton's method); of equal remainders the later stage's, with the larger images, counts first.
     """
     shares = [count * total / sum(epochs) for count in epochs]
-    counts = list(least or [1] * len(shares))
+    fewest = list(least or [1] * len(shares))
+    counts = [max(few, int(share)) for few, share in zip(fewest, shares, strict=True)]
+    if sum(counts) > total:
+        counts = fewest
     for _ in range(total - sum(counts)):
         counts[max(range(len(counts)), key=lambda i: (round(shares[i] - counts[i], 9), i))] += 1
     return counts

@@ -33,6 +33,7 @@ from common.data.sources.folder import FolderSource
 from common.data.sources.open import open_dataset, open_source
 from common.engine.evaluate import one_view, with_flip
 from common.run import plots
+from common.run.receipt import wilson
 from common.tools.evaluation_plots import (
     COLUMNS,
     ROWS,
@@ -46,7 +47,6 @@ from common.tools.model_folder import TrainedModel, add_arguments
 TOP = 5
 BATCH_SIZE = 64
 BINS = 15
-Z_95 = 1.959964
 # Of a softmax's inverse temperature: beyond, all answers are right, or none tells anything.
 SHARPNESS = (1e-2, 1e2)
 
@@ -109,16 +109,6 @@ def answer(model: TrainedModel, source: Source, batch_size: int, workers: int | 
 
 
 # --- figures --------------------------------------------------------------------------------------
-
-
-def wilson(hits: int, images: int) -> tuple[float, float]:
-    """The 95 % interval of a share (Wilson, 1927)."""
-    share, z2 = hits / images, Z_95**2
-    centre, spread = (
-        share + z2 / (2 * images),
-        np.sqrt(share * (1 - share) * z2 / images + (z2 / (2 * images)) ** 2),
-    )
-    return (centre - spread) / (1 + z2 / images), (centre + spread) / (1 + z2 / images)
 
 
 def confusion_matrix(answers: Answers) -> np.ndarray:

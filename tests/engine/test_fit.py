@@ -16,7 +16,8 @@ from torch.nn import functional as F
 from common import UserError
 from common.config import parse_args
 from common.engine import recording
-from common.engine.trainer import LOSSES, Trainer
+from common.engine.trainer import Trainer
+from common.model.loss import LOSSES
 from common.run.checkpoint import name_of, newest_whole
 from common.run.run import Run
 from tests.helpers import assert_same, make_images, progress, run_training, stop_after, weights

@@ -9,8 +9,8 @@ from torch.nn import functional as F
 
 from common import UserError
 from common.engine.setup import checkpoint_gradients
-from common.engine.trainer import binary_cross_entropy
 from common.model import create_model
+from common.model.loss import binary_cross_entropy
 
 IMAGES = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 TARGETS = torch.eye(5)[:4] * 0.7 + torch.eye(5)[[1, 2, 3, 4]] * 0.3

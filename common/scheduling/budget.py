@@ -1,0 +1,258 @@
+"""A curriculum under a budget: what runs of every length would take by measured times, and the longest that fits.
+
+A run is never cut off: its stages keep their proportions and its learning rate the whole cycle (Li et al., 2020, Budgeted Training, decay it
+over whatever is left). Pure Python: the same measurements always give the same plan.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from common import UserError
+from common.scheduling.plan import Plan, make_plan
+from common.scheduling.recipe import FEWEST_IMAGES, STEPS_PER_EPOCH, Facts, Recipe, adapt
+from common.scheduling.stages import Stage, scale_stages
+
+if TYPE_CHECKING:
+    from jsonargparse.typing import PositiveFloat
+
+# Share of the budget that is planned: the rest is for what a forecast does not see.
+PLANNED = 0.97
+# One standard deviation of a machine's speed over a run, relative, beside the error of the measurement. Assumed.
+DRIFT = 0.02
+Z_90 = 1.645
+# Lengths are tried up to this many times the budget: a longer run may have larger, cheaper batches.
+BEYOND = 2.0
+UNITS = {"s": 1.0, "min": 60.0, "h": 3600.0}
+
+
+@dataclass
+class BudgetSettings:
+    """Budget"""
+
+    budget: str = ""
+    """What the whole run may take: 90s, 45min, 2h, or 12usd with --usd_per_hour; stages are scaled to it. Empty = as listed."""
+    usd_per_hour: PositiveFloat | None = None
+    """Price of the machine, for a budget in usd and for the receipt."""
+
+    def budget_s(self) -> float:
+        """The budget in seconds. UserError: it cannot be read, or there is no price for it."""
+        match = re.fullmatch(r"(\d+(?:\.\d+)?) ?(s|min|h|usd)", self.budget)
+        if not match or not float(match[1]):
+            raise UserError(
+                f"--budget takes a time or a sum such as 90s, 45min, 2h or 12usd, not {self.budget}"
+            )
+        if match[2] != "usd":
+            return float(match[1]) * UNITS[match[2]]
+        if self.usd_per_hour is None:
+            raise UserError(f"--budget {self.budget} needs the machine's price, --usd_per_hour")
+        return float(match[1]) / self.usd_per_hour * 3600
+
+
+class Measured(NamedTuple):
+    """What an optimizer step takes with the images, shape and layers of one stage."""
+
+    img_size: int
+    shape: str
+    frozen: tuple[str, ...]
+    images: int  # per process and optimizer step
+    step_s: float  # computing
+    wait_s: float  # waiting for the loader
+    evaluate_s: float  # the whole validation set
+    enter_s: float  # entering the stage: compiling, and warming up
+    error: float  # relative standard error of `step_s`
+
+    def serves(self, stage: Stage) -> bool:
+        return (self.img_size, self.shape, self.frozen) == (stage.img_size, stage.shape, stage.frozen)
+
+
+class Costs(NamedTuple):
+    """What has been measured, in seconds."""
+
+    measured: tuple[Measured, ...]
+    start_s: float  # from the program's start, without calibrating
+    calibration_s: float
+    save_s: float  # a checkpoint, and the plots of an epoch
+
+    def step(self, stage: Stage, images: int) -> Measured:
+        """What is known of a stage, for so many images per process and step: on the line through the two nearest batches."""
+        known = [m for m in self.measured if m.serves(stage)]
+        if not known:
+            # Until it is measured: an image costs as much as its pixels.
+            near = min(self.measured, key=lambda m: abs(m.img_size - stage.img_size))
+            pixels = (stage.img_size / near.img_size) ** 2
+            scaled = {name: pixels * getattr(near, name) for name in ("step_s", "wait_s", "evaluate_s")}
+            known = [near._replace(**scaled)]
+        known.sort(key=lambda m: (abs(m.images - images), m.images))
+        nearest = known[0]
+        scale = images / nearest.images
+        step_s = nearest.step_s * scale
+        if scale != 1 and len(known) > 1:
+            slope = (nearest.step_s - known[1].step_s) / (nearest.images - known[1].images)
+            line = nearest.step_s + slope * (images - nearest.images)
+            # No batch makes an image cheaper than the cheapest that was seen.
+            step_s = max(line, images * min(m.step_s / m.images for m in known))
+        return nearest._replace(images=images, step_s=step_s, wait_s=nearest.wait_s * scale)
+
+
+class Budgeted(NamedTuple):
+    """A run of one length, and what it takes."""
+
+    recipe: Recipe
+    plan: Plan
+    parts: dict[str, float]  # seconds by part: "train 1" is the first stage's
+    error: float  # of the sum, one standard deviation, relative
+
+    @property
+    def total_s(self) -> float:
+        return sum(self.parts.values())
+
+    def interval_s(self) -> tuple[float, float]:
+        """Holds nine of ten runs, if the machine stays as it was."""
+        spread = Z_90 * self.error * self.total_s
+        return self.total_s - spread, self.total_s + spread
+
+
+class Outcome(NamedTuple):
+    """What the budget buys, and what half and twice of it would; None where it buys nothing."""
+
+    half: Budgeted | None
+    whole: Budgeted
+    double: Budgeted | None
+
+
+def plan_budget(
+    listed: Sequence[Stage],
+    settings: Mapping[str, Any],
+    given: Collection[str],
+    facts: Facts,
+    costs: Costs,
+    budget_s: float,
+    *,
+    evaluations: float = 0.0,
+    streaming: bool = False,
+) -> Outcome:
+    """The longest run that fits, with the default recipe of its length.
+
+    Args:
+        listed: the stages, whose proportions stay.
+        settings, given, facts: as `adapt` takes them.
+        costs: of some sizes, shapes and frozen sets at least; others are estimated from them.
+        evaluations: at the end, beside one after each epoch, in evaluations of the last stage.
+        streaming: the data are read in order, so all of them.
+
+    Raises:
+        UserError: not even one epoch of each stage on the smallest share of the data fits; names the budget that would do.
+    """
+    runs: list[Budgeted] = []
+    for share, stages in _lengths(listed, 1.0 if streaming else _smallest_share(listed, settings, facts)):
+        recipe = _recipe(share, stages, settings, given, facts)
+        runs.append(_cost(recipe, settings, facts, costs, evaluations))
+        if runs[-1].total_s > 2 * BEYOND * budget_s:
+            break
+    half, whole, double = (_longest(runs, PLANNED * share * budget_s) for share in (0.5, 1.0, 2.0))
+    if whole is None:
+        needed = math.ceil(min(run.total_s for run in runs) / PLANNED)
+        price = settings["usd_per_hour"]
+        dollars = f" or {math.ceil(needed / 36 * price) / 100:.2f}usd" if price else ""
+        raise UserError(
+            f"--budget {settings['budget']} is too small for an epoch of each stage: it takes {needed}s{dollars} or more"
+        )
+    return Outcome(half, whole, double)
+
+
+def _longest(runs: Sequence[Budgeted], limit_s: float) -> Budgeted | None:
+    """The last that fits, of those before one that is far beyond: a larger limit never gets a shorter run."""
+    longest = None
+    for run in runs:
+        if run.total_s > BEYOND * limit_s / PLANNED:
+            break
+        if run.total_s <= limit_s:
+            longest = run
+    return longest
+
+
+def _lengths(listed: Sequence[Stage], smallest_share: float) -> Iterator[tuple[float, list[Stage]]]:
+    """Ever longer runs: one epoch of each stage on a growing share of the data, then more epochs, in steps of 1 % or one."""
+    share = smallest_share
+    while share < 1:
+        yield share, [replace(stage, epochs=1) for stage in listed]
+        share *= 1.1
+    epochs = len(listed)
+    while True:
+        yield 1.0, scale_stages(listed, epochs)
+        epochs += max(1, epochs // 100)
+
+
+def _smallest_share(listed: Sequence[Stage], settings: Mapping[str, Any], facts: Facts) -> float:
+    """Of the data: it leaves every stage some steps of the smallest batch, and an image of each class."""
+    steps = STEPS_PER_EPOCH * FEWEST_IMAGES * facts.processes * settings["accumulation"]
+    fewest = min(stage.data_fraction for stage in listed) * facts.images
+    return min(1.0, max(steps, facts.classes) / fewest)
+
+
+def _recipe(
+    share: float, stages: list[Stage], settings: Mapping[str, Any], given: Collection[str], facts: Facts
+) -> Recipe:
+    """The default recipe of a length, as if the share of the data were all of them."""
+    recipe = adapt(
+        stages, settings, given, replace(facts, images=round(share * facts.images)), settings["recipe"]
+    )
+    if share == 1:
+        return recipe
+    shares = [replace(stage, data_fraction=share * stage.data_fraction) for stage in recipe.stages]
+    return Recipe(shares, recipe.values, [*recipe.notes, f"{share:.0%} of the data, to fit (--budget)"])
+
+
+def _cost(
+    recipe: Recipe, settings: Mapping[str, Any], facts: Facts, costs: Costs, evaluations: float
+) -> Budgeted:
+    plan = make_plan(recipe.stages, facts.images, facts.processes, settings["accumulation"])
+    in_force = {**settings, **recipe.values}
+    sweep = in_force["lr_finder_iterations"] if in_force["lr"] == "auto" else 0
+    steps = [
+        costs.step(stage, batch // facts.processes)
+        for stage, batch in zip(plan.stages, plan.global_batches, strict=True)
+    ]
+    numbers = [plan.stage_steps(i) for i in range(len(steps))]
+    parts = {
+        "start": costs.start_s,
+        "calibration": costs.calibration_s,
+        "finder": sweep * (steps[0].step_s + steps[0].wait_s),
+        "compile": sum(step.enter_s for step in steps),
+    }
+    training = {
+        f"train {i + 1}": n * step.step_s for i, (n, step) in enumerate(zip(numbers, steps, strict=True))
+    }
+    parts |= training
+    parts["wait"] = sum(n * step.wait_s for n, step in zip(numbers, steps, strict=True))
+    parts["evaluate"] = sum(
+        stage.epochs * step.evaluate_s for stage, step in zip(plan.stages, steps, strict=True)
+    )
+    parts["evaluate"] += evaluations * steps[-1].evaluate_s
+    # Every epoch may be the best so far, and the end waits for what is being written.
+    parts["save"] = (plan.total_epochs + 1) * costs.save_s
+    measured = math.hypot(*(s * step.error for s, step in zip(training.values(), steps, strict=True)))
+    return Budgeted(recipe, plan, parts, math.hypot(measured / sum(parts.values()), DRIFT))
+
+
+def expected_end_s(forecast: Mapping[str, float], spent: Mapping[str, float], done: Sequence[float]) -> float:
+    """When a run that is under way will end, in seconds since its start, at the pace that it had so far.
+
+    Args:
+        forecast: seconds by part, of the whole run.
+        spent: the same, until now.
+        done: share of each stage's steps that are over.
+    """
+    training = [f"train {i + 1}" for i in range(len(done))]
+    beside = ("wait", "evaluate", "save")
+    over = sum(forecast[part] * share for part, share in zip(training, done, strict=True))
+    trained = sum(forecast[part] for part in training)
+    whole = trained + sum(forecast[part] for part in beside)
+    planned = over / trained * whole
+    pace = sum(spent.get(part, 0.0) for part in (*training, *beside)) / planned if planned else 1.0
+    return sum(spent.values()) + (whole - planned) * pace

@@ -1,0 +1,278 @@
+"""Which strategy for this data, at equal cost: whole short runs of all, longer ones of the better half, and so on.
+
+    python -m common.tools.race --data_dir DATA --budget 60min
+    python -m common.tools.race --data_dir DATA --budget 12usd --usd_per_hour 5.67 --model resnet18,resnet50 --go
+
+Successive halving (Jamieson and Talwalkar, 2016), but no run is cut off: each has a --budget of its own, hence its whole cycle and the
+default recipe of its length. Half of the budget is for the race, the rest for training the winner. An inner split of the training images
+chooses; the validation images are left for the winner's report. The same command goes on where it was stopped.
+"""
+
+import argparse
+import json
+import math
+import os
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from common import UserError
+from common.run import plots
+from common.scheduling.budget import BudgetSettings
+from common.tools.compare import COLOURS, as_text
+from common.tools.split import split
+
+SCRIPTS = ("standard", "progressive", "hybrid", "rect")
+ROOT = Path(__file__).parents[2]
+# Of the budget: for choosing.
+RACE_SHARE = 0.5
+# Exit code of a run that was stopped by a signal.
+INTERRUPTED = 75
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A strategy with a model."""
+
+    script: str
+    model: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.script}_{self.model}".replace("/", "_")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training of a candidate within its share of the budget."""
+
+    candidate: Candidate
+    rung: int  # from 1; 0 = the winner's
+    budget_s: float
+    folder: Path
+
+    @property
+    def ledger(self) -> Path:
+        """What it took and how it ended."""
+        return self.folder.with_name(f"{self.folder.name}.json")
+
+    @property
+    def receipt(self) -> dict[str, Any] | None:
+        """None where it came to no end."""
+        path = self.folder / "receipt.json"
+        return json.loads(path.read_text()) if path.exists() else None
+
+    @property
+    def seconds(self) -> float:
+        return json.loads(self.ledger.read_text())["seconds"] if self.ledger.exists() else 0.0
+
+
+def command(job: Job, args: argparse.Namespace, data_dir: Path) -> list[str]:
+    """The script's command line; nothing is given but data, model, budget and what the user asked for."""
+    script = job.candidate.script
+    words = [sys.executable, str(ROOT / f"train_{script}.py"), "--data_dir", str(data_dir)]
+    words += ["--model", job.candidate.model, "--budget", f"{job.budget_s:.0f}s", "--seed", str(args.seed)]
+    words += ["--output", str(args.output), "--run_name", job.folder.name, "--trackers", "none"]
+    given = {
+        "--target_size" if script == "rect" else "--img_size": args.img_size,
+        "--usd_per_hour": args.usd_per_hour,
+        "--mixed_precision": args.mixed_precision,
+        "--workers": args.workers,
+        "--weights": args.weights if script == "finetune" else None,
+    }
+    return words + [word for flag, value in given.items() if value is not None for word in (flag, str(value))]
+
+
+def run(job: Job, args: argparse.Namespace, data_dir: Path) -> None:
+    """Train, unless that has ended before; a candidate that is refused, its budget being too small, is out.
+
+    UserError: the training was stopped, or failed.
+    """
+    if job.receipt or (job.ledger.exists() and json.loads(job.ledger.read_text())["exit_code"] == 2):
+        return
+    print(f"{time.strftime('%H:%M:%S')}  {job.folder.name}: {job.budget_s / 60:.1f} min", flush=True)
+    log = job.folder.with_name(f"{job.folder.name}.log")
+    before, began = job.seconds, time.monotonic()
+    # Lanes share the cores.
+    threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // args.lanes))} if args.lanes > 1 else {}
+    with log.open("a") as file:
+        done = subprocess.run(
+            command(job, args, data_dir), stdout=file, stderr=file, env={**threads, **os.environ}, check=False
+        )
+    ledger = {"seconds": before + time.monotonic() - began, "exit_code": done.returncode}
+    job.ledger.write_text(json.dumps({**ledger, "why": log.read_text().strip().rpartition("\n")[2]}))
+    if done.returncode == INTERRUPTED:
+        raise UserError("the race was stopped; the same command goes on from here")
+    if done.returncode not in (0, 2):
+        raise UserError(f"{job.folder.name} ended with exit code {done.returncode}: see {log}")
+
+
+def race(args: argparse.Namespace, budget_s: float, inner: Path) -> list[Job]:
+    """Rung by rung, all of a rung before the next; returns all jobs, those of the last rung last, its winner first of them.
+
+    UserError: nobody was left.
+    """
+    field = [Candidate(script, model) for model in args.model.split(",") for script in scripts(args)]
+    rungs = max(1, math.ceil(math.log2(len(field))))
+    jobs: list[Job] = []
+    for rung in range(1, rungs + 1):
+        share = RACE_SHARE * budget_s / rungs / math.ceil(len(field) / args.lanes)
+        rung_jobs = [Job(c, rung, share, args.output / f"rung{rung}_{c.name}") for c in field]
+        with ThreadPoolExecutor(args.lanes) as lanes:
+            list(lanes.map(lambda job: run(job, args, inner), rung_jobs))
+        jobs += [job for job in rung_jobs if not job.receipt]
+        ended = sorted((job for job in rung_jobs if job.receipt), key=top1, reverse=True)
+        if not ended:
+            why = json.loads(rung_jobs[0].ledger.read_text())["why"]
+            raise UserError(
+                f"--budget {args.budget} is too small for a race; {rung_jobs[0].folder.name}: {why}"
+            )
+        jobs += ended
+        if len(ended) == 1 and rung < rungs:
+            # Nobody is left to race against.
+            break
+        field = [job.candidate for job in ended[: math.ceil(len(field) / 2)]]
+    return jobs
+
+
+def scripts(args: argparse.Namespace) -> list[str]:
+    return [*SCRIPTS, *(["finetune"] if args.weights else [])]
+
+
+def top1(job: Job) -> float:
+    """Of the last epoch, in percent."""
+    receipt = job.receipt
+    assert receipt is not None
+    return receipt["last_top1"]
+
+
+def make_table(jobs: Sequence[Job]) -> pd.DataFrame:
+    """A row for each run: what it took, and its accuracy on the images of the inner split."""
+    rows = []
+    for job in jobs:
+        receipt = job.receipt
+        cells = {"run": job.candidate.script, "model": job.candidate.model, "rung": str(job.rung or "winner")}
+        if receipt is None:
+            why = json.loads(job.ledger.read_text())["why"]
+            rows.append({**cells, "top-1 %": f"refused: {why.partition('--budget ')[2] or why}"})
+            continue
+        low, high = receipt["interval_95"]
+        cells |= {"minutes": f"{receipt['total_minutes']:.1f}", "of": f"{job.budget_s / 60:.1f}"}
+        if receipt["price_usd"] is not None:
+            cells["USD"] = f"{receipt['price_usd']:.2f}"
+        cells |= {"epochs": str(receipt["epochs"]), "top-1 %": f"{top1(job):.1f}"}
+        rows.append(cells | {"95 % interval": f"{low:.1f} to {high:.1f}"})
+    return pd.DataFrame(rows).fillna("–")
+
+
+def draw(jobs: Sequence[Job], path: Path) -> None:
+    """Accuracy over minutes, and dollars where there is a price: a point for each run, and the best for every length."""
+    ended = [(job, job.receipt) for job in jobs if job.receipt]
+    axes = plots.new_plot("Race", "minutes of a run", "top-1 of the inner split (%)", "bars: 95 % intervals")
+    names = list(dict.fromkeys(job.candidate.name for job, _ in ended))
+    for number, name in enumerate(names):
+        points = [receipt for job, receipt in ended if job.candidate.name == name]
+        minutes, accuracy = [r["total_minutes"] for r in points], [r["last_top1"] for r in points]
+        spread = [
+            [r["last_top1"] - r["interval_95"][0] for r in points],
+            [r["interval_95"][1] - r["last_top1"] for r in points],
+        ]
+        look = {"color": COLOURS[number % len(COLOURS)], "label": name, "marker": "o", "capsize": 3}
+        axes.errorbar(minutes, accuracy, spread, **look, linewidth=1)
+    front: list[tuple[float, float]] = []
+    for minutes, accuracy in sorted((r["total_minutes"], r["last_top1"]) for _, r in ended):
+        if not front or accuracy > front[-1][1]:
+            front.append((minutes, accuracy))
+    axes.plot(*zip(*front, strict=True), color=plots.GREY, linestyle="--", linewidth=1, label="best so far")
+    price = ended[0][1]["usd_per_hour"]
+    if price:
+        plots.label_above(axes, axes.get_xlim()[1], f"{price / 60:.3g} USD a minute", plots.GREY, "right")
+    plots.add_legend(axes)
+    plots.save(axes, path)
+
+
+def whole_race(args: argparse.Namespace) -> str:
+    """Run what has not ended yet, and return the report. UserError: a path is missing, the budget is too small, or a training failed."""
+    budget_s = BudgetSettings(args.budget, args.usd_per_hour).budget_s()
+    if not (args.data_dir / "train").is_dir() or not (args.data_dir / "val").is_dir():
+        raise UserError(f"--data_dir {args.data_dir} must hold train/ and val/ with a folder for each class")
+    if args.lanes < 1:
+        raise UserError(f"--lanes must be 1 or more, not {args.lanes}")
+    inner = args.output / "inner"
+    if not inner.exists():
+        args.output.mkdir(parents=True, exist_ok=True)
+        same_disk = args.output.stat().st_dev == (args.data_dir / "train").stat().st_dev
+        split(args.data_dir / "train", inner, args.val_fraction, args.seed, "link" if same_disk else "copy")
+    jobs = race(args, budget_s, inner)
+    draw(jobs, args.output / "race.png")
+    last = [job for job in jobs if job.rung == jobs[-1].rung and job.receipt]
+    winner = last[0]
+    rest_s = budget_s - sum(job.seconds for job in jobs) / args.lanes
+    final = Job(winner.candidate, 0, rest_s, args.output / f"winner_{winner.candidate.name}")
+    lines = [as_text(make_table(jobs), args.markdown), "", f"winner: {winner.candidate.name}"]
+    if len(last) > 1:
+        low, _ = winner.receipt["interval_95"]  # type: ignore[index]
+        sure = "outside" if top1(last[1]) < low else "inside"
+        lines[-1] += (
+            f", {top1(winner) - top1(last[1]):.1f} points before {last[1].candidate.name}, {sure} its 95 % interval"
+        )
+    lines.append(f"plot: {args.output / 'race.png'}")
+    if not args.go:
+        words = shlex.join(["python", *command(final, args, args.data_dir)[1:]])
+        return "\n".join([*lines, f"{rest_s / 60:.1f} minutes are left; to train it on all images:", words])
+    run(final, args, args.data_dir)
+    if final.receipt is None:
+        raise UserError(
+            f"{rest_s / 60:.1f} minutes were left, too few for {final.folder.name}: see its log; raise --budget"
+        )
+    low, high = final.receipt["interval_95"]
+    lines.append(
+        f"trained on all images in {final.receipt['total_minutes']:.1f} min: validation top-1 {top1(final):.2f} %, "
+        f"95 % interval {low:.1f} to {high:.1f}; {final.folder}"
+    )
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line; what the user can mend ends in one sentence and exit code 2."""
+    parser = argparse.ArgumentParser(
+        prog="python -m common.tools.race",
+        description="Which strategy for this data at equal cost: successive halving over whole runs.",
+    )
+    add = parser.add_argument
+    add("--data_dir", type=Path, required=True, help="ImageFolder tree with train/ and val/")
+    add("--budget", required=True, help="for everything, the winner's training included: 45min, 2h, 12usd")
+    add("--usd_per_hour", type=float, help="price of the machine")
+    add("--model", default="resnet50", help="one or more networks, a,b (default: %(default)s)")
+    add("--weights", help="start train_finetune.py from these; without them it is left out")
+    add("--img_size", type=int, help="of the largest stage (default: as the recipes say)")
+    add("--mixed_precision", choices=("no", "bf16", "fp16"), help="of all (default: the scripts')")
+    add("--workers", type=int, help="loader processes of each run (default: the scripts')")
+    add("--seed", type=int, default=0, help="of the split and of all runs (default: 0)")
+    add("--val_fraction", type=float, default=0.2, help="of the training images that choose (default: 0.2)")
+    add("--lanes", type=int, default=1, help="runs side by side (default: 1)")
+    add("--go", action="store_true", help="train the winner on all images with the rest of the budget")
+    add("--markdown", action="store_true", help="print the table as Markdown")
+    add(
+        "--output",
+        type=Path,
+        default=Path("runs/race"),
+        help="folder of the runs (default: %(default)s)",
+    )
+    args = parser.parse_args(arguments)
+    try:
+        print(whole_race(args))
+    except UserError as error:
+        parser.exit(2, f"error: {error}\n")
+
+
+if __name__ == "__main__":
+    main()

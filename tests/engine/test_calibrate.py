@@ -1,0 +1,170 @@
+"""Runs with a budget, from the calibration to the receipt."""
+
+import csv
+import json
+from contextlib import suppress
+from types import SimpleNamespace
+
+import pytest
+
+from common.run import processes
+from common.run.checkpoint import Progress
+from common.run.progress import outlook
+from common.scheduling import Stage, make_plan
+from common.tools import receipt
+from tests.helpers import assert_same, last_checkpoint, make_images, run_training, stop_after, weights
+from train_hybrid import HybridConfig
+from train_standard import StandardConfig
+
+FLAGS = ("--batch_size", "16", "--budget", "1h")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return make_images(tmp_path_factory.mktemp("data") / "images")
+
+
+@pytest.fixture(autouse=True)
+def young(monkeypatch, tmp_path):
+    """Each run begins its own program, with a cache of its own, and draws no curves."""
+    monkeypatch.setattr("common.run.records.write_plots", lambda folder: None)
+    monkeypatch.setattr("common.run.run.program_age_s", lambda: 1.0)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def plan_as_if(monkeypatch, seconds: float) -> None:
+    """Let every step be measured to take so many seconds."""
+    monkeypatch.setattr(
+        "common.engine.calibrate._measure_stage", lambda *args: [seconds, 0.0, seconds, 0.0, 0.01]
+    )
+
+
+def state(run) -> dict:
+    return json.loads((last_checkpoint(run) / "state.json").read_text())
+
+
+def test_a_run_with_a_budget_ends_with_a_receipt_that_its_log_bears_out(data, tmp_path, monkeypatch, capsys):
+    plan_as_if(monkeypatch, 200)
+    run = run_training(StandardConfig, data, tmp_path, "a", *FLAGS, "--usd_per_hour", "3.6")
+    said = capsys.readouterr().out
+    assert "budget 1:00:00, 3.60 USD: 3 epochs [3], forecast 5" in said
+    assert "twice of it" in said
+    paper = json.loads((run / "receipt.json").read_text())
+    assert paper["epochs"] == 3
+    assert paper["images_seen"] == 3 * 64
+    assert paper["price_usd"] == pytest.approx(paper["total_minutes"] / 60 * 3.6)
+    assert paper["forecast"]["budget_minutes"] == 60
+    assert paper["forecast"]["total_minutes"] <= 0.97 * 60
+    assert set(paper["minutes"]) == set(paper["forecast"]["minutes"])
+    assert (run / "plots" / "receipt.png").stat().st_size > 10_000
+    receipt.main([str(run)])
+    assert "WRONG" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["epochs", "images_seen", "last_top1", "total_minutes", "price_usd"])
+def test_a_figure_that_was_changed_is_found(name, tmp_path, capsys):
+    rows = [{"epoch": 1, "val_top1": 50.0, "ema_top1": "", "images_seen": 64, "epoch_s": 60.0, "total_s": 70}]
+    with open(tmp_path / "training_log.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    paper = {
+        "minutes": {"start": 0.5, "train 1": 0.9, "wait": 0.0, "evaluate": 0.1},
+        "total_minutes": 1.5,
+        "usd_per_hour": 4.0,
+        "price_usd": 0.1,
+        "epochs": 1,
+        "images_seen": 64,
+        "val_images": 100,
+        "last_top1": 50.0,
+        "best_top1": 50.0,
+        # Wilson's interval of 50 of 100, as tables have it.
+        "interval_95": [40.3832, 59.6168],
+    }
+    (tmp_path / "receipt.json").write_text(json.dumps(paper))
+    receipt.main([str(tmp_path)])
+    (tmp_path / "receipt.json").write_text(json.dumps(paper | {name: 1.01 * paper[name]}))
+    with pytest.raises(SystemExit) as end:
+        receipt.main([str(tmp_path)])
+    assert end.value.code == 1
+    assert "WRONG" in capsys.readouterr().out
+
+
+def test_interrupted_equals_uninterrupted(data, tmp_path, monkeypatch, capsys):
+    plan_as_if(monkeypatch, 200)
+    stages = (
+        '[{"epochs": 1, "img_size": 24, "batch_size": 24}, {"epochs": 2, "img_size": 32, "batch_size": 16}]'
+    )
+    flags = ("--stages", stages, "--budget", "1h")
+    whole = run_training(HybridConfig, data, tmp_path, "whole", *flags)
+    with monkeypatch.context() as patch:
+        stop_after(patch, 5)
+        with suppress(SystemExit):
+            run_training(HybridConfig, data, tmp_path, "parts", *flags)
+    # Another machine: four times as slow, which is not asked again.
+    plan_as_if(monkeypatch, 800)
+    capsys.readouterr()
+    parts = run_training(HybridConfig, data, tmp_path, "parts", *flags)
+    said = capsys.readouterr().out
+    assert "calibration" not in said
+    assert "budget 1:00:00: " in said
+    assert "to go" in said
+    assert state(parts)["config"]["stages_in_force"] == state(whole)["config"]["stages_in_force"]
+    assert_same(weights(whole), weights(parts))
+    paper = json.loads((parts / "receipt.json").read_text())
+    assert paper["forecast"]["minutes"]["train 2"] > 0
+    receipt.main([str(parts)])
+
+
+def test_measuring_leaves_no_trace_and_a_dry_run_knows_it(data, tmp_path, monkeypatch, capsys):
+    """A real calibration; then the same run by hand, with the epochs that it planned."""
+    flags = (*FLAGS[:2], "--budget", "100s", "--dry_run")
+    monkeypatch.setattr("common.scheduling.budget.DRIFT", 0.0)
+    run_training(StandardConfig, data, tmp_path, "a", *flags)
+    first = capsys.readouterr().out
+    assert "ago" not in first
+    assert not (tmp_path / "a").exists()
+    run_training(StandardConfig, data, tmp_path, "b", *flags)
+    second = capsys.readouterr().out
+    assert "calibrated 0:0" in second
+    (plan,) = [line for line in first.splitlines() if line.startswith("budget")]
+    assert plan in second
+    run_training(StandardConfig, data, tmp_path, "c", *flags, "--ema")
+    assert "ago" not in capsys.readouterr().out
+
+
+def test_the_same_weights_as_without_a_budget(data, tmp_path, monkeypatch):
+    monkeypatch.setattr("common.engine.calibrate.MOST_STEPS", 4)
+    monkeypatch.setattr(
+        "common.scheduling.budget.Costs.step",
+        lambda costs, stage, images: costs.measured[0]._replace(
+            images=images, step_s=200.0, wait_s=0.0, evaluate_s=0.0, enter_s=0.0
+        ),
+    )
+    planned = run_training(StandardConfig, data, tmp_path, "planned", *FLAGS)
+    epochs = str(state(planned)["progress"]["epochs_done"])
+    by_hand = run_training(StandardConfig, data, tmp_path, "hand", "--batch_size", "16", "--epochs", epochs)
+    assert_same(weights(planned), weights(by_hand))
+    assert json.loads((by_hand / "receipt.json").read_text())["forecast"] is None
+    receipt.main([str(by_hand)])
+
+
+def test_an_overrun_is_foreseen():
+    plan = make_plan([Stage(2, 32, 16), Stage(2, 64, 16)], 64, 1)
+    forecast = {
+        "budget_s": 400.0,
+        "parts": {"start": 10, "train 1": 80, "train 2": 160, "wait": 0, "evaluate": 0, "save": 0},
+    }
+    run = SimpleNamespace(forecast=forecast, cfg=SimpleNamespace(usd_per_hour=36.0))
+    # The first stage is over, and took a third more than planned.
+    progress = Progress(step=8, seconds={"start": 10, "train 1": 100, "save": 6.7})
+    assert outlook(run, plan, progress) == "budget 6:40: 1:57 spent, about 3:33 to go, 3.30 USD in all"
+    progress.seconds["train 1"] = 140
+    said = outlook(run, plan, progress)
+    assert (
+        "2:37 spent, about 4:53 to go, 4.50 USD in all\noverrun foreseen: 0:50 more than the budget" in said
+    )
+
+
+def test_the_age_of_this_program_is_known():
+    assert 0 < processes.program_age_s() < 3600
