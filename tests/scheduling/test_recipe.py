@@ -243,7 +243,7 @@ def test_gentle_crops_are_evaluated_whole():
 
 def test_rectangles_settle_after_squares_in_a_short_run():
     recipe = adapted("rect", epochs=12)
-    assert [(stage.shape, stage.epochs) for stage in recipe.stages] == [("square", 8), ("rect", 4)]
+    assert [(s.shape, s.epochs, s.strength) for s in recipe.stages] == [("square", 9, 1.0), ("rect", 3, 0.2)]
     assert recipe.values["rect_area"] == "constant"
     assert "rect_area" not in adapted("rect", epochs=12, rect_area="short").values
     assert every(adapted("rect", epochs=2), "shape") == {"rect"}
