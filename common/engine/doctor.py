@@ -374,4 +374,6 @@ def duration(t: Trainer, costs: list[StageCost]) -> str:
     finder = cfg.lr_finder_iterations * costs[0].step_s if found else 0.0
     parts = [f"stage {index + 1} {clock(stage_s)}" for index, stage_s in enumerate(seconds)]
     parts += [f"LR finder {clock(finder)}"] if finder else []
-    return f"time: about {clock(sum(seconds) + finder)} with evaluation ({', '.join(parts)})"
+    whole_s = sum(seconds) + finder
+    price = f", {whole_s / 3600 * cfg.usd_per_hour:.2f} USD" if cfg.usd_per_hour else ""
+    return f"time: about {clock(whole_s)}{price} with evaluation ({', '.join(parts)})"
