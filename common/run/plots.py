@@ -274,7 +274,9 @@ def _draw_schedule(axes: "Axes", column: str, colour: str, log: Table, schedule:
 
 def _finish(axes: "Axes", log: Table, x: np.ndarray, x_end: float) -> None:
     """Limits, legend, and the stages' names and beginnings: the same in every live plot."""
-    axes.locator_params("x", nbins=9, steps=[1, 2, 5, 10], integer=axes.get_xlabel() == "epoch", min_n_ticks=1)
+    axes.locator_params(
+        "x", nbins=9, steps=[1, 2, 5, 10], integer=axes.get_xlabel() == "epoch", min_n_ticks=1
+    )
     x_end *= 1.02
     axes.set_xlim(0, x_end)
     if axes.lines:
