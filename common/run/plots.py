@@ -77,13 +77,13 @@ def write_plots(run_dir: Path) -> None:
     plots, name = run_dir / "plots", run_dir.resolve().name
     plots.mkdir(exist_ok=True)
     against = (
-        ("live", "by epoch", "epoch", log["epoch"]),
-        ("time", "over time", "minutes since the run began", log["total_s"] / 60),
+        ("live", "by epoch", "epoch", "epoch", 1),
+        ("time", "over time", "minutes since the run began", "total_s", 60),
     )
     for panel in (ACCURACY, LOSS):
-        for suffix, words, x_label, x in against:
+        for suffix, words, x_label, column, unit in against:
             axes = new_plot(f"{panel.title} {words}", x_label, panel.y_label, name)
-            _draw_panel(axes, panel, log, x)
+            _draw_panel(axes, panel, log, log[column] / unit)
             save(axes, plots / f"{panel.title.lower()}_{suffix}.png")
     schedule = read_schedule(run_dir)
     for column, quantity, colour in (("lr", "Learning rate", BLUE), ("momentum", "Momentum", PURPLE)):
@@ -274,7 +274,9 @@ def _draw_schedule(axes: "Axes", column: str, colour: str, log: Table, schedule:
 
 def _finish(axes: "Axes", log: Table, x: np.ndarray, x_end: float) -> None:
     """Limits, legend, and the stages' names and beginnings: the same in every live plot."""
-    axes.locator_params("x", nbins=9, steps=[1, 2, 5, 10], integer=x is log["epoch"], min_n_ticks=1)
+    axes.locator_params(
+        "x", nbins=9, steps=[1, 2, 5, 10], integer=axes.get_xlabel() == "epoch", min_n_ticks=1
+    )
     x_end *= 1.02
     axes.set_xlim(0, x_end)
     if axes.lines:

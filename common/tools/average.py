@@ -92,7 +92,8 @@ def read_ingredient(path: Path) -> Ingredient:
     """Read a run, a model's folder or a checkpoint. UserError: it is none of them, or damaged."""
     run, file = path, path / WEIGHTS
     if (path / checkpoint.MANIFEST).is_file():
-        checkpoint.verify(path)
+        # Which compares its files with the manifest.
+        checkpoint.read(path)
         run = path.absolute().parent.parent
     else:
         file = model_place(path) / WEIGHTS

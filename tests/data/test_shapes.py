@@ -142,9 +142,9 @@ def test_images_go_where_they_lose_least(sizes, target, mode):
     lines = [line.replace("%", "").split() for line in bucket_table(sizes, shapes).splitlines()[1:-1]]
     assert [[int(high), int(wide)] for high, _, wide, *_ in lines] == shapes.tolist()
     for k, (*_, share, mean_lost) in enumerate(lines):
-        assert float(share) == pytest.approx(100 * np.mean(bucket == k), abs=0.05)
+        assert float(share) == pytest.approx(100 * np.mean(bucket == k), abs=0.051)
         assert float(mean_lost) == pytest.approx(
-            100 * own[bucket == k].mean() if (bucket == k).any() else 0, abs=0.05
+            100 * own[bucket == k].mean() if (bucket == k).any() else 0, abs=0.051
         )
 
 
