@@ -61,8 +61,10 @@ def test_the_resolved_config_is_saved_and_can_be_run_again(data, tmp_path):
 
     run = run_training(StandardConfig, data, tmp_path, "run", *SMALL)
     cfg = parse_args(StandardConfig, "", ["--config", str(run / "config.yaml")])
-    assert (cfg.epochs, cfg.batch_size, cfg.model) == (2, 16, "test_resnet")
-    assert yaml.safe_load((run / "config.yaml").read_text())["img_size"] == 32
+    (stage,) = cfg.stages_in_force()
+    assert (stage.epochs, stage.img_size, stage.batch_size, cfg.model) == (2, 32, 16, "test_resnet")
+    # What the list was made from is not said twice.
+    assert "epochs" not in yaml.safe_load((run / "config.yaml").read_text())
 
 
 def test_csv_has_the_promised_columns(data, tmp_path):
