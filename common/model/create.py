@@ -110,10 +110,8 @@ def create_finetuned_model(
 ) -> tuple[nn.Module, PretrainedCfg | None]:
     """Build a model and load `weights`; the head's rows follow the names of the classes.
 
-    A class that the weights know by name keeps its row, in whatever place; the others start at zero. Where the names
-    are not known, as in a bare file of tensors, the whole head does: an equal number of classes says nothing. Zero is
-    where a logistic regression starts (and BiT, Kolesnikov et al., 2020); a random head of timm's EfficientNets begins
-    ten classes with a loss of 13 instead of ln 10.
+    A class that the weights know by name keeps its row, in whatever place; the others start fresh. Where the names
+    are not known, as in a bare file of tensors, the whole head does: an equal number of classes says nothing.
 
     Args:
         name: as for `create_model`.
@@ -142,9 +140,10 @@ def create_finetuned_model(
     if len(fitting) < BODY_THAT_FITS * total:
         advice = f"; they are of --model {source.architecture}" if source else "; are they another model's?"
         raise UserError(f"--weights {weights}: {len(fitting)} of {total} tensors fit --model {name}{advice}")
-    fresh = {key: torch.zeros_like(own[key]) for key in head_keys}
-    head, outcome = _head_by_names(fresh, state, source, classes)
-    model.load_state_dict(fitting | fresh | head, strict=False)
+    head, outcome = _head_by_names(
+        {key: own[key] for key in head_keys & state.keys()}, state, source, classes
+    )
+    model.load_state_dict(fitting | head, strict=False)
     log.info("loaded %d of %d tensors from %s; %s", len(fitting), total, weights, outcome)
     problems = {
         "of another shape": body & state.keys() - fitting.keys(),
@@ -162,7 +161,7 @@ def _head_by_names(
     source: PretrainedCfg | None,
     classes: Sequence[str],
 ) -> tuple[dict[str, Tensor], str]:
-    """Of the fresh head, the tensors with rows of classes that the weights know, and a clause that says so."""
+    """The fresh head's tensors with the rows of those classes that the weights know, and a clause that says so."""
     if source is None or not source.classes:
         return {}, "the head is fresh, for the names of the weights' classes are not known"
     rows = {name: row for row, name in enumerate(source.classes)}
@@ -171,10 +170,10 @@ def _head_by_names(
         return {}, "the head is fresh, for the weights know none of the classes by name"
     into, out_of = map(list, zip(*shared, strict=True))
     head = {}
-    for key in fresh.keys() & state.keys():
+    for key, tensor in fresh.items():
         if len(state[key]) != len(source.classes):
             raise UserError(f"--weights: {key} has {len(state[key])} rows for {len(source.classes)} classes")
-        head[key] = fresh[key].clone()
+        head[key] = tensor.clone()
         head[key][into] = state[key][out_of]
     if list(classes) == source.classes:
         return head, "the head is kept, for the classes are the same"
