@@ -135,8 +135,8 @@ class TrainConfig(
     """The curriculum as a list of stages, in --config or on the command line; empty = the script's own."""
 
     def curriculum(self) -> list[Stage]:
-        """The strategy: each script's own list of stages."""
-        raise NotImplementedError
+        """The strategy: each script's own list of stages; none here."""
+        return []
 
     def read_by_curriculum(self) -> set[str]:
         """Names of the settings that the script's own list is made from."""
@@ -163,6 +163,7 @@ class TrainConfig(
                 f"--{beside[0]} is for the script's own stages; leave it out, or put it into --stages"
             )
         stages = self.stages or self.curriculum()
+        assert stages, f"{type(self).__name__} has no curriculum"
         return scale_stages(stages, **DEBUG_SCALE) if self.debug else stages
 
     def largest_size(self) -> int:

@@ -324,7 +324,8 @@ def read(folder: Path) -> Files:
     files: Files = {}
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
-        if (version := manifest["format_version"]) != FORMAT_VERSION:
+        version = manifest["format_version"]
+        if version != FORMAT_VERSION:
             raise UserError(
                 f"{folder} has checkpoint format {version} and this version reads {FORMAT_VERSION}: go on with the "
                 "version that wrote it, or choose another --run_name"
@@ -362,7 +363,8 @@ def newest_whole(checkpoints: Path) -> tuple[Path | None, list[str]]:
     """
     damaged: list[str] = []
     for folder in reversed(_by_step(checkpoints)):
-        if not (sentence := _damage(folder)):
+        sentence = _damage(folder)
+        if not sentence:
             return folder, damaged
         damaged.append(sentence)
     return None, damaged

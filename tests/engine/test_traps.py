@@ -295,7 +295,7 @@ def test_the_average_is_told_the_number_of_the_step():
 
 def test_random_numbers_go_on_where_they_stopped(data, tmp_path, monkeypatch):
     """Dropout draws from torch's generator, so a resumed run that began it anew would train otherwise."""
-    monkeypatch.setattr("train_standard.create_model", lambda name, classes, drop_path: DroppingThree())
+    monkeypatch.setattr("train_standard.create_model", lambda *_, drop_path: DroppingThree())
     ends_alike_if_stopped_after(3, ("--epochs", "2", "--batch_size", "8"), data, tmp_path, monkeypatch)
 
 

@@ -256,7 +256,7 @@ def test_a_refresh_is_cheap(tmp_path: Path) -> None:
     plots.write_plots(run)
     began = time.process_time()
     plots.write_plots(run)
-    assert time.process_time() - began < 3 * 0.35
+    assert time.process_time() - began < 3 * 0.6
 
 
 def test_threads_may_draw_at_the_same_time(tmp_path: Path) -> None:

@@ -176,7 +176,7 @@ def test_what_is_no_run_is_named_in_one_sentence(tmp_path: Path) -> None:
         (tmp_path / "nowhere", "is not a run: it has no training_log.csv"),
         (words, "cannot be read as a training log: .*high"),
         (foreign, "is not a training log: it lacks images_seen, lr, total_s, val_top1"),
-        (bare, "cannot be read as a training log: .*epoch"),
+        (bare, "is not a training log: it lacks epoch, images_seen"),
         (torn, "summary.json cannot be read"),
     ]:
         with pytest.raises(UserError, match=words_of_it) as error:

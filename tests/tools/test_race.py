@@ -132,7 +132,7 @@ def test_our_scripts_know_their_commands(
         race.main([*flags, *more.split()])
     assert len(commands) == 4
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr("common.engine.calibrate._measure_stage", lambda *args: [1.0, 0.0, 1.0, 0.0, 0.01])
+    monkeypatch.setattr("common.engine.calibrate._measure_stage", lambda *args: [0.1, 0.0, 0.1, 0.0, 0.01])
     for words in commands:
         monkeypatch.setattr(sys, "argv", [*words[1:], "--dry_run", "--recipe", "listed"])
         runpy.run_path(words[1], run_name="__main__")
