@@ -158,6 +158,9 @@ def start_trackers(cfg: TrainConfig, accelerator: Accelerator, folder: Path, pro
     except wandb.errors.Error as error:
         log.warning("W&B cannot be reached (%s); the run is kept offline", error)
         settings["wandb"]["mode"] = "offline"
+        # Accelerate holds on to the tracker that did not start, and W&B's service to its id.
+        accelerator.trackers.clear()
+        wandb.teardown()
         start()
     if accelerator.get_tracker("wandb", unwrap=True).offline:
         log.info("W&B is offline; `wandb sync %s` uploads the run later", folder / "wandb")

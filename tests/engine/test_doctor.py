@@ -136,7 +136,7 @@ def test_the_first_loss(loss, level, words):
 def at_rest(workers: int = 2, device: str = "cuda", **cfg) -> SimpleNamespace:
     """What the verdicts read of a trainer: 2 stages of 3 and 1 epochs, 10 steps each, of 64 images of 640."""
     stages = [Stage(epochs=3, img_size=32, batch_size=64), Stage(epochs=1, img_size=64, batch_size=64)]
-    settings = {"lr": 0.1, "lr_finder_iterations": 100, "keep_every": 0} | cfg
+    settings = {"lr": 0.1, "lr_finder_iterations": 100, "keep_every": 0, "usd_per_hour": None} | cfg
     return SimpleNamespace(
         plan=make_plan(stages, 640, 1),
         run=SimpleNamespace(

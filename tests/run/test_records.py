@@ -53,7 +53,7 @@ def test_wandb_that_cannot_be_reached_falls_back_to_offline(tmp_path, monkeypatc
     modes = []
 
     class Accelerator:
-        is_main_process = True
+        is_main_process, trackers = True, []
 
         def init_trackers(self, project, config, init_kwargs):
             modes.append(init_kwargs["wandb"]["mode"])

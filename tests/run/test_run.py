@@ -26,7 +26,11 @@ def data(tmp_path_factory):
 
 
 def test_wandb_offline_without_an_account(data, tmp_path, monkeypatch):
-    """A real offline run: no prompt, our own step metric, and one run id across a resume."""
+    """A real offline run: no prompt, and the checkpoint knows its id."""
+    import wandb
+
+    # A key of another test's is remembered by the process.
+    wandb.teardown()
     for name in ("WANDB_API_KEY", "WANDB_MODE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -35,6 +39,20 @@ def test_wandb_offline_without_an_account(data, tmp_path, monkeypatch):
     files = list((run / "wandb").glob("offline-run-*/run-*.wandb"))
     assert len(files) == 1
     assert progress(run)["wandb_id"] in files[0].name
+
+
+def test_wandb_out_of_reach_is_kept_offline(data, tmp_path, monkeypatch, capsys):
+    import wandb
+
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("WANDB_INIT_TIMEOUT", "2")
+    run = run_training(StandardConfig, data, tmp_path, "run", *SMALL, "--trackers", "wandb")
+    wandb.teardown()
+    assert "the run is kept offline" in capsys.readouterr().out
+    (file,) = (run / "wandb").glob("offline-run-*/run-*.wandb")
+    assert progress(run)["wandb_id"] in file.name
 
 
 def test_tensorboard_has_a_point_for_each_epoch_also_after_a_resume(data, tmp_path):
