@@ -19,6 +19,8 @@ from common.run.plots import write_plots
 from common.scheduling import Plan, Rates
 
 log = logging.getLogger(__name__)
+# Until a server that does not answer counts as out of reach.
+WANDB_TIMEOUT_S = 30.0
 
 
 class Background:
@@ -151,7 +153,7 @@ def start_trackers(cfg: TrainConfig, accelerator: Accelerator, folder: Path, pro
         "mode": wandb_mode(),
         "dir": str(folder),
         # The run's last lines are its own.
-        "settings": wandb.Settings(silent=True),
+        "settings": wandb.Settings(silent=True, init_timeout=WANDB_TIMEOUT_S),
     }
     try:
         start()

@@ -47,7 +47,7 @@ def test_wandb_out_of_reach_is_kept_offline(data, tmp_path, monkeypatch, capsys)
     monkeypatch.delenv("WANDB_MODE", raising=False)
     monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
-    monkeypatch.setenv("WANDB_INIT_TIMEOUT", "2")
+    monkeypatch.setattr("common.run.records.WANDB_TIMEOUT_S", 1.0)
     run = run_training(StandardConfig, data, tmp_path, "run", *SMALL, "--trackers", "wandb")
     wandb.teardown()
     assert "the run is kept offline" in capsys.readouterr().out
