@@ -20,7 +20,7 @@ from common.data.rng import CLASSES, ORDER, ROWS, SUBSET, uniforms
 from common.data.shapes import area_lost, log_aspect
 
 # How even classes are made: 1 - q of Kang et al. (2020), who sample a class of n images in proportion to n ** q.
-EVENNESS = {"none": 0.0, "sqrt": 0.5, "balanced": 1.0}
+EVENNESS = {"sqrt": 0.5, "balanced": 1.0}
 
 
 class View(NamedTuple):

@@ -4,7 +4,7 @@ import copy
 import json
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import replace
 from itertools import chain, count, cycle
@@ -14,6 +14,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast_object_list
 from torch import nn
 
 from common import UserError
@@ -22,6 +23,7 @@ from common.data.loader import Batch, Loader
 from common.data.sources.base import Source
 from common.data.sources.cache import cache_folder, fingerprint_of
 from common.engine.evaluate import FINAL_CROPS, FINAL_SIZES, one_view
+from common.engine.peak import TrainStep
 from common.engine.setup import prepare_state, settle_plan
 from common.engine.trainer import Trainer
 from common.run import checkpoint
@@ -32,7 +34,6 @@ from common.scheduling import EpochPlan, Stage, scale_stages
 from common.scheduling.budget import Budgeted, Costs, Measured, Outcome, plan_budget
 from common.scheduling.recipe import Facts, Recipe, adapt
 
-TrainStep = Callable[[Trainer, EpochPlan, float, float, Iterator[Batch]], None]
 # Share of the budget that measuring may take, and what it takes at least: steps after the one that warms up.
 SHARE, FEWEST_STEPS, MOST_STEPS = 0.03, 2, 40
 # Beyond this share what is not measured is estimated.
@@ -68,7 +69,11 @@ def within_budget(
         )
 
     kept = _cache_file(run, train, val, listed)
-    costs = _read(run, kept) if cfg.dry_run else None
+    found = [_read(run, kept) if cfg.dry_run and run.is_main else None]
+    if run.accelerator.num_processes > 1:
+        # Another machine's cache may hold another calibration, or none.
+        broadcast_object_list(found)
+    (costs,) = found
     if costs is None:
         start_s = time.monotonic() - run.started
         costs = Costs((), start_s, 0.0, 0.0)

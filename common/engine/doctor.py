@@ -28,6 +28,7 @@ from common.run.processes import rank0_errors
 from common.run.progress import clock, peak_memory_mb
 from common.run.records import wandb_mode
 from common.scheduling import EpochPlan, Plan
+from common.scheduling.recipe import STEPS_PER_EPOCH
 
 DECODED, HASHED = 200, 5000  # images of each split that are looked at
 # Seconds for the timed steps of a stage, and for its loader; images of a batch that the loader is timed with.
@@ -37,7 +38,6 @@ MOST_STEPS, EVAL_BATCHES = 20, 2
 CPU_PIXELS = 16 * 224 * 224
 # So small that no weight moves; some optimizers divide by their rate.
 NO_RATE = 1e-9
-FEWEST_STEPS = 20  # of an epoch; with fewer, warm-up and schedule are coarse
 FULL = 0.95  # share of a GPU's memory at which little is left for fragments
 FEWEST_OF_A_CLASS = 10
 
@@ -191,8 +191,8 @@ def duplicates(train: Source, val: Source) -> Finding:
 def steps(plan: Plan) -> Finding:
     """Are there enough optimizer steps in an epoch?"""
     fewest = min(map(plan.steps_per_epoch, range(len(plan.stages))))
-    remedy = f"{FEWEST_STEPS} are better: lower --batch_size, if there are images enough"
-    return judged(fewest < FEWEST_STEPS, f"steps: {fewest:,} or more per epoch", remedy)
+    remedy = f"{STEPS_PER_EPOCH} are better: lower --batch_size, if there are images enough"
+    return judged(fewest < STEPS_PER_EPOCH, f"steps: {fewest:,} or more per epoch", remedy)
 
 
 def surroundings(t: Trainer) -> Iterator[Finding]:

@@ -40,7 +40,7 @@ from common.model.create import WEIGHTS
 from common.model.pretrained_cfg import CONFIG, PretrainedCfg, read_pretrained_cfg
 from common.run import checkpoint
 from common.tools.evaluate import answer, open_split, wilson
-from common.tools.model_folder import TrainedModel, check_target, model_place
+from common.tools.model_folder import TrainedModel, add_target, check_target, model_place
 
 BATCH_SIZE = 64
 # Training images that BatchNorm's statistics are taken from, at most: they are taken for every soup that is tried.
@@ -260,13 +260,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     add = parser.add_argument
     add("models", type=Path, nargs="+", metavar="RUN|MODEL_DIR|CHECKPOINT", help="two or more")
-    add(
-        "--to",
-        type=Path,
-        required=True,
-        metavar="DIR",
-        help="model folder to make; it must not be there, or be empty",
-    )
+    add_target(parser)
     add("--uniform", action="store_true", help="write the mean of all instead of the greedy soup")
     add("--data_dir", help="whatever the training scripts read (default: the first run's)")
     add(

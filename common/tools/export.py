@@ -28,7 +28,7 @@ from common import UserError
 from common.model.create import WEIGHTS
 from common.model.pretrained_cfg import CONFIG
 from common.tools.model_card import Card, write_card
-from common.tools.model_folder import TrainedModel, check_target, model_place
+from common.tools.model_folder import TrainedModel, add_target, check_target, model_place
 
 ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 # Largest difference of a logit, as a share of the largest logit where that is above 1.
@@ -200,13 +200,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add = parser.add_argument
     place = "a run's folder, or one with model.safetensors and config.json"
     add("model", type=Path, metavar="RUN|MODEL_DIR", help=place)
-    add(
-        "--to",
-        type=Path,
-        required=True,
-        metavar="DIR",
-        help="folder to make; it must not be there, or be empty",
-    )
+    add_target(parser)
     add("--onnx", action="store_true", help="also model.onnx, compared with PyTorch in onnxruntime")
     add("--pt2", action="store_true", help="also model.pt2, a torch.export program")
     inside = "let the programs take images that are normalised; without it, RGB from 0 to 1"

@@ -42,6 +42,12 @@ def model_place(folder: Path) -> Path:
     raise UserError(f"{folder} is neither a run's folder nor a model's: it has no {CONFIG}")
 
 
+def add_target(parser: argparse.ArgumentParser) -> None:
+    """`--to`, for tools that make a model's folder; `check_target` looks at it."""
+    place = "folder to make; it must not be there, or be empty"
+    parser.add_argument("--to", type=Path, required=True, metavar="DIR", help=place)
+
+
 def check_target(folder: Path) -> None:
     """UserError: `--to` is there already with something in it, or cannot be made."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):

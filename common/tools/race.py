@@ -26,16 +26,14 @@ import pandas as pd
 
 from common import UserError
 from common.run import plots
+from common.run.run import EXIT_INTERRUPTED
 from common.scheduling.budget import BudgetSettings
 from common.tools.compare import COLOURS, as_text
 from common.tools.split import split
+from common.tools.yardstick import ROOT, SCRIPTS
 
-SCRIPTS = ("standard", "progressive", "hybrid", "rect")
-ROOT = Path(__file__).parents[2]
 # Of the budget: for choosing.
 RACE_SHARE = 0.5
-# Exit code of a run that was stopped by a signal.
-INTERRUPTED = 75
 
 
 @dataclass(frozen=True)
@@ -109,7 +107,7 @@ def run(job: Job, args: argparse.Namespace, data_dir: Path) -> None:
         )
     ledger = {"seconds": before + time.monotonic() - began, "exit_code": done.returncode}
     job.ledger.write_text(json.dumps({**ledger, "why": log.read_text().strip().rpartition("\n")[2]}))
-    if done.returncode == INTERRUPTED:
+    if done.returncode == EXIT_INTERRUPTED:
         raise UserError("the race was stopped; the same command goes on from here")
     if done.returncode not in (0, 2):
         raise UserError(f"{job.folder.name} ended with exit code {done.returncode}: see {log}")
