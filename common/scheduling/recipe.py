@@ -10,7 +10,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from common.scheduling.stages import BACKBONE, Stage, apportion, couple_strength
+from common.scheduling.stages import BACKBONE, Stage, apportion, couple_strength, in_patches
 
 # Levels of regularisation, and the epochs from which each holds. Mixing cost 9 points in 5 and in 12 epochs; ffcv-imagenet (16 to 88
 # epochs) and Mosaic ResNet (below 67) do without it, Mosaic's longer recipes and our lists, from 50 epochs, have it.
@@ -168,17 +168,19 @@ def _fit_sizes(
     if facts.short_side and flag in free and not settings.get("weights"):
         top = min(largest, max(facts.short_side // stride * stride, 2 * stride, SMALLEST_SIZE))
     if top < largest:
-        sizes = [top if size == largest else 8 * round(size * top / largest / 8) for size in sizes]
+        sizes = [top if size == largest else in_patches(size * top / largest) for size in sizes]
         recipe.notes.append(f"{top} px, not {largest}: the images have {facts.short_side} (--{flag})")
     floor, different = min(max(SMALLEST_SIZE, stride), top), sorted(set(sizes))
-    smallest = max(floor, SMALLEST_SHARE * top if short else min(sizes))
-    if len(different) > 1 and smallest != min(sizes):
+    if len(different) > 1 and (short or floor > different[0]):
         # Equal steps from the smallest size that serves to the largest, as EfficientNetV2 spaces its stages (Tan and Le, 2021).
+        smallest = max(floor, SMALLEST_SHARE * top if short else 0)
         step = (top - smallest) / (len(different) - 1)
         spaced = [smallest + step * different.index(size) for size in sizes]
-        sizes = [top if size == top else 8 * round(size / 8) for size in spaced]
-        why = f"the network needs {floor}" if smallest == floor else "evenly spaced from a third"
-        recipe.notes.append(f"stages of {sizes} px: {why} (--stages)")
+        evenly = [top if size == top else in_patches(size) for size in spaced]
+        if evenly != sizes:
+            why = f"the network needs {floor}" if smallest == floor else "evenly spaced from a third"
+            recipe.notes.append(f"stages of {evenly} px: {why} (--stages)")
+        sizes = evenly
     recipe.stages[:] = [replace(s, img_size=size) for s, size in zip(recipe.stages, sizes, strict=True)]
 
 

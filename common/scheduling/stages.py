@@ -11,6 +11,8 @@ if TYPE_CHECKING:
 
 # In `Stage.frozen`: every module but the classifier.
 BACKBONE = "backbone"
+# Sizes that are chosen here are multiples of it, in pixels: the patch of most vision transformers, which take no others.
+PATCH = 16
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,11 @@ class Stage:
     """square, or rect for batches of one aspect ratio each."""
     strength: NonNegativeFloat = 1.0
     """Multiplies how strongly MixUp, CutMix, Random Erasing and random crops act; 0 = not at all."""
+
+
+def in_patches(pixels: float) -> int:
+    """The multiple of `PATCH` that is nearest to a size, but not 0."""
+    return PATCH * max(1, round(pixels / PATCH))
 
 
 def couple_strength(stages: Sequence[Stage]) -> list[Stage]:
@@ -68,7 +75,7 @@ def scale_stages(
 
     Args:
         epochs: of the whole run; each stage keeps at least one.
-        img_size: of the largest stage; the others come out as multiples of 8, at least 16.
+        img_size: of the largest stage; the others come out as multiples of `PATCH`.
         batch_size: of the stage with the largest images.
     """
     largest = max(stages, key=lambda stage: stage.img_size)
@@ -79,7 +86,7 @@ def scale_stages(
     def size(stage: Stage) -> int:
         if size_scale == 1 or stage.img_size == largest.img_size:
             return round(stage.img_size * size_scale)
-        return max(16, 8 * round(stage.img_size * size_scale / 8))
+        return in_patches(stage.img_size * size_scale)
 
     return [
         replace(

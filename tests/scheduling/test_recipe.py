@@ -165,10 +165,10 @@ def test_no_stage_goes_below_the_batch_that_was_asked_for():
     [
         ("progressive", 64, [32, 48, 64]),
         ("progressive", 96, [32, 64, 96]),
-        ("progressive", 128, [40, 88, 128]),
-        ("progressive", 224, [72, 152, 224]),
+        ("progressive", 128, [48, 80, 128]),
+        ("progressive", 224, [80, 144, 224]),
         ("hybrid", 96, [32, 64, 96, 96]),
-        ("hybrid", 48, [32, 40, 48, 48]),
+        ("hybrid", 48, [32, 32, 48, 48]),
         ("progressive", 24, [24, 24, 24]),
     ],
 )
