@@ -15,7 +15,7 @@ from common import UserError
 from common.config import TrainConfig, run_script
 from common.data import open_dataset
 from common.engine import fit
-from common.engine.probe import probe
+from common.engine.probe import fit_head, probe
 from common.model import create_finetuned_model
 from common.run import start_run
 from common.scheduling import BACKBONE, Stage
@@ -35,7 +35,7 @@ class FinetuneConfig(TrainConfig):
     epochs: PositiveInt = 50
     """Passes over the training set, the head's included."""
     head_epochs: PositiveInt | None = None
-    """Of these, how many train the head alone, everything else frozen; null = a tenth."""
+    """Of these, how many train the head alone, everything else frozen; null = a tenth, or none where it is fitted at once."""
     img_size: PositiveInt = 224
     """Side of the image in pixels."""
     batch_size: PositiveInt = 1024
@@ -68,7 +68,12 @@ def main(cfg: FinetuneConfig) -> None:
         model, source = create_finetuned_model(
             cfg.model, train.classes, cfg.weights, cfg.largest_size(), drop_path=cfg.drop_path
         )
-        (probe if cfg.probe else fit)(run, model, train, val, source)
+        if cfg.probe:
+            probe(run, model, train, val, source)
+        else:
+            # The same classes keep the head that the weights have.
+            known = source is not None and source.classes == train.classes
+            fit(run, model, train, val, source, start=None if known else fit_head)
 
 
 if __name__ == "__main__":

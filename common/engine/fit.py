@@ -1,6 +1,6 @@
 """The one loop. It runs any list of stages, and nothing in it knows which strategy that is."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from functools import partial
 from itertools import islice
@@ -26,10 +26,19 @@ from common.run.run import Run
 from common.scheduling import EpochPlan, Rates
 
 
-def fit(run: Run, model: nn.Module, train: Source, val: Source, source: PretrainedCfg | None = None) -> None:
+def fit(
+    run: Run,
+    model: nn.Module,
+    train: Source,
+    val: Source,
+    source: PretrainedCfg | None = None,
+    start: Callable[[Trainer], None] | None = None,
+) -> None:
     """Train `model` through the run's stages; evaluate, record and save as it goes.
 
-    `source` is what weights that it starts from expect of their images.
+    Args:
+        source: what weights that it starts from expect of their images.
+        start: called once, before the learning rate is found and the first step taken.
     """
     cfg, accelerator = run.cfg, run.accelerator
     adapt_settings(run, model, train, partial(within_budget, run, model, train, val, train_step))
@@ -55,6 +64,8 @@ def fit(run: Run, model: nn.Module, train: Source, val: Source, source: Pretrain
             return
         begin(trainer)
         begun = progress.step
+        if start and not begun:
+            start(trainer)
         rates = settle_rates(trainer, train_step)
         run.log.info("%s", "\n".join(filter(None, (rates.table(), batches.bucket_tables()))))
         train_epochs(trainer, rates)

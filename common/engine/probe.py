@@ -1,4 +1,7 @@
-"""`train_finetune.py --probe`: the backbone runs once, as it is, and a linear head is fitted to what it makes of the images."""
+"""The backbone runs once, as it is, and a linear head is fitted to what it makes of the images.
+
+Fine-tuning starts from there, and `train_finetune.py --probe` ends there.
+"""
 
 import dataclasses
 import time
@@ -15,19 +18,20 @@ from common import UserError
 from common.augment import AugmentSettings
 from common.data.batches import Batches
 from common.data.loader import Loader
+from common.data.order import subset
 from common.data.sources.base import Source
 from common.data.sources.cache import cache_folder, derived, fingerprint_of
 from common.engine.recording import record
 from common.engine.setup import prepare_state, settle_plan
 from common.engine.trainer import Trainer
-from common.model.freezing import classifiers, under
+from common.model.freezing import classifiers, linear_head, under
 from common.model.linear_head import choose_head
 from common.model.optimizer import OptimizerSettings
 from common.model.pretrained_cfg import PretrainedCfg
 from common.run.progress import closing_block
 from common.run.records import upload_model
 from common.run.run import Run
-from common.scheduling import Rates, ScheduleSettings
+from common.scheduling import BACKBONE, Rates, ScheduleSettings
 
 TRAIN = 0
 # Images per forward pass: without gradients larger ones are no faster on a CPU, and hardly on a GPU.
@@ -36,6 +40,33 @@ BATCH = 128
 TRAINING = (ScheduleSettings, OptimizerSettings, AugmentSettings)
 CURRICULUM = {"stages", "recipe", "epochs", "head_epochs", "body_lr_scale", "mixup_share", "accumulation"}
 OTHERS = {"clip_grad", "crop_scale", "final_eval", "patience", "sampler"}
+# Images that a head to start from is fitted to, at most: their features have to lie in memory.
+START_IMAGES = 50_000
+
+
+def fit_head(t: Trainer) -> None:
+    """Fit the head before the first step, unless the first stage trains it alone, or it is no single linear layer.
+
+    A collective: each process runs its share of the images through the backbone, and all fit the same head. What trains from there on
+    distorts the features less than from a random head (LP-FT: Kumar et al., 2022).
+    """
+    head, train = linear_head(t.state.model), t.batches.train
+    if head is None or BACKBONE in t.plan.stages[0].frozen:
+        return
+    t.run.log.info("fitting the head to the weights' features")
+    images = subset(train.labels, min(1.0, START_IMAGES / len(train)), t.run.cfg.seed)
+    own = torch.from_numpy(extract(t, head, images)).to(t.run.accelerator.device)
+    _set_head(t, head, t.run.accelerator.reduce(own, "sum"), train.labels[images])
+    t.lap("head")
+
+
+def _set_head(t: Trainer, head: nn.Linear, features: Tensor, labels: np.ndarray) -> None:
+    """The best head for features [N, C] of images with these labels [N], in place."""
+    classes, targets = len(t.batches.train.classes), torch.from_numpy(labels).to(features.device)
+    weight, bias = choose_head(features, targets, classes, t.run.cfg.seed, t.run.log.info)
+    with torch.no_grad():
+        head.weight.copy_(weight)
+        head.bias.copy_(bias)
 
 
 def probe(run: Run, model: nn.Module, train: Source, val: Source, source: PretrainedCfg | None) -> None:
@@ -74,12 +105,9 @@ def probe(run: Run, model: nn.Module, train: Source, val: Source, source: Pretra
         for epoch in plan.epochs(progress.epochs_done):
             trainer.begin_epoch(epoch)
             features = cached_features(trainer, head).to(accelerator.device)
+            _set_head(trainer, head, features, train.labels)
             labels = torch.from_numpy(train.labels).to(accelerator.device)
-            weight, bias = choose_head(features, labels, len(train.classes), cfg.seed, run.log.info)
-            with torch.no_grad():
-                head.weight.copy_(weight)
-                head.bias.copy_(bias)
-            _count(trainer, F.linear(features, weight, bias), labels)
+            _count(trainer, head(features).detach(), labels)
             items = batches.eval_items(epoch.stage.img_size, plan.micro_batch(0))
             record(trainer, epoch, Rates(plan, cfg, 0.0), trainer.evaluate(epoch, loader.stream(items)))
     run.background.drain()
@@ -95,12 +123,12 @@ def _check(run: Run, model: nn.Module) -> nn.Linear:
     idle = CURRICULUM | OTHERS | {field.name for kind in TRAINING for field in dataclasses.fields(kind)}
     if given := sorted(run.cfg.given & idle):
         raise UserError(f"--probe takes no steps of training: leave out --{', --'.join(given)}")
-    heads = [model.get_submodule(name) for name in classifiers(model)]
-    if len(heads) != 1 or not isinstance(heads[0], nn.Linear) or heads[0].bias is None:
+    head = linear_head(model)
+    if head is None:
         raise UserError(
             f"--probe needs a model that ends in one linear layer, and --model {run.cfg.model} does not"
         )
-    return heads[0]
+    return head
 
 
 def _count(t: Trainer, logits: Tensor, labels: Tensor) -> None:
@@ -130,7 +158,7 @@ def cached_features(t: Trainer, head: nn.Linear) -> Tensor:
     key = fingerprint_of(cfg.model, weights, images, view, t.run.accelerator.mixed_precision)
 
     def make() -> pa.Table:
-        flat = pa.array(extract(t, head).ravel())
+        flat = pa.array(extract(t, head, np.arange(len(train))).ravel())
         return pa.table({"features": pa.FixedSizeListArray.from_arrays(flat, head.in_features)})
 
     def parse(table: pa.Table | None) -> Tensor | None:
@@ -151,22 +179,26 @@ def _hash_image(train: Source, index: int, size: int) -> str:
 
 
 @torch.inference_mode()
-def extract(t: Trainer, head: nn.Linear) -> np.ndarray:
-    """One pass over the training images: float32 [N, C]."""
+def extract(t: Trainer, head: nn.Linear, images: np.ndarray) -> np.ndarray:
+    """What enters the head for these training images [N] in evaluation's view: float32 [N, C], 0 where another process has it."""
     run, train, model = t.run, t.batches.train, t.state.model.eval()
     # Evaluation's items, of the training images.
-    as_val = Batches(t.plan, train, train, run.cfg, run.cfg.seed, 0, 1)
-    items = as_val.eval_items(t.plan.stages[0].img_size, t.plan.micro_batch(0))
-    features = np.empty((len(train), head.in_features), np.float32)
+    as_val = Batches(t.plan, train, train, run.cfg, run.cfg.seed, t.batches.rank, t.batches.world)
+    features = np.zeros((len(images), head.in_features), np.float32)
+    place = np.full(len(train), -1)
+    place[images] = np.arange(len(images))
+    every = as_val.eval_items(t.plan.stages[0].img_size, t.plan.micro_batch(0))
+    wanted = (item._replace(split=TRAIN, indices=item.indices[place[item.indices] >= 0]) for item in every)
+    items = [item for item in wanted if len(item.indices)]
     caught: list[Tensor] = []
     # Whatever the network is called inside, this is what its logits are made of.
     hook = head.register_forward_pre_hook(lambda _, inputs: caught.append(inputs[0]))
-    with tqdm(total=len(train), desc="features", unit="img", disable=None, leave=False) as bar:
-        for batch in t.loader.stream(item._replace(split=TRAIN) for item in items):
+    with tqdm(total=len(images), desc="features", unit="img", disable=None, leave=False) as bar:
+        for batch in t.loader.stream(items):
             run.stop_if_asked()
             with run.accelerator.autocast():
                 model.forward(t.augment.normalise(batch.images))
-            features[batch.item.indices] = caught.pop().float().cpu().numpy()
+            features[place[batch.item.indices]] = caught.pop().float().cpu().numpy()
             bar.update(len(batch.labels))
     hook.remove()
     return features

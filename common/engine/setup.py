@@ -15,7 +15,7 @@ from common.data.shapes import stage_shapes
 from common.data.sources.base import Source
 from common.engine.memory import fit_memory
 from common.model.create import check_size
-from common.model.freezing import check_frozen
+from common.model.freezing import check_frozen, linear_head
 from common.model.optimizer import Ema, create_optimizer
 from common.run import checkpoint
 from common.run.checkpoint import Progress, TrainState
@@ -46,6 +46,7 @@ def adapt_settings(
         processes=run.accelerator.num_processes,
         short_side=typical_short_side(train),
         stride=stride,
+        linear_head=linear_head(model) is not None,
     )
     if cfg.budget:
         fitting = within_budget(facts)

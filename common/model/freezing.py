@@ -20,6 +20,13 @@ def classifiers(model: nn.Module) -> list[str]:
     return [name for name, module in model.named_modules() if any(module is each for each in modules)]
 
 
+def linear_head(model: nn.Module) -> nn.Linear | None:
+    """The one linear layer with a bias that makes the logits; None where something else does."""
+    heads = [model.get_submodule(name) for name in classifiers(model)]
+    head = heads[0] if len(heads) == 1 else None
+    return head if isinstance(head, nn.Linear) and head.bias is not None else None
+
+
 def _is_frozen(model: nn.Module, frozen: Sequence[str]) -> Callable[[str], bool]:
     """A test for names of parameters and modules; "backbone" stands for all but the classifier."""
     heads = classifiers(model) if "backbone" in frozen else []

@@ -48,6 +48,7 @@ class Facts:
     """What the rules know about the training images and the machine.
 
     short_side: median of the originals, in pixels. stride: pixels per cell of the network's last feature map. 0 = unknown.
+    linear_head: the network ends in one linear layer, which can be fitted to what enters it.
     """
 
     images: int
@@ -55,6 +56,7 @@ class Facts:
     processes: int = 1
     short_side: int = 0
     stride: int = 0
+    linear_head: bool = False
 
 
 @dataclass(frozen=True)
@@ -99,6 +101,7 @@ def adapt(
         if short:
             _fit_lengths(result)
             _fit_shapes(result, free)
+            _fit_head(result, free, facts)
         _fit_sizes(result, settings, free, facts, short)
         _fit_batches(result, settings, free, facts)
     smaller = [s.batch_size for s in result.stages] != [s.batch_size for s in stages]
@@ -150,6 +153,20 @@ def _fit_shapes(recipe: Recipe, free: set[str]) -> None:
     if "rect_area" in free:
         recipe.values["rect_area"] = "constant"
         recipe.notes.append("rectangles of as many pixels as the square (--rect_area)")
+
+
+def _fit_head(recipe: Recipe, free: set[str], facts: Facts) -> None:
+    """No epochs for the head alone where it can be fitted to the features of the weights, in one pass, before the first step."""
+    stages = recipe.stages
+    if not facts.linear_head or not {"head_epochs", "body_lr_scale"} <= free:
+        return
+    # A regression ends where those epochs lead, and the finder sees the layers that will train (LP-FT: Kumar et al., 2022).
+    rest = [stage for stage in stages if BACKBONE not in stage.frozen]
+    if not rest or len(rest) == len(stages):
+        return
+    spared = sum(stage.epochs for stage in stages) - sum(stage.epochs for stage in rest)
+    stages[:] = [replace(rest[0], epochs=rest[0].epochs + spared, lr_scale=None), *rest[1:]]
+    recipe.notes.append(f"the head fitted to the weights' features, not trained for {spared} epochs (--head_epochs)")
 
 
 def _fit_sizes(
@@ -228,7 +245,7 @@ def _fit_rates(recipe: Recipe, settings: Mapping[str, Any], free: set[str]) -> N
     # last size needs a rate that still moves: listed scales anneal on top of the cycle.
     if any(BACKBONE in stage.frozen for stage in recipe.stages):
         return
-    if "stage_wise" in free and settings["stage_wise"]:
+    if "stage_wise" in free and settings["stage_wise"] and len(recipe.stages) > 1:
         recipe.values["stage_wise"] = False
         recipe.notes.append("one OneCycle, not one per stage (--stage_wise)")
     if "stages" in free and any(stage.lr_scale for stage in recipe.stages):

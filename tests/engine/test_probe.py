@@ -5,6 +5,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -79,6 +80,48 @@ def test_a_probe_ends_as_any_other_run(
     run_probe(images, base, tmp_path, "a")
     assert len(rows(run / "training_log.csv")) == 1
     assert "this run is complete" in capsys.readouterr().out
+
+
+def fine_tune(data: Path, base: Path, output: Path, *flags: str) -> dict[str, torch.Tensor]:
+    """The weights after an epoch whose steps move next to nothing."""
+    stage = '[{"epochs": 1, "img_size": 32, "batch_size": 24}]'
+    args = ["--data_dir", str(data), "--weights", str(base), "--model", "resnet18", "--lr", "1e-9"]
+    args += ["--output", str(output), "--run_name", "tuned", "--trackers", "none", "--workers", "0"]
+    args += ["--mixed_precision", "no", "--stages", stage, *flags]
+    train_finetune.main(parse_args(train_finetune.FinetuneConfig, "", args))
+    return weights(output / "tuned")
+
+
+def test_fine_tuning_starts_from_the_probes_head_unless_the_weights_know_the_classes(
+    images: Path, base: Path, tmp_path: Path
+) -> None:
+    tuned = fine_tune(images, base, tmp_path, "--crop_pct", "0.875")
+    probed = weights(run_probe(images, base, tmp_path, "probed"))
+    assert torch.allclose(tuned["fc.weight"], probed["fc.weight"], rtol=1e-3, atol=1e-4)
+    classes = [f"class{number}" for number in range(3)]
+    cfg = PretrainedCfg("resnet18", classes, 32)
+    known = write_model(tmp_path / "known", create_model("resnet18", 3), cfg)
+    kept = fine_tune(images, known, tmp_path / "kept")
+    assert torch.allclose(kept["fc.weight"], load_file(known / "model.safetensors")["fc.weight"], atol=1e-5)
+
+
+def test_processes_share_the_images_whose_features_are_wanted(
+    images: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[list[np.ndarray]] = []
+
+    def compare(t: Any) -> None:
+        wanted, parts = np.arange(0, len(t.batches.train), 3), []
+        for t.batches.rank, t.batches.world in ((0, 2), (1, 2), (0, 1)):
+            parts.append(module.extract(t, t.state.model.fc, wanted))
+        seen.append(parts)
+
+    monkeypatch.setattr(train_finetune, "fit_head", compare)
+    fine_tune(images, base, tmp_path)
+    ((first, second, whole),) = seen
+    assert first.any()
+    assert second.any()
+    np.testing.assert_allclose(first + second, whole, rtol=1e-4, atol=1e-5)
 
 
 def test_features_are_made_once_for_the_same_weights_images_and_view(

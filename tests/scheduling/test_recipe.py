@@ -263,6 +263,16 @@ def test_fine_tuning_keeps_its_two_cycles_and_a_tenth_for_the_head():
     assert "stage_wise" not in recipe.values
 
 
+def test_a_head_that_can_be_fitted_takes_no_epochs_in_a_short_run():
+    small, large = (dataclasses.replace(facts, linear_head=True) for facts in (SMALL, imagenet(8)))
+    (stage,) = adapted("finetune", small, epochs=12).stages
+    assert (stage.epochs, stage.frozen, stage.lr_scale) == (12, (), None)
+    assert [stage.epochs for stage in adapted("finetune", small, epochs=12, head_epochs=3).stages] == [3, 9]
+    assert adapted("finetune", small, epochs=12, body_lr_scale=0.3).stages[1].lr_scale == 0.3
+    assert [stage.epochs for stage in adapted("finetune", large, epochs=50).stages] == [5, 45]
+    assert len(adapted("standard", small, epochs=12).stages) == 1
+
+
 def test_ema_and_finder_follow_the_number_of_steps():
     recipe = adapted("standard", epochs=10, batch_size=60, ema=True)
     assert recipe.values["ema_decay"] == pytest.approx(1 - 1 / 20)
