@@ -126,6 +126,8 @@ class TrainConfig(
     """The curriculum"""
 
     strategy: ClassVar[str] = "train"
+    # Whether the model starts from trained weights.
+    pretrained: ClassVar[bool] = False
     # Names of the settings that the user gave, on the command line or in a file; not annotated, for it is none itself.
     given = frozenset[str]()
 

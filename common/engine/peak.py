@@ -5,13 +5,13 @@ from dataclasses import replace
 from itertools import chain, count
 
 from common.data.loader import Batch
-from common.engine.lr_finder import find_lr
+from common.engine.lr_finder import ABOVE_BLOW_UP, KEEPING_WEIGHTS, find_lr
 from common.engine.memory import out_of_memory_advice
 from common.engine.trainer import Trainer
 from common.run.plots import plot_lr_finder
 from common.run.processes import rank0_errors
 from common.run.records import draw
-from common.scheduling import EpochPlan, Rates, resolve_lr
+from common.scheduling import BACKBONE, EpochPlan, Rates, resolve_lr
 
 TrainStep = Callable[[Trainer, EpochPlan, float, float, Iterator[Batch]], None]
 # Per 256 images, when the finder's curve cannot be trusted: SGD's (Goyal et al., 2017), and the usual one of Adam and its like.
@@ -57,7 +57,16 @@ def find_peak(t: Trainer, train_step: TrainStep) -> float:
     fallback = resolve_lr(base, plan.global_batches[0], "linear")
     run.log.info("finding the learning rate: %d steps", cfg.lr_finder_iterations)
     with out_of_memory_advice(epoch, plan.micro_batch(0)):
-        sweep = find_lr(t.state, step, cfg.lr_finder_iterations, fallback=fallback, report=run.log.info)
+        sweep = find_lr(
+            t.state,
+            step,
+            cfg.lr_finder_iterations,
+            fallback=fallback,
+            factor=KEEPING_WEIGHTS
+            if cfg.pretrained and BACKBONE not in epoch.stage.frozen
+            else ABOVE_BLOW_UP,
+            report=run.log.info,
+        )
     t.meter.bar.close()
     t.not_finite.zero_()
     with rank0_errors():

@@ -14,6 +14,7 @@ from torch import nn
 import train_finetune
 from common import UserError
 from common.config import parse_args
+from common.engine import lr_finder
 from common.engine import probe as module
 from common.model.create import create_model
 from common.model.pretrained_cfg import PretrainedCfg
@@ -179,3 +180,27 @@ def test_what_it_cannot_do_is_refused(processes: int, last: nn.Module, says: str
     run: Any = SimpleNamespace(accelerator=SimpleNamespace(num_processes=processes), cfg=cfg)
     with pytest.raises(UserError, match=says):
         module.probe(run, model, None, None, None)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("frozen", "factor"), [([], lr_finder.KEEPING_WEIGHTS), (["backbone"], lr_finder.ABOVE_BLOW_UP)]
+)
+def test_trained_weights_get_a_rate_that_keeps_them(
+    images: Path,
+    base: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    frozen: list[str],
+    factor: float,
+) -> None:
+    given: list[float] = []
+
+    def find(*args: Any, factor: float, **kwargs: Any) -> None:
+        given.append(factor)
+        raise UserError("enough")
+
+    monkeypatch.setattr("common.engine.peak.find_lr", find)
+    stage = [{"epochs": 1, "img_size": 32, "batch_size": 24, "frozen": frozen}]
+    with pytest.raises(SystemExit):
+        fine_tune(images, base, tmp_path, "--lr", "auto", "--stages", json.dumps(stage))
+    assert given == [factor]
