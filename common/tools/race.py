@@ -34,6 +34,8 @@ from common.tools.yardstick import ROOT, SCRIPTS
 
 # Of the budget: for choosing.
 RACE_SHARE = 0.5
+# What another call for the same race may say.
+MAY_CHANGE = {"go", "markdown", "output"}
 
 
 @dataclass(frozen=True)
@@ -197,6 +199,17 @@ def draw(jobs: Sequence[Job], path: Path) -> None:
     plots.save(axes, path)
 
 
+def check_same_race(args: argparse.Namespace) -> None:
+    """Write down what this race is run with; UserError: the folder holds one that was run with something else."""
+    settings = {name: str(value) for name, value in vars(args).items() if name not in MAY_CHANGE}
+    path = args.output / "race.json"
+    kept = json.loads(path.read_text()) if path.exists() else settings
+    if other := [f"--{name} {kept[name]}" for name in settings if kept[name] != settings[name]]:
+        raise UserError(f"--output {args.output} holds a race with {', '.join(other)}; choose another folder")
+    args.output.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(settings, indent=1))
+
+
 def whole_race(args: argparse.Namespace) -> str:
     """Run what has not ended yet, and return the report. UserError: a path is missing, the budget is too small, or a training failed."""
     budget_s = BudgetSettings(args.budget, args.usd_per_hour).budget_s()
@@ -204,9 +217,9 @@ def whole_race(args: argparse.Namespace) -> str:
         raise UserError(f"--data_dir {args.data_dir} must hold train/ and val/ with a folder for each class")
     if args.lanes < 1:
         raise UserError(f"--lanes must be 1 or more, not {args.lanes}")
+    check_same_race(args)
     inner = args.output / "inner"
     if not inner.exists():
-        args.output.mkdir(parents=True, exist_ok=True)
         same_disk = args.output.stat().st_dev == (args.data_dir / "train").stat().st_dev
         split(args.data_dir / "train", inner, args.val_fraction, args.seed, "link" if same_disk else "copy")
     jobs = race(args, budget_s, inner)

@@ -94,7 +94,12 @@ def peer_job(args: argparse.Namespace, seed: int, rate: float, crops: tuple[str,
 
 def run(job: Job) -> None:
     """Train, and write down what it took: CPU seconds of the process and all its loaders, and wall seconds."""
-    receipt = json.loads(job.receipt.read_text()) if job.receipt.exists() else {"attempts": 0}
+    new = {"attempts": 0, "command": job.command}
+    receipt = json.loads(job.receipt.read_text()) if job.receipt.exists() else new
+    if receipt["command"] != job.command:
+        raise UserError(
+            f"--output {job.folder.parent} has {job.folder.name} of another command: choose another"
+        )
     if receipt.get("exit_code") == 0:
         return
     receipt["attempts"] += 1
@@ -107,7 +112,7 @@ def run(job: Job) -> None:
         _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
     receipt |= {"cpu_s": usage.ru_utime + usage.ru_stime, "wall_s": time.monotonic() - began}
-    receipt |= {"exit_code": process.returncode, "command": job.command}
+    receipt["exit_code"] = process.returncode
     job.receipt.write_text(json.dumps(receipt, indent=1))
     if process.returncode:
         raise UserError(f"{job.trainer} ended with exit code {process.returncode}: see {log.name}")

@@ -95,6 +95,9 @@ def test_a_race_that_was_stopped_goes_on(
     said = capsys.readouterr().out
     assert "  rung1" not in said
     assert "winner: progressive_resnet18" in said
+    with pytest.raises(SystemExit):
+        race.main([*flags, "--budget", "40min"])
+    assert "holds a race with --budget 30min; choose another" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

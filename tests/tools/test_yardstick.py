@@ -66,6 +66,9 @@ def test_a_table_and_a_plot_of_trainings_that_run_once(
     yardstick.main(flags)
     (row,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("timm 0.1 ")]
     assert row.rstrip().endswith("–")
+    with pytest.raises(SystemExit):
+        yardstick.main([*flags, "--img_size", "96"])
+    assert "of another command" in capsys.readouterr().err
 
 
 def test_a_training_that_fails_is_named(flags: list[str], capsys: pytest.CaptureFixture) -> None:
