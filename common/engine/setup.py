@@ -5,6 +5,7 @@ from contextlib import suppress
 
 import numpy as np
 import torch
+from accelerate.utils import set_seed
 from torch import nn
 
 from common import UserError
@@ -19,7 +20,7 @@ from common.model.freezing import check_frozen, linear_head
 from common.model.optimizer import Ema, create_optimizer
 from common.run import checkpoint
 from common.run.checkpoint import Progress, TrainState
-from common.run.processes import rank0_errors, seed_everything
+from common.run.processes import rank0_errors
 from common.run.receipt import read_forecast
 from common.run.run import Run
 from common.scheduling import Plan, Rates, make_plan, resolve_lr
@@ -85,7 +86,7 @@ def prepare_state(run: Run, model: nn.Module, train: Source) -> TrainState:
     model = model.to(accelerator.device).to(memory_format=layout)
     ema = Ema(model, cfg.ema_decay) if cfg.ema else None
     # Dropout differs between processes; the first weights did not.
-    seed_everything(cfg.seed + accelerator.process_index)
+    set_seed(cfg.seed, device_specific=True)
     optimizer = create_optimizer(cfg, model, momentum=cfg.momentum)
     state = TrainState(model, optimizer, ema, accelerator.scaler, Progress(num_images=len(train)))
     with rank0_errors():

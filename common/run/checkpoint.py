@@ -16,7 +16,6 @@ import errno
 import hashlib
 import json
 import os
-import re
 import shutil
 from collections.abc import Collection
 from dataclasses import asdict, dataclass, field
@@ -25,7 +24,8 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast, broadcast_object_list
+from accelerate.utils.operations import recursively_apply
 from safetensors.torch import load as from_safetensors
 from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
@@ -34,8 +34,6 @@ from common import UserError
 
 FORMAT_VERSION = 2
 MANIFEST, STATE = "manifest.json", "state.json"
-# Names sort as steps do.
-NAME = re.compile(r"step_\d{8}")
 TEMPORARY = ".tmp"
 # What file systems answer that cannot flush a directory, or open one.
 NO_DIRECTORY_FSYNC = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EACCES, errno.EPERM, errno.EISDIR)
@@ -216,14 +214,20 @@ def apply(files: Files, state: TrainState, accelerator: Accelerator) -> None:
 
 
 def share(files: Files | None, accelerator: Accelerator) -> Files | None:
-    """Send a checkpoint that the main process has read to all others, which may not see its disk.
+    """Send a checkpoint that the main process has read to all others, which may not see its disk; a collective.
 
-    Between our own processes, tensors travel as Accelerate sends any object.
+    Tensor by tensor, so that the device, through which they go, never holds more than one.
     """
-    shared = [files]
-    if accelerator.num_processes > 1:
-        broadcast_object_list(shared)
-    return shared[0]
+    if accelerator.num_processes == 1:
+        return files
+    outline = [recursively_apply(lambda tensor: tensor.to("meta"), files)]
+    broadcast_object_list(outline)
+
+    def send(tensor: Tensor) -> Tensor:
+        there = torch.empty_like if tensor.is_meta else Tensor.to
+        return broadcast(there(tensor, device=accelerator.device)).cpu()
+
+    return recursively_apply(send, outline[0] if files is None else files)
 
 
 # --- files ---------------------------------------------------------------------------------------------------------
@@ -262,14 +266,13 @@ def _remove(folder: Path) -> None:
 
 
 def name_of(step: int) -> str:
-    """The name of a step's checkpoint."""
+    """The name of a step's checkpoint; names sort as steps do."""
     return f"step_{step:08d}"
 
 
 def _by_step(checkpoints: Path) -> list[Path]:
-    """A run's checkpoints, whole or not, the oldest first; before them those that an older version named."""
-    folders = (path for path in checkpoints.glob("*/") if not path.name.endswith(TEMPORARY))
-    return sorted(folders, key=lambda path: (NAME.fullmatch(path.name) is not None, path.name))
+    """A run's checkpoints, whole or not, the oldest first."""
+    return sorted(path for path in checkpoints.glob("*/") if not path.name.endswith(TEMPORARY))
 
 
 def write(checkpoints: Path, files: Files) -> Path:
@@ -378,8 +381,8 @@ def prune(checkpoints: Path, keep: int = 2, also: Collection[str] = ()) -> None:
     assert keep >= 1
     complete = [folder.name for folder in _by_step(checkpoints) if (folder / MANIFEST).exists()]
     kept = {*complete[-keep:], *also}
-    for folder in checkpoints.glob("*/"):
-        if folder.name not in kept and NAME.fullmatch(folder.name.removesuffix(TEMPORARY)):
+    for folder in checkpoints.glob("step_*/"):
+        if folder.name not in kept:
             # SMB refuses while the S3 mirror reads the manifest: then next time.
             with contextlib.suppress(OSError):
                 _remove(folder)

@@ -172,14 +172,11 @@ def plot_receipt(run_dir: Path) -> None:
 def read_log(path: Path) -> Table:
     """Read a CSV of numbers, whose header names the columns; empty cells are NaN.
 
-    A last line without an end is left out: a run is writing it now, or was killed while it did.
-
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: a cell is not a number.
     """
-    with path.open() as file:
-        header, *lines = [line.rstrip().split(",") for line in file if line.endswith("\n")] or [["epoch"]]
+    header, *lines = [line.split(",") for line in path.read_text().splitlines()] or [["epoch"]]
     rows = [[float(cell or "nan") for cell in line] for line in lines]
     return dict(zip(header, np.array(rows).reshape(-1, len(header)).T, strict=True))
 

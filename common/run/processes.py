@@ -1,13 +1,13 @@
 """The processes of a run: what Accelerate starts, what they agree on, and how one that fails lets the others go."""
 
 import os
-import random
 import signal
 import time
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Literal, cast
 
 import psutil
@@ -172,31 +172,24 @@ def program_age_s() -> float:
     return time.time() - psutil.Process().create_time()
 
 
-def seed_everything(seed: int) -> None:
-    """Seed the generators that models may draw from; data and augmentation have their own, stateless numbers."""
-    random.seed(seed)
-    torch.manual_seed(seed)
-
-
 # --- agreement -----------------------------------------------------------------------------------------------------
 
 
-class rank0_errors(AbstractContextManager):
+@contextmanager
+def rank0_errors() -> Iterator[None]:
     """What only the main process does, and all depend on: when it fails there, the others end too, without a word.
 
     A collective: all processes enter and leave it.
     """
-
-    def __exit__(
-        self, kind: type | None, error: BaseException | None, trace: TracebackType | None
-    ) -> bool | None:
-        state = PartialState()
-        failed = [error is not None]
-        if state.num_processes > 1:
+    failed = [True]
+    try:
+        yield
+        failed = [False]
+    finally:
+        if PartialState().num_processes > 1:
             broadcast_object_list(failed)
-        if failed[0] and error is None:
-            raise SystemExit(2)
-        return None
+    if failed[0]:
+        raise SystemExit(2)
 
 
 class Votes:

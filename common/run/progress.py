@@ -155,6 +155,8 @@ def clock(seconds: float) -> str:
 def closing_block(run: Run, progress: Progress) -> str:
     """Best, last and wall time of a finished run, also written to `summary.json`; for the main process."""
     last = run.records.rows()[-1]
+    # A run that an older version ended has none.
+    balanced = float(last["val_balanced"]) if last.get("val_balanced") else None
     cuda = run.accelerator.device.type == "cuda"
     device = torch.cuda.get_device_name() if cuda else f"{torch.get_num_threads()} CPU threads"
     summary = {
@@ -164,7 +166,7 @@ def closing_block(run: Run, progress: Progress) -> str:
         "best_epoch": progress.best_epoch,
         "best_weights": "ema" if progress.best_is_ema else "raw",
         "last_top1": float(last["val_top1"]),
-        "last_balanced": float(last["val_balanced"]),
+        "last_balanced": balanced,
         "epochs": progress.epochs_done,
         "wall_s": progress.wall_s,
         "images_seen": progress.images_seen,
@@ -175,7 +177,7 @@ def closing_block(run: Run, progress: Progress) -> str:
     run.records.write_json("summary.json", summary)
     rows = {
         "best top-1": f"{summary['best_top1']:.2f} % (epoch {summary['best_epoch']}, {summary['best_weights']} weights)",
-        "last top-1": f"{summary['last_top1']:.2f} % (balanced {summary['last_balanced']:.2f} %)",
+        "last top-1": f"{summary['last_top1']:.2f} %" + (f" (balanced {balanced:.2f} %)" if balanced else ""),
         "epochs": f"{summary['epochs']}",
         "images seen": f"{summary['images_seen']:,}",
         "wall time": clock(summary["wall_s"]),

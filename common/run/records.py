@@ -1,11 +1,12 @@
 """What a run writes down while it goes on: CSV, schedule, summary, plots, trackers; most of it in a thread of its own."""
 
 import csv
+import io
 import json
 import logging
 import os
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -70,35 +71,32 @@ class Records:
 
     def keep_epochs(self, count: int) -> None:
         """Drop rows that are later than the checkpoint the run goes on from; they will be written again."""
-        rows = [row for row in self.rows() if int(row["epoch"] or 0) <= count][:count]
-        if not rows:
-            self.csv_path.unlink(missing_ok=True)
-            return
-        temporary = self.csv_path.with_suffix(".tmp")
-        with open(temporary, "w", newline="") as file:
-            writer = csv.DictWriter(file, rows[0])
-            writer.writeheader()
-            writer.writerows(rows)
-        os.replace(temporary, self.csv_path)
+        self._write_log(self.rows()[:count])
 
     def add(self, row: dict[str, Any]) -> None:
-        """Append an epoch to the CSV, whose columns are the first row's, and have the plots drawn."""
+        """Add an epoch to the CSV, and have the plots drawn."""
         rounded = {key: f"{value:.6g}" if isinstance(value, float) else value for key, value in row.items()}
-        begun = self.csv_path.exists()
-        with open(self.csv_path, "a", newline="") as file:
-            writer = csv.DictWriter(file, rounded)
-            if not begun:
-                writer.writeheader()
-            writer.writerow(rounded)
+        self._write_log([*self.rows(), rounded])
         self.background.submit(draw, write_plots, self.folder)
+
+    def _write_log(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Replace the whole CSV: rows that an older version wrote may have fewer columns than the new one's."""
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, list(dict.fromkeys(name for row in rows for name in row)))
+        writer.writeheader()
+        writer.writerows(rows)
+        if rows:
+            checkpoint.write_durably(self.csv_path, text.getvalue().encode())
+        else:
+            self.csv_path.unlink(missing_ok=True)
 
     def write_classes(self, names: Sequence[str], images: Sequence[int], hits: Sequence[int]) -> None:
         """`per_class.csv`: the best weights' validation accuracy in percent, class by class."""
         with open(self.folder / "per_class.csv", "w", newline="") as file:
             writer = csv.writer(file)
             writer.writerow(("class", "images", "hits", "top1"))
-            for name, n, h in zip(names, images, hits, strict=True):
-                writer.writerow((name, n, h, f"{100 * h / n:.6g}" if n else ""))
+            shares = (f"{100 * h / n:.6g}" if n else "" for n, h in zip(images, hits, strict=True))
+            writer.writerows(zip(names, images, hits, shares, strict=True))
 
     def write_schedule(self, plan: Plan, rates: Rates) -> None:
         """The whole run's learning rate and momentum by step, which the plots draw before they are reached."""
@@ -106,10 +104,11 @@ class Records:
             writer = csv.writer(file)
             writer.writerow(("step", "epoch", "lr", "momentum"))
             for epoch in plan.epochs():
-                for step in range(epoch.first_step, epoch.first_step + epoch.steps):
-                    writer.writerow(
-                        (step, epoch.index + 1, f"{rates.lr(step):.6g}", f"{rates.momentum(step):.6g}")
-                    )
+                steps = range(epoch.first_step, epoch.first_step + epoch.steps)
+                writer.writerows(
+                    (step, epoch.index + 1, f"{rates.lr(step):.6g}", f"{rates.momentum(step):.6g}")
+                    for step in steps
+                )
 
     def write_json(self, name: str, content: dict[str, Any]) -> None:
         checkpoint.write_durably(self.folder / name, json.dumps(content, indent=1).encode())

@@ -3,7 +3,6 @@
 import logging
 import os
 import sys
-import threading
 import time
 import traceback
 from collections.abc import Iterator
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import set_seed
 
 from common import UserError
 from common.config import TrainConfig
@@ -25,7 +25,6 @@ from common.run.processes import (
     make_accelerator,
     program_age_s,
     rank0_errors,
-    seed_everything,
     start_processes,
 )
 from common.run.records import Background, Records, start_trackers
@@ -74,11 +73,10 @@ class Run:
         self._log_to(self._early, "%(message)s")
         if note:
             self.log.info("%s", note)
-        seed_everything(cfg.seed)
+        # What models may draw from; data and augmentation have their own, stateless numbers.
+        set_seed(cfg.seed)
         self.votes = Votes(state.num_processes)
-        # Python gives signals to the main thread alone.
-        in_main_thread = threading.current_thread() is threading.main_thread()
-        self.signals = Signals() if in_main_thread else None
+        self.signals = Signals()
         self.background = Background()
         self.records = Records(self.folder, self.background)
         self.mirror: Any = None
@@ -148,7 +146,7 @@ class Run:
         pace = int(LOOK_S * steps / max(seconds, 1e-9))
         save = self.is_main and self.cfg.checkpoint_minutes > 0 and now > self._save_due
         stop, save, problem, fewest = self.votes.largest(
-            self._signal(), int(save), problem, -min(max(pace, 1), MOST_STEPS_UNSEEN)
+            self.signals.number, int(save), problem, -min(max(pace, 1), MOST_STEPS_UNSEEN)
         )
         self._looked_at, self._next_look = (step, now), step - fewest
         if stop:
@@ -157,11 +155,8 @@ class Run:
 
     def stop_if_asked(self) -> None:
         """Raise on all processes if any has been told to stop; a collective."""
-        if self.votes.largest(self._signal())[0]:
+        if self.votes.largest(self.signals.number)[0]:
             raise Interrupted
-
-    def _signal(self) -> int:
-        return self.signals.number if self.signals else 0
 
     def saved(self) -> None:
         self._save_due = time.monotonic() + 60 * self.cfg.checkpoint_minutes
@@ -170,7 +165,7 @@ class Run:
 
     def end(self, error: BaseException | None) -> int | None:
         """Say how it ended and take everything down; returns the exit code, or None for an unforeseen error."""
-        code: int | None = 0
+        code = None if error else 0
         several = self.accelerator.num_processes > 1
         if isinstance(error, Interrupted):
             code = EXIT_INTERRUPTED
@@ -186,10 +181,11 @@ class Run:
                 print(f"error in process {self.accelerator.process_index}: {error}", file=sys.stderr)
         elif isinstance(error, SystemExit) and isinstance(error.code, int):
             code = error.code
-        elif error is not None:
-            code = None
-            if several:
-                self._show(error)
+        # What follows in other processes from an unforeseen error in one is a line each.
+        elif several and any(sign in str(error) for sign in PEER_GONE):
+            print(f"process {self.accelerator.process_index} ends because another one did", file=sys.stderr)
+        elif several and error is not None:
+            traceback.print_exception(error)
         failed = error is not None and not isinstance(error, Interrupted)
         self._close(failed)
         if failed and several:
@@ -200,30 +196,19 @@ class Run:
             os._exit(1 if code is None else code)
         return code
 
-    def _show(self, error: BaseException) -> None:
-        """Where an unforeseen error came from; what follows from it in other processes is a line each."""
-        if any(sign in str(error) for sign in PEER_GONE):
-            index = self.accelerator.process_index
-            print(f"process {index} ends because another one did", file=sys.stderr)
-        else:
-            traceback.print_exception(error)
-
     def _close(self, failed: bool) -> None:
         """Finish records, trackers and uploads; after a failure without waiting for another process."""
         self.background.close()
-        if self.signals:
-            # The first process to leave makes a launcher signal the others.
-            self.signals.ignore()
+        self.signals.ignore()
         if self.mirror is not None:
-            self.mirror.close(LAUNCHER_GRACE_S if self._signal() else 300.0)
+            self.mirror.close(LAUNCHER_GRACE_S if self.signals.number else 300.0)
         for tracker in self.accelerator.trackers:
             tracker.finish()
         if not failed and self.accelerator.num_processes > 1:
             # The main process may still have been uploading.
             self.accelerator.wait_for_everyone()
             torch.distributed.destroy_process_group()
-        if self.signals:
-            self.signals.restore()
+        self.signals.restore()
         for handler in self._handlers:
             self.log.removeHandler(handler)
             handler.close()

@@ -6,43 +6,54 @@ The remote layout is the local one, file for file, under `s3://bucket/prefix/<ru
 S3 replaces an object as a whole but knows no transactions, so the order of writing keeps a run restorable
 wherever the machine dies: first the plain files (a CSV is never older than the checkpoint it belongs to),
 then a checkpoint's files and its manifest, and only then are checkpoints deleted that the folder no longer
-has, manifest first.
+has, manifest first. What a restored checkpoint holds is compared with its manifest when it is read.
 
 A request that timed out may yet be carried out, after those that followed it. That does no harm to a
 checkpoint, whose files never change; what has not the size that was sent is sent again by the next pass.
 
 What the mirror asks of the modules that write into the folder: a plain file is either replaced by a rename
 (from a `*.tmp` name) or appended to in whole lines; `checkpoint.prune` keeps what `uploading` names.
-What it asks of the bucket: s3:ListBucket, GetObject, PutObject and, to clear old checkpoints, DeleteObject.
+What it asks of the bucket: s3:ListBucket, GetObject, PutObject and DeleteObject.
 Another server than Amazon's is named by AWS_ENDPOINT_URL, which boto3 reads.
 """
 
 import contextlib
-import hashlib
-import io
 import logging
 import os
 import re
 import shutil
 import stat
 import threading
-import time
 from pathlib import Path
 from typing import Any
 
+import boto3
+from boto3.exceptions import Boto3Error
+from boto3.s3.transfer import TransferConfig
+from botocore.config import Config
+from botocore.exceptions import (
+    BotoCoreError,
+    ClientError,
+    ConnectionError,
+    HTTPClientError,
+    NoCredentialsError,
+)
+
 from common import UserError
-from common.run.checkpoint import MANIFEST, NAME, TEMPORARY
+from common.run.checkpoint import MANIFEST, TEMPORARY
 
 log = logging.getLogger(__name__)
 
-# Files from this size on go up in parts of it.
-PART_BYTES = 8 << 20
 CONNECT_TIMEOUT_S, READ_TIMEOUT_S, RETRY_S = 10.0, 30.0, 5.0
 # In vain and one after the other, about a minute of them: then training's end waits no longer.
 CLOSING_TRIES = 12
 RESTORE_ATTEMPTS = 6
+# Its threads would hold up the interpreter's exit while S3 is away.
+UP = TransferConfig(use_threads=False, preferred_transfer_client="classic")
+DOWN = TransferConfig(preferred_transfer_client="classic")
 # A file that every run has from its first second; it tells a run's address from any other.
 MARKER = "config.yaml"
+BOTO_ERRORS = (BotoCoreError, ClientError, Boto3Error)
 
 # What stat tells of a file's content: size, modification time, inode.
 Version = tuple[int, int, int]
@@ -56,11 +67,7 @@ class S3Mirror:
     """Copies what changes in `run_dir` to `<url>/<name of run_dir>` from one daemon thread.
 
     There is no queue to overflow: the thread compares the folder with what it has sent, so ten changes of a
-    file during an outage cost one upload. Plain files and checkpoints are what is counted and reported.
-
-    Attributes:
-        uploaded: what went up, by name.
-        sent_bytes: repeated versions of a file included.
+    file during an outage cost one upload. What is sent together, a plain file or a checkpoint, is a unit.
 
     Raises UserError if the address, the bucket or the credentials are wrong, or if the address already holds
     checkpoints while `run_dir` has none. A server out of reach is a warning: it is retried for ever.
@@ -73,16 +80,20 @@ class S3Mirror:
         self.url = f"s3://{self._bucket}/{self._prefix}".rstrip("/")
         # One attempt: retries are ours, for close() to hurry.
         self._client = _client("--s3", attempts=1)
-        self._starts_afresh = not any(map(_is_manifest, self._files()))
+        self._starts_afresh = not any(self.run_dir.glob(f"checkpoints/*/{MANIFEST}"))
         self._changed, self._closing, self._stopped = (threading.Event() for _ in range(3))
-        self.uploaded: set[str] = set()
-        self.sent_bytes = 0
         self._sent: dict[str, Version] = {}
-        # What the last pass did not get to S3, and why.
+        self._uploads = 0
+        # Units that the last pass did not get to S3, and why.
         self._failed: dict[str, str] = {}
         self._uploading: set[str] = set()
-        self._may_delete = True
-        self._check_at_start()
+        if trouble := probe(url):
+            self._failed = {MARKER: trouble}
+            log.warning("S3: %s is out of reach (%s); training goes on", self.url, trouble)
+        else:
+            # Should it be so a moment later, the passes will list again.
+            with contextlib.suppress(*BOTO_ERRORS):
+                self._list()
         self._thread = threading.Thread(target=self._work, name="s3-mirror", daemon=True)
         self._thread.start()
 
@@ -104,84 +115,59 @@ class S3Mirror:
         pending = {}
         if self._failed or self._thread.is_alive():
             pending = {name: self._failed.get(name, "not reached in time") for name in self._lacking()}
-        done = f"S3: {len(self.uploaded)} files and checkpoints, {self.sent_bytes / 1e6:.1f} MB, are at {self.url}"
         if pending:
             rest = ", ".join(f"{name} ({why})" for name, why in pending.items())
-            log.warning("%s; %d NOT uploaded, only on this machine: %s", done, len(pending), rest)
+            log.warning("S3: %d NOT uploaded to %s, only on this machine: %s", len(pending), self.url, rest)
         else:
-            log.info("%s; nothing is left to upload.", done)
+            log.info("S3: all is at %s, after %d uploads; nothing is left", self.url, self._uploads)
         return pending
 
     # --- the folder ------------------------------------------------------------------------------------------------
 
-    def _files(self) -> dict[str, Version]:
-        """The folder's files that belong on S3, by name, as they are now.
+    def _units(self) -> dict[str, dict[str, Version]]:
+        """The files of each unit as they are now, in the order of sending: plain files, then checkpoints, the newest first.
 
         Without symbolic links, as they may point to what is not the run's.
         """
         # Looked for before plain files are, so that no checkpoint is newer than its row in the CSV.
         whole = {f"checkpoints/{path.parent.name}" for path in self.run_dir.glob(f"checkpoints/*/{MANIFEST}")}
-        files = {}
+        units: dict[str, dict[str, Version]] = {}
         for folder, _, names in os.walk(self.run_dir):
             for path in (Path(folder, name) for name in names):
                 name = path.relative_to(self.run_dir).as_posix()
-                if f"{TEMPORARY}/" in f"{name}/" or (
-                    name.startswith("checkpoints/") and _unit(name) not in whole
-                ):
+                unit = _unit(name)
+                unfinished = name.startswith("checkpoints/") and unit not in whole
+                if f"{TEMPORARY}/" in f"{name}/" or unfinished:
                     continue
                 # Deleted meanwhile.
                 with contextlib.suppress(FileNotFoundError):
                     status = path.lstat()
                     if stat.S_ISREG(status.st_mode):
-                        files[name] = (status.st_size, status.st_mtime_ns, status.st_ino)
-        return files
+                        version = (status.st_size, status.st_mtime_ns, status.st_ino)
+                        units.setdefault(unit, {})[name] = version
 
-    def _units(self) -> dict[str, dict[str, Version]]:
-        """What is sent together, in the order of sending: plain files, then checkpoints, the newest first."""
-        units: dict[str, dict[str, Version]] = {}
-        for name, version in sorted(self._files().items(), reverse=True):
-            units.setdefault(_unit(name), {})[name] = version
-
-        def place(name: str) -> tuple[bool, bool]:
+        def place(unit: str) -> tuple[bool, bool]:
             # One that was begun is finished first, else many short outages might let none get to its end.
-            return name.startswith("checkpoints/"), Path(name).name not in self._uploading
+            return unit.startswith("checkpoints/"), Path(unit).name not in self._uploading
 
-        return {name: units[name] for name in sorted(units, key=place)}
+        return {unit: units[unit] for unit in sorted(sorted(units, reverse=True), key=place)}
 
     def _lacking(self) -> list[str]:
-        """What of the folder S3 does not have."""
-        return [
-            unit
-            for unit, files in self._units().items()
-            if any(self._sent.get(name) != version for name, version in files.items())
-        ]
+        """Units that S3 does not have as they are."""
+        return [unit for unit, files in self._units().items() if not files.items() <= self._sent.items()]
 
     # --- S3 --------------------------------------------------------------------------------------------------------
-
-    def _check_at_start(self) -> None:
-        from botocore.exceptions import BotoCoreError, ClientError
-
-        try:
-            self._list()
-            # Shows, too, that we may write.
-            if (self.run_dir / MARKER).exists():
-                self._upload(MARKER)
-        except (BotoCoreError, ClientError) as error:
-            if not _is_transient(error):
-                raise UserError(_refusal(error, f"--s3 {self.url}", self._bucket)) from None
-            self._failed = {MARKER: _reason(error)}
-            log.warning("S3: %s is out of reach (%s); training goes on", self.url, _reason(error))
 
     def _work(self) -> None:
         in_vain = complete = 0
         while not self._stopped.is_set():
             self._changed.wait()
             self._changed.clear()
-            closing, sent_before = self._closing.is_set(), self.sent_bytes
+            closing, before = self._closing.is_set(), self._uploads
             self._try()
             # The last pass sees that what the one before sent is there.
             complete = complete + 1 if closing and not self._failed else 0
-            in_vain = in_vain + 1 if closing and self.sent_bytes == sent_before else 0
+            in_vain = in_vain + 1 if closing and self._uploads == before else 0
             if complete == 2 or in_vain == CLOSING_TRIES:
                 return
             if self._failed:
@@ -192,14 +178,12 @@ class S3Mirror:
 
     def _try(self) -> None:
         """One pass, and a word in the log when trouble begins, changes or ends."""
-        from botocore.exceptions import BotoCoreError, ClientError
-
         before = set(self._failed.values())
         try:
             self._failed = self._sync()
         # UserError: S3 answers, but refuses us; OSError: our disk is in trouble.
-        except (BotoCoreError, ClientError, UserError, OSError) as error:
-            self._failed = dict.fromkeys(self._lacking(), _reason(error))
+        except (*BOTO_ERRORS, UserError, OSError) as error:
+            self._failed = dict.fromkeys(self._lacking() or [self.url], _reason(error))
         for name, why in self._failed.items():
             if why not in before:
                 log.warning("S3: %s: %s; training goes on, uploads are retried", name, why)
@@ -210,10 +194,8 @@ class S3Mirror:
     def _sync(self) -> dict[str, str]:
         """Send what S3 lacks, in the order the module promises; returns what cannot be read or is refused alone, and why.
 
-        Raises ClientError or BotoCoreError where it is pointless to go on with the next file.
+        Raises ClientError or BotoCoreError where it is pointless to go on with the next unit.
         """
-        from botocore.exceptions import BotoCoreError, ClientError
-
         stored, units = self._list(), self._units()
         self._sent = {name: version for name, version in self._sent.items() if stored.get(name) == version[0]}
         failed = {}
@@ -231,7 +213,12 @@ class S3Mirror:
                     raise
                 failed[unit] = _reason(error)
         self._uploading = set()
-        self._delete_old(stored, set(units))
+        newest = max((unit for unit in units if unit.startswith("checkpoints/")), default="")
+        if f"{newest}/{MANIFEST}" in self._sent:
+            # What the folder no longer has, and what a dead machine left half sent.
+            old = [name for name in stored if name.startswith("checkpoints/") and _unit(name) not in units]
+            for name in sorted(old, key=_is_manifest, reverse=True):
+                self._client.delete_object(Bucket=self._bucket, Key=self._prefix + name)
         return failed
 
     def _list(self) -> dict[str, int]:
@@ -245,7 +232,7 @@ class S3Mirror:
         return stored
 
     def _send(self, unit: str, files: dict[str, Version], stored: dict[str, int]) -> None:
-        """Upload what of a file or a checkpoint is new, the manifest last."""
+        """Upload what of a unit is new, the manifest last."""
         manifest = f"{unit}/{MANIFEST}"
         if manifest in files:
             self._uploading = {Path(unit).name}
@@ -260,64 +247,28 @@ class S3Mirror:
                 # That of another course, which `--resume` of an older checkpoint has left.
                 self._client.delete_object(**key)
         lacking = [name for name, version in files.items() if self._sent.get(name) != version]
-        for name in sorted(lacking, key=lambda name: name == manifest):
-            self._upload(name)
+        for name in sorted(lacking, key=_is_manifest):
+            # Opened once, so that a file that is replaced meanwhile goes up as it was.
+            with open(self.run_dir / name, "rb") as file:
+                self._client.upload_fileobj(file, self._bucket, self._prefix + name, Config=UP)
             self._sent[name] = files[name]
-            if name in (unit, manifest):
-                self.uploaded.add(unit)
-
-    def _upload(self, name: str) -> None:
-        """Upload a file as it is when the call begins; the whole of it is in memory meanwhile.
-
-        S3 compares what arrives with its SHA-256, which also travels in the object's metadata (`sha256`), for `restore`.
-        """
-        from boto3.s3.transfer import TransferConfig
-
-        content = (self.run_dir / name).read_bytes()
-        config = TransferConfig(
-            multipart_threshold=PART_BYTES,
-            multipart_chunksize=PART_BYTES,
-            # s3transfer's threads would hold up the interpreter's exit while S3 is away.
-            use_threads=False,
-            preferred_transfer_client="classic",
-        )
-        extra = {"ChecksumAlgorithm": "SHA256", "Metadata": {"sha256": hashlib.sha256(content).hexdigest()}}
-        key = self._prefix + name
-        self._client.upload_fileobj(io.BytesIO(content), self._bucket, key, Config=config, ExtraArgs=extra)
-        self.sent_bytes += len(content)
-
-    def _delete_old(self, stored: dict[str, int], local: set[str]) -> None:
-        """Delete the checkpoints that the folder no longer has, and what a dead machine left half sent.
-
-        The newest stays: the highest step that this mirror has sent or, before it has sent any, that S3 has.
-        """
-        from botocore.exceptions import ClientError
-
-        whole = {_unit(name) for name in stored if _is_manifest(name)}
-        keep = {max(whole & self.uploaded or whole, default=""), *local}
-        old = [name for name in stored if name.startswith("checkpoints/") and _unit(name) not in keep]
-        try:
-            for name in sorted(old, key=_is_manifest, reverse=True) if self._may_delete else ():
-                self._client.delete_object(Bucket=self._bucket, Key=self._prefix + name)
-        except ClientError as error:
-            if _is_transient(error):
-                raise
-            self._may_delete = False
-            log.warning("S3: old checkpoints stay in %s (%s)", self.url, _reason(error))
+            self._uploads += 1
 
 
 def probe(url: str) -> str:
-    """Ask S3 what is at `url`, and write nothing; returns "", or why S3 is out of reach, which training would wait out.
+    """List what is at `url`, write an empty object there and delete it; returns "", or why S3 is out of reach.
 
     Raises:
-        UserError: the address, the bucket or the credentials are wrong.
+        UserError: the address, the bucket or the credentials are wrong, or lack a right.
     """
-    from botocore.exceptions import BotoCoreError, ClientError
-
     bucket, prefix = _parse_url(url, "--s3")
+    client = _client("--s3", attempts=1)
+    key = {"Bucket": bucket, "Key": f"{prefix}/.probe".lstrip("/")}
     try:
-        _client("--s3", attempts=1).list_objects_v2(Bucket=bucket, Prefix=prefix, MaxKeys=1)
-    except (BotoCoreError, ClientError) as error:
+        client.list_objects_v2(Bucket=bucket, Prefix=prefix, MaxKeys=1)
+        client.put_object(**key, Body=b"")
+        client.delete_object(**key)
+    except BOTO_ERRORS as error:
         if not _is_transient(error):
             raise UserError(_refusal(error, f"--s3 {url}", bucket)) from None
         return _reason(error)
@@ -327,55 +278,44 @@ def probe(url: str) -> str:
 def restore(url: str, run_dir: Path, flag: str = "--resume") -> Path:
     """Download the run at `url` (`s3://bucket/prefix/<run>`) into `run_dir`, which must be absent or empty.
 
-    The folder gets its name when everything is there, so an interrupted restore leaves nothing that looks
-    like a run. A file that does not match its checksum is left out and named in a warning, as is a key that would
-    leave the folder: a damaged plot must not stop a resume, and a checkpoint that lacks a file fails its manifest,
-    so the one before is used.
+    The folder gets its name when everything is there, so an interrupted restore leaves nothing that looks like a
+    run. A key that would leave the folder is left out, with a warning.
 
     Raises UserError: nothing there, refused, out of reach, a full disk.
     """
-    from botocore.exceptions import BotoCoreError, ClientError
-
     bucket, prefix = _parse_url(url, flag)
-    run_dir = Path(run_dir)
+    run_dir, what = Path(run_dir), f"{flag} {url}"
     if run_dir.exists() and any(run_dir.iterdir()):
-        raise UserError(f"{flag} {url}: {run_dir} is not empty, so resume from that folder or move it away")
+        raise UserError(f"{what}: {run_dir} is not empty, so resume from that folder or move it away")
     partial = run_dir.with_name(f"{run_dir.name}.restore{TEMPORARY}")
     client = _client(flag, attempts=RESTORE_ATTEMPTS)
     try:
-        files = _choose(_list(client, bucket, f"{prefix}/"), f"{flag} {url}")
+        files = _choose(_list(client, bucket, f"{prefix}/"), what)
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         free, needed = shutil.disk_usage(partial).free, sum(files.values())
         if needed > free:
-            raise UserError(f"{flag} {url} needs {needed} bytes of disk and {run_dir.parent} has {free}")
-        for name, size in files.items():
+            raise UserError(f"{what} needs {needed} bytes of disk and {run_dir.parent} has {free}")
+        for name in files:
             path = partial / name
             path.parent.mkdir(parents=True, exist_ok=True)
-            if not _download(client, bucket, f"{prefix}/{name}", path, size):
-                path.unlink()
-                log.warning("S3: %s/%s does not match its checksum and is left out", url.rstrip("/"), name)
+            client.download_file(bucket, f"{prefix}/{name}", str(path), Config=DOWN)
         partial.rename(run_dir)
-    except (BotoCoreError, ClientError) as error:
-        raise UserError(_refusal(error, f"{flag} {url}", bucket)) from None
+    except BOTO_ERRORS as error:
+        raise UserError(_refusal(error, what, bucket)) from None
     except OSError as error:
-        raise UserError(f"{flag} {url}: cannot write {error.filename}: {error.strerror}") from error
+        raise UserError(f"{what}: cannot write {error.filename}: {error.strerror}") from error
     return run_dir
 
 
 def _choose(stored: dict[str, int], what: str) -> dict[str, int]:
     """What of a run to download, name -> bytes: all but checkpoints that lack their manifest.
 
-    Raises UserError: no run is there, or it is of an older format.
+    Raises NothingStored: no run is there.
     """
     whole = {_unit(name) for name in stored if _is_manifest(name)}
     if not whole and MARKER not in stored:
         raise NothingStored(f"{what}: there is no run at this address")
-    if not all(NAME.fullmatch(Path(unit).name) for unit in whole):
-        raise UserError(
-            f"{what} holds checkpoints of an older format: go on with the version that wrote them, or choose"
-            " another --run_name"
-        )
     chosen = {}
     for name, size in stored.items():
         if not _is_safe(name):
@@ -385,35 +325,7 @@ def _choose(stored: dict[str, int], what: str) -> dict[str, int]:
     return chosen
 
 
-def _download(client: Any, bucket: str, key: str, path: Path, size: int) -> bool:
-    """Download an object; False if it has not the size listed or not the SHA-256 it was uploaded with."""
-    from botocore.exceptions import BotoCoreError
-
-    for attempt in range(1, RESTORE_ATTEMPTS + 1):
-        try:
-            answer = client.get_object(Bucket=bucket, Key=key)
-            digest = hashlib.sha256()
-            with path.open("wb") as file:
-                for chunk in answer["Body"].iter_chunks(1 << 20):
-                    digest.update(chunk)
-                    file.write(chunk)
-                file.flush()
-                os.fsync(file.fileno())
-                arrived = file.tell()
-            return arrived == size and answer["Metadata"].get("sha256") == digest.hexdigest()
-        # The connection broke in the middle, which botocore itself does not retry.
-        except BotoCoreError:
-            if attempt == RESTORE_ATTEMPTS:
-                raise
-            time.sleep(RETRY_S)
-    raise AssertionError("the last attempt returns or raises")
-
-
 def _client(flag: str, attempts: int) -> Any:
-    import boto3
-    from botocore.config import Config
-    from botocore.exceptions import BotoCoreError
-
     for name in ("boto3", "botocore", "s3transfer", "urllib3"):
         logger = logging.getLogger(name)
         # At DEBUG they log the session token, in headers.
@@ -422,8 +334,6 @@ def _client(flag: str, attempts: int) -> Any:
         connect_timeout=CONNECT_TIMEOUT_S,
         read_timeout=READ_TIMEOUT_S,
         retries={"total_max_attempts": attempts, "mode": "standard"},
-        # Our own SHA-256 finds what is damaged.
-        response_checksum_validation="when_required",
     )
     try:
         return boto3.session.Session().client("s3", config=config)
@@ -448,7 +358,7 @@ def _list(client: Any, bucket: str, prefix: str) -> dict[str, int]:
 
 
 def _unit(name: str) -> str:
-    """What a file is sent with and counted as: its checkpoint's folder, or itself."""
+    """What a file is sent with: its checkpoint's folder, or itself."""
     match = re.match("checkpoints/[^/]+(?=/.)", name)
     return match[0] if match else name
 
@@ -464,8 +374,6 @@ def _is_safe(name: str) -> bool:
 
 def _is_transient(error: Exception) -> bool:
     """Whether S3 as a whole is in trouble and waiting may help."""
-    from botocore.exceptions import ClientError, ConnectionError, HTTPClientError
-
     if isinstance(error, ClientError):
         status = error.response["ResponseMetadata"]["HTTPStatusCode"]
         return status >= 500 or status == 429 or error.response["Error"].get("Code") == "RequestTimeout"
@@ -473,18 +381,14 @@ def _is_transient(error: Exception) -> bool:
 
 
 def _reason(error: Exception) -> str:
-    """Why a request failed, from codes alone: the text of botocore's errors may quote addresses and headers."""
-    from botocore.exceptions import BotoCoreError, ClientError
-
+    """Why a request failed, from codes alone: the text of boto3's errors may quote addresses and headers."""
     if isinstance(error, ClientError):
         return f"{error.operation_name} answered {error.response['Error'].get('Code')}"
-    return type(error).__name__ if isinstance(error, BotoCoreError) else str(error)
+    return type(error).__name__ if isinstance(error, BOTO_ERRORS) else str(error)
 
 
 def _refusal(error: Exception, what: str, bucket: str) -> str:
     """The sentence for a user whose S3 does not work at all."""
-    from botocore.exceptions import ClientError, NoCredentialsError
-
     if isinstance(error, NoCredentialsError):
         return f"{what}: boto3 finds no credentials (environment, ~/.aws, instance role)"
     if isinstance(error, ClientError):

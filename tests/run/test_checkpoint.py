@@ -375,14 +375,25 @@ def test_an_optimizers_steps_stay_on_the_cpu_of_a_gpu_run():
 
 
 def test_sharing_gives_every_process_what_the_main_one_read(monkeypatch):
-    files = checkpoint.capture(make_state("sgd"), ALONE, {"lr": 0.1})
-    expected, sent = {name: content_of(content) for name, content in files.items()}, []
+    state = make_state("adamw")
+    train(state)
+    files = checkpoint.capture(state, ALONE, {"lr": 0.1})
+    expected, outlines, tensors = {name: content_of(content) for name, content in files.items()}, [], []
 
-    def broadcast(objects):
-        sent.extend(objects)
-        objects[:] = sent[:1]
+    def broadcast_outline(objects):
+        outlines.extend(objects)
+        objects[:] = outlines[:1]
 
-    monkeypatch.setattr(checkpoint, "broadcast_object_list", broadcast)
+    def broadcast(tensor):
+        if rank == 0:
+            tensors.append(tensor)
+            return tensor
+        return tensor.copy_(tensors.pop(0))
+
+    monkeypatch.setattr(checkpoint, "broadcast_object_list", broadcast_outline)
+    monkeypatch.setattr(checkpoint, "broadcast", broadcast)
     for rank in (0, 1):
         shared = checkpoint.share(None if rank else files, process(rank, 2))
         assert {name: content_of(content) for name, content in shared.items()} == expected
+    outlines.clear()
+    assert checkpoint.share(None, process(0, 2)) is None

@@ -187,14 +187,6 @@ def test_nothing_finite_is_said(tmp_path: Path, drawn: dict) -> None:
     assert "no finite value yet" in drawn["loss_live.png"]["texts"]
 
 
-@pytest.mark.parametrize("end", ["3,1,64", "3,1,64,32,0.1,0.9,3,8,2.5,99,99,,500,0.05,900,60,180,3000,0"])
-def test_half_written_last_line_is_ignored(tmp_path: Path, end: str) -> None:
-    run = make_run(tmp_path / "run", [10, 20])
-    with open(run / "training_log.csv", "a") as file:
-        file.write(end)  # and no line end: a number may go on
-    np.testing.assert_array_equal(plots.read_log(run / "training_log.csv")["val_top1"], [10, 20])
-
-
 def test_no_epoch_yet_draws_nothing(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", [])
     plots.write_plots(run)

@@ -1,5 +1,6 @@
+from types import SimpleNamespace
+
 import pytest
-import torch
 
 from common import UserError
 from common.run import processes
@@ -82,7 +83,8 @@ def test_looks_come_about_once_a_second_however_long_a_step_takes(monkeypatch):
     monkeypatch.setattr("common.run.run.time.monotonic", lambda: clock[0])
     for seconds, wanted in ((2.0, 1), (0.1, 10), (0.001, 50)):
         run = object.__new__(Run)
-        run.cfg, run.is_main, run.signals, run.votes = StandardConfig(), True, None, Votes(1)
+        run.cfg, run.is_main, run.votes = StandardConfig(), True, Votes(1)
+        run.signals = SimpleNamespace(number=0)
         run._save_due, run._next_look, run._looked_at = 1e9, 0, (0, 0.0)
         looks = []
         for step in range(1, 400):
@@ -113,13 +115,6 @@ def test_a_resumed_run_does_not_take_the_steps_before_it_for_its_pace(tmp_path, 
     monkeypatch.setattr(Run, "begin", note)
     run_training(StandardConfig, data, tmp_path, "run", *flags)
     assert begun == [(2, 2)]
-
-
-def test_seeds_are_torchs():
-    processes.seed_everything(5)
-    first = torch.rand(2)
-    processes.seed_everything(5)
-    assert torch.equal(first, torch.rand(2))
 
 
 def test_trackers_are_those_that_are_known_and_installed(monkeypatch):

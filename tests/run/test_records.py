@@ -45,6 +45,18 @@ def test_columns_are_those_of_the_first_row_and_late_rows_are_dropped(tmp_path):
     assert not records.csv_path.exists()
 
 
+def test_a_log_that_an_older_version_began_gets_the_columns_it_lacks(tmp_path):
+    records = Records(tmp_path, Background())
+    records.csv_path.write_text("epoch,gone,total_s\r\n1,7,0.5\r\n2,7,1\r\n")
+    records.keep_epochs(1)
+    records.add({"epoch": 2, "balanced": 50.0, "total_s": 2.0})
+    records.background.drain()
+    assert records.rows() == [
+        {"epoch": "1", "gone": "7", "total_s": "0.5", "balanced": ""},
+        {"epoch": "2", "gone": "", "total_s": "2", "balanced": "50"},
+    ]
+
+
 def test_wandb_that_cannot_be_reached_falls_back_to_offline(tmp_path, monkeypatch, caplog):
     import wandb
 
