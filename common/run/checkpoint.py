@@ -8,6 +8,7 @@
                               manifest.json          size and SHA-256 of the others
 
 A checkpoint exists when its manifest does: it is written last and deleted first. The highest step is the newest.
+Files are flushed to the disk, folders' names are not: a power cut may take the newest checkpoint, and leaves the one before.
 Not `Accelerator.save_state`: that pickles, and a run could not go on with another number of processes.
 """
 
@@ -35,8 +36,6 @@ from common import UserError
 FORMAT_VERSION = 2
 MANIFEST, STATE = "manifest.json", "state.json"
 TEMPORARY = ".tmp"
-# What file systems answer that cannot flush a directory, or open one.
-NO_DIRECTORY_FSYNC = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EACCES, errno.EPERM, errno.EISDIR)
 
 Files = dict[str, Any]
 
@@ -224,8 +223,9 @@ def share(files: Files | None, accelerator: Accelerator) -> Files | None:
     broadcast_object_list(outline)
 
     def send(tensor: Tensor) -> Tensor:
-        there = torch.empty_like if tensor.is_meta else Tensor.to
-        return broadcast(there(tensor, device=accelerator.device)).cpu()
+        device = accelerator.device
+        own = torch.empty_like(tensor, device=device) if tensor.is_meta else tensor.to(device)
+        return broadcast(own).cpu()
 
     return recursively_apply(send, outline[0] if files is None else files)
 
@@ -241,22 +241,6 @@ def write_durably(path: Path, content: bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
-
-
-def _flush_directory(folder: Path) -> None:
-    """Flush the names in a folder, where the file system can.
-
-    FUSE and SMB mounts refuse it. There, a power cut may take the newest checkpoint's name, not the earlier ones.
-    """
-    try:
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-    except OSError as error:
-        if error.errno not in NO_DIRECTORY_FSYNC:
-            raise
 
 
 def _remove(folder: Path) -> None:
@@ -288,7 +272,7 @@ def write(checkpoints: Path, files: Files) -> Path:
     temporary = folder.with_name(folder.name + TEMPORARY)
     manifest: dict[str, Any] = {"format_version": FORMAT_VERSION, "files": {}}
     try:
-        if _damage(folder):
+        if not _is_whole(folder):
             _remove(folder)
             _remove(temporary)
             temporary.mkdir(parents=True)
@@ -297,9 +281,7 @@ def write(checkpoints: Path, files: Files) -> Path:
                 manifest["files"][name] = {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
                 write_durably(temporary / name, data)
             write_durably(temporary / MANIFEST, _to_json(manifest))
-            _flush_directory(temporary)
             temporary.rename(folder)
-            _flush_directory(checkpoints)
         in_order = _by_step(checkpoints)
         for later in in_order[in_order.index(folder) + 1 :]:
             _remove(later)
@@ -349,27 +331,26 @@ def read(folder: Path) -> Files:
     return files
 
 
-def _damage(folder: Path) -> str:
-    """What is wrong with a checkpoint's files, in a sentence; empty where nothing is."""
+def _is_whole(folder: Path) -> bool:
     try:
         read(folder)
-    except DamagedCheckpoint as error:
-        return str(error)
-    return ""
+    except DamagedCheckpoint:
+        return False
+    return True
 
 
-def newest_whole(checkpoints: Path) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint of a run that is not damaged, and a sentence for each newer one that is.
+def newest_whole(checkpoints: Path) -> tuple[Files | None, list[str]]:
+    """The files of a run's newest checkpoint that is not damaged, and a sentence for each newer one that is.
 
     Raises:
         UserError: there are only checkpoints of an older format.
     """
     damaged: list[str] = []
     for folder in reversed(_by_step(checkpoints)):
-        sentence = _damage(folder)
-        if not sentence:
-            return folder, damaged
-        damaged.append(sentence)
+        try:
+            return read(folder), damaged
+        except DamagedCheckpoint as error:
+            damaged.append(str(error))
     return None, damaged
 
 

@@ -88,20 +88,20 @@ def _fetch(cfg: TrainConfig, folder: Path) -> None:
 
 def _find(cfg: TrainConfig, folder: Path, asked: Path | None) -> dict[str, Any] | None:
     """Read the checkpoint to go on from; None where the folder holds no trained step."""
-    found, damaged = checkpoint.newest_whole(folder / "checkpoints")
     if asked is not None and asked != folder:
-        found = asked
-    elif asked is not None and found is None and not damaged:
+        return checkpoint.read(asked)
+    files, damaged = checkpoint.newest_whole(folder / "checkpoints")
+    if asked is not None and files is None and not damaged:
         raise UserError(f"--resume {cfg.resume} holds no checkpoint to go on from")
     for sentence in damaged:
         print(f"damaged checkpoint passed over: {sentence}", flush=True)
-    if damaged and found is None:
+    if damaged and files is None:
         raise UserError(
             f"no whole checkpoint is left in {folder / 'checkpoints'}; start anew with another --run_name"
         )
-    if found is None and folder.exists() and any(folder.iterdir()) and not (folder / "config.yaml").exists():
+    if files is None and folder.exists() and any(folder.iterdir()) and not (folder / "config.yaml").exists():
         raise UserError(f"{folder} exists and is not a run; choose another --run_name or --output")
-    return checkpoint.read(found) if found else None
+    return files
 
 
 def _must_match(cfg: TrainConfig, recorded: dict[str, Any] | None, folder: Path) -> None:

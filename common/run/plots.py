@@ -77,13 +77,13 @@ def write_plots(run_dir: Path) -> None:
     plots, name = run_dir / "plots", run_dir.resolve().name
     plots.mkdir(exist_ok=True)
     against = (
-        ("live", "by epoch", "epoch", "epoch", 1),
-        ("time", "over time", "minutes since the run began", "total_s", 60),
+        ("live", "by epoch", "epoch", log["epoch"]),
+        ("time", "over time", "minutes since the run began", log["total_s"] / 60),
     )
     for panel in (ACCURACY, LOSS):
-        for suffix, words, x_label, column, unit in against:
+        for suffix, words, x_label, x in against:
             axes = new_plot(f"{panel.title} {words}", x_label, panel.y_label, name)
-            _draw_panel(axes, panel, log, log[column] / unit)
+            _draw_panel(axes, panel, log, x)
             save(axes, plots / f"{panel.title.lower()}_{suffix}.png")
     schedule = read_schedule(run_dir)
     for column, quantity, colour in (("lr", "Learning rate", BLUE), ("momentum", "Momentum", PURPLE)):

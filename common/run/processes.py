@@ -18,7 +18,6 @@ from accelerate.utils import (
     DistributedDataParallelKwargs,
     ProjectConfiguration,
     broadcast_object_list,
-    is_torch_xla_available,
 )
 
 from common import UserError
@@ -116,18 +115,11 @@ def tracker_names(trackers: str) -> list[str]:
 
 
 def idle_accelerator() -> str:
-    """A line about an accelerator that is there while the CPU trains; "" if there is none."""
-    if torch.cuda.is_available():
+    """A line about an accelerator that is there while the CPU trains, such as an Apple GPU (mps); "" if there is none."""
+    device = torch.accelerator.current_accelerator(check_available=True)
+    if device is None or device.type == "cuda":
         return ""
-    there = {
-        "an Apple GPU (mps)": torch.backends.mps.is_available(),
-        "an Intel GPU (xpu)": torch.xpu.is_available(),
-        "a TPU": is_torch_xla_available(check_is_tpu=True),
-    }
-    names = [name for name, is_there in there.items() if is_there]
-    return (
-        f"{' and '.join(names)} stays idle: these scripts train on CUDA GPUs or on the CPU" if names else ""
-    )
+    return f"the accelerator ({device.type}) stays idle: these scripts train on CUDA GPUs or on the CPU"
 
 
 def resolve_precision(asked: Precision | None, cpu: bool) -> tuple[Precision, str]:

@@ -119,7 +119,7 @@ class S3Mirror:
             rest = ", ".join(f"{name} ({why})" for name, why in pending.items())
             log.warning("S3: %d NOT uploaded to %s, only on this machine: %s", len(pending), self.url, rest)
         else:
-            log.info("S3: all is at %s, after %d uploads; nothing is left", self.url, self._uploads)
+            log.info("S3: all is at %s, after %d uploads; nothing is left to upload", self.url, self._uploads)
         return pending
 
     # --- the folder ------------------------------------------------------------------------------------------------

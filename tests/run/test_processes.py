@@ -1,6 +1,7 @@
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from common import UserError
 from common.run import processes
@@ -129,9 +130,7 @@ def test_trackers_are_those_that_are_known_and_installed(monkeypatch):
 
 
 def test_an_accelerator_that_stays_idle_is_named(monkeypatch):
-    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    assert idle_accelerator() == ""
-    monkeypatch.setattr("torch.backends.mps.is_available", lambda: True)
-    assert idle_accelerator().startswith("an Apple GPU (mps) stays idle")
-    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    assert idle_accelerator() == ""
+    for found, said in ((None, ""), (torch.device("cuda"), ""), (torch.device("mps"), "(mps) stays idle")):
+        monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda found=found, **_: found)
+        assert said in idle_accelerator()
+        assert bool(idle_accelerator()) == bool(said)

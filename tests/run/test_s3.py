@@ -877,8 +877,8 @@ def test_a_checkpoint_that_is_damaged_on_s3_is_passed_over(
     put(s3, url, "checkpoints/step_00000003/model.safetensors", b"unfinished")
     fresh = restore(url, tmp_path / "b")
     assert set(tree(fresh)) == set(tree(run))
-    found, sentences = checkpoint.newest_whole(fresh / "checkpoints")
-    assert found == fresh / "checkpoints/step_00000001"
+    files, sentences = checkpoint.newest_whole(fresh / "checkpoints")
+    assert files["state.json"]["progress"]["step"] == 1
     assert "model.safetensors is damaged" in sentences[0]
 
 
