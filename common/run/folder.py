@@ -132,7 +132,5 @@ def create_folder(folder: Path, cfg: TrainConfig, stages: list[Stage]) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.yaml").write_text(yaml.safe_dump(repeatable(cfg, stages), sort_keys=False))
-        for name in ("logs", "plots", "checkpoints"):
-            (folder / name).mkdir(exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot write to {folder}: {error.strerror}; choose another --output") from error

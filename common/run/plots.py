@@ -75,7 +75,6 @@ def write_plots(run_dir: Path) -> None:
     if not len(log["epoch"]):
         return
     plots, name = run_dir / "plots", run_dir.resolve().name
-    plots.mkdir(exist_ok=True)
     against = (
         ("live", "by epoch", "epoch", log["epoch"]),
         ("time", "over time", "minutes since the run began", log["total_s"] / 60),
@@ -137,7 +136,6 @@ def plot_lr_finder(run_dir: Path) -> None:
         axes.text(0.01, 0.95, f"not trusted: {problem}", transform=where, va="top", color=VERMILION, bbox=box)
     if finite.any():
         add_legend(axes)
-    (run_dir / "plots").mkdir(exist_ok=True)
     save(axes, run_dir / "plots" / "lr_finder_plot.png")
 
 
@@ -162,7 +160,6 @@ def plot_receipt(run_dir: Path) -> None:
     text = f"top-1 {receipt['last_top1']:.1f} % ({low:.1f} to {high:.1f}){price}"
     label_above(axes, axes.get_xlim()[1], text, INK, "right")
     add_legend(axes)
-    (run_dir / "plots").mkdir(exist_ok=True)
     save(axes, run_dir / "plots" / "receipt.png")
 
 
@@ -220,6 +217,7 @@ def new_plot(title: str, x_label: str, y_label: str, corner: str) -> "Axes":
 
 def save(axes: "Axes", path: Path) -> None:
     """Write a PNG under another name, then rename it: a viewer sees the old plot, not half of one."""
+    path.parent.mkdir(exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
     axes.figure.canvas.print_figure(temporary, format="png", pil_kwargs={"compress_level": 1})
     os.replace(temporary, path)

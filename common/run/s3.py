@@ -213,8 +213,8 @@ class S3Mirror:
                     raise
                 failed[unit] = _reason(error)
         self._uploading = set()
-        newest = max((unit for unit in units if unit.startswith("checkpoints/")), default="")
-        if f"{newest}/{MANIFEST}" in self._sent:
+        checkpoints = [unit for unit in units if unit.startswith("checkpoints/")]
+        if checkpoints and units[max(checkpoints)].items() <= self._sent.items():
             # What the folder no longer has, and what a dead machine left half sent.
             old = [name for name in stored if name.startswith("checkpoints/") and _unit(name) not in units]
             for name in sorted(old, key=_is_manifest, reverse=True):
@@ -359,8 +359,7 @@ def _list(client: Any, bucket: str, prefix: str) -> dict[str, int]:
 
 def _unit(name: str) -> str:
     """What a file is sent with: its checkpoint's folder, or itself."""
-    match = re.match("checkpoints/[^/]+(?=/.)", name)
-    return match[0] if match else name
+    return name.rpartition("/")[0] if name.startswith("checkpoints/") else name
 
 
 def _is_manifest(name: str) -> bool:
