@@ -279,9 +279,9 @@ def restore(url: str, run_dir: Path, flag: str = "--resume") -> Path:
     """Download the run at `url` (`s3://bucket/prefix/<run>`) into `run_dir`, which must be absent or empty.
 
     The folder gets its name when everything is there, so an interrupted restore leaves nothing that looks like a
-    run. A key that would leave the folder is left out, with a warning.
+    run. Left out are checkpoints without their manifest, and keys that would leave the folder, which are not ours.
 
-    Raises UserError: nothing there, refused, out of reach, a full disk.
+    Raises NothingStored, or another UserError: refused, out of reach, a full disk.
     """
     bucket, prefix = _parse_url(url, flag)
     run_dir, what = Path(run_dir), f"{flag} {url}"
@@ -290,7 +290,12 @@ def restore(url: str, run_dir: Path, flag: str = "--resume") -> Path:
     partial = run_dir.with_name(f"{run_dir.name}.restore{TEMPORARY}")
     client = _client(flag, attempts=RESTORE_ATTEMPTS)
     try:
-        files = _choose(_list(client, bucket, f"{prefix}/"), what)
+        stored = _list(client, bucket, f"{prefix}/")
+        whole = {_unit(name) for name in stored if _is_manifest(name)}
+        if not whole and MARKER not in stored:
+            raise NothingStored(f"{what}: there is no run at this address")
+        ours = {name: size for name, size in stored.items() if _is_safe(name)}
+        files = {n: size for n, size in ours.items() if not n.startswith("checkpoints/") or _unit(n) in whole}
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         free, needed = shutil.disk_usage(partial).free, sum(files.values())
@@ -306,23 +311,6 @@ def restore(url: str, run_dir: Path, flag: str = "--resume") -> Path:
     except OSError as error:
         raise UserError(f"{what}: cannot write {error.filename}: {error.strerror}") from error
     return run_dir
-
-
-def _choose(stored: dict[str, int], what: str) -> dict[str, int]:
-    """What of a run to download, name -> bytes: all but checkpoints that lack their manifest.
-
-    Raises NothingStored: no run is there.
-    """
-    whole = {_unit(name) for name in stored if _is_manifest(name)}
-    if not whole and MARKER not in stored:
-        raise NothingStored(f"{what}: there is no run at this address")
-    chosen = {}
-    for name, size in stored.items():
-        if not _is_safe(name):
-            log.warning("%s: the key %r would leave the run's folder and is left out", what, name)
-        elif not name.startswith("checkpoints/") or _unit(name) in whole:
-            chosen[name] = size
-    return chosen
 
 
 def _client(flag: str, attempts: int) -> Any:
