@@ -165,7 +165,7 @@ class Run:
 
     def end(self, error: BaseException | None) -> int | None:
         """Say how it ended and take everything down; returns the exit code, or None for an unforeseen error."""
-        code = None if error else 0
+        code = None if error is not None else 0
         several = self.accelerator.num_processes > 1
         if isinstance(error, Interrupted):
             code = EXIT_INTERRUPTED
@@ -181,8 +181,8 @@ class Run:
                 print(f"error in process {self.accelerator.process_index}: {error}", file=sys.stderr)
         elif isinstance(error, SystemExit) and isinstance(error.code, int):
             code = error.code
-        # What follows in other processes from an unforeseen error in one is a line each.
         elif several and any(sign in str(error) for sign in PEER_GONE):
+            # What follows from the error of another one is a line, not a traceback.
             print(f"process {self.accelerator.process_index} ends because another one did", file=sys.stderr)
         elif several and error is not None:
             traceback.print_exception(error)
