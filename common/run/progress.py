@@ -157,6 +157,7 @@ def closing_block(run: Run, progress: Progress) -> str:
     last = run.records.rows()[-1]
     # A run that an older version ended has none.
     balanced = float(last["val_balanced"]) if last.get("val_balanced") else None
+    shown = "" if balanced is None else f" (balanced {balanced:.2f} %)"
     cuda = run.accelerator.device.type == "cuda"
     device = torch.cuda.get_device_name() if cuda else f"{torch.get_num_threads()} CPU threads"
     summary = {
@@ -177,7 +178,7 @@ def closing_block(run: Run, progress: Progress) -> str:
     run.records.write_json("summary.json", summary)
     rows = {
         "best top-1": f"{summary['best_top1']:.2f} % (epoch {summary['best_epoch']}, {summary['best_weights']} weights)",
-        "last top-1": f"{summary['last_top1']:.2f} %" + (f" (balanced {balanced:.2f} %)" if balanced else ""),
+        "last top-1": f"{summary['last_top1']:.2f} %{shown}",
         "epochs": f"{summary['epochs']}",
         "images seen": f"{summary['images_seen']:,}",
         "wall time": clock(summary["wall_s"]),
