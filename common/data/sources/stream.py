@@ -26,7 +26,7 @@ import pyarrow.parquet as pq
 from pyarrow import fs
 
 from common import UserError
-from common.data.sources.arrow import Places, choose_level, find_columns, find_places, read_small
+from common.data.sources.arrow import Places, find_columns, find_places, read_level, read_small
 from common.data.sources.base import VAL_NAMES, MissingSplit
 from common.data.sources.cache import cache_folder, derived, locked, map_arrow, write_arrow
 from common.data.sources.remote import Storage
@@ -126,12 +126,7 @@ class StreamSource:
 
     def read(self, index: int, short_side: int) -> np.ndarray:
         number, row = self._place(index)
-        wanted = choose_level(self._levels, short_side)
-        for level in reversed(self._levels[: self._levels.index(wanted) + 1]):
-            encoded = self._group(number, level).read(row)
-            if len(encoded):  # a small image is stored in a smaller level only
-                break
-        return encoded
+        return read_level(self._levels, short_side, lambda level: self._group(number, level).read(row))
 
     def _group(self, number: int, level: int) -> Places:
         """Map a group's images, fetching them if no process has before."""

@@ -369,6 +369,7 @@ def test_hub_names_become_urls(monkeypatch):
         pass
 
     def files(self):
+        self.system()
         urls.append((self.url, self.root))
         raise Listed
 
