@@ -12,6 +12,7 @@ import math
 import os
 import signal
 import threading
+from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -251,26 +252,25 @@ class Loader:
 
     def _prefetched(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         """Copy one batch ahead on a stream of its own, while the device works on the one before."""
-        copies = self._copies(batches)
-        following = next(copies, None)
-        while following is not None:
-            batch, copied = following
-            following = next(copies, None)
-            compute = torch.cuda.current_stream(self.device)
-            compute.wait_event(copied)
-            for tensor in (batch.images, batch.labels):
-                # Its memory may not be used anew before compute is done with it.
-                tensor.record_stream(compute)
-            yield batch
-
-    def _copies(self, batches: Iterator[Batch]) -> Iterator[tuple[Batch, torch.cuda.Event]]:
         side = torch.cuda.Stream(self.device)
+        ahead: deque[tuple[Batch, torch.cuda.Event]] = deque()
         for batch in batches:
             with torch.cuda.stream(side):
                 images = batch.images.to(self.device, non_blocking=True)
                 labels = batch.labels.to(self.device, non_blocking=True)
-                copied = side.record_event()
-            yield batch._replace(images=images, labels=labels), copied
+                ahead.append((batch._replace(images=images, labels=labels), side.record_event()))
+            if len(ahead) == 2:
+                yield self._copied(*ahead.popleft())
+        for last in ahead:
+            yield self._copied(*last)
+
+    def _copied(self, batch: Batch, copied: torch.cuda.Event) -> Batch:
+        compute = torch.cuda.current_stream(self.device)
+        compute.wait_event(copied)
+        for tensor in (batch.images, batch.labels):
+            # Its memory may not be used anew before compute is done with it.
+            tensor.record_stream(compute)
+        return batch
 
     def close(self) -> None:
         """End the workers."""

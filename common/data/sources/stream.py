@@ -13,11 +13,10 @@ the machine map it: a row group travels once, whoever asks first.
 import logging
 import os
 import re
-from collections import OrderedDict
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -94,7 +93,7 @@ class StreamSource:
         first = np.flatnonzero(np.diff(shard, prepend=-1) | np.diff(group, prepend=-1))
         self._first_rows, self._groups = first, np.stack([shard[first], group[first]], 1)
         self.group_rows = np.diff(first, append=len(rows))
-        self._mapped: OrderedDict[tuple[int, int], Places] = OrderedDict()
+        self._group = lru_cache(MAPPED)(self._map)
 
     def _read_rows(self, columns: list[str]) -> pa.Table:
         """Read all that is not images, and where each row lies: once, and then from the cache folder."""
@@ -128,15 +127,9 @@ class StreamSource:
         number, row = self._place(index)
         return read_level(self._levels, short_side, lambda level: self._group(number, level).read(row))
 
-    def _group(self, number: int, level: int) -> Places:
+    def _map(self, number: int, level: int) -> Places:
         """Map a group's images, fetching them if no process has before."""
-        key = number, level
-        if key not in self._mapped:
-            self._mapped[key] = find_places(self._fetched(number, level).column(0))
-            if len(self._mapped) > MAPPED:
-                self._mapped.popitem(last=False)
-        self._mapped.move_to_end(key)
-        return self._mapped[key]
+        return find_places(self._fetched(number, level).column(0))
 
     def _fetched(self, number: int, level: int) -> pa.Table:
         path = self._folder / f"{number}-{level}.arrow"
