@@ -386,6 +386,8 @@ def in_words(kind: Any) -> str:
         return " or ".join(map(in_words, get_args(kind)))
     if get_origin(kind) is Literal:
         return ", ".join(get_args(kind))
+    if ... in get_args(kind):
+        return "a list of names"
     return WORDS[(get_origin(kind) or kind).__name__]
 
 

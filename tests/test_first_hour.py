@@ -235,6 +235,7 @@ YAML = [
     ("hybrid", "stages: [{epochs: 1}, {epochs: 1, img_size: big}]", "c.yaml, stage 2: img_size takes"),
     ("hybrid", "stages: [{epochs: 1, mixup: 7}]", "c.yaml, stage 1: mixup takes"),
     ("hybrid", "stages: [{epochs: 1, shape: oval}]", "c.yaml, stage 1: shape takes"),
+    ("hybrid", "stages: [{epochs: 1, frozen: 5}]", "c.yaml, stage 1: frozen takes a list of names, not 5"),
     ("progressive", "stages: [{epochs: 0}]", "c.yaml, stage 1: epochs takes"),
     ("standard", "- 1", "c.yaml holds no settings"),
     ("standard", "just words", "c.yaml holds no settings"),
