@@ -9,14 +9,19 @@ import dataclasses
 import difflib
 import inspect
 import itertools
+import json
 import os
 import re
 import sys
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Never, TypeVar, get_type_hints
+from types import NoneType, UnionType
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+import yaml
 
 from common import UserError
 from common.augment import AugmentSettings
@@ -80,8 +85,6 @@ class SpeedSettings:
 class RecordSettings:
     """Records, checkpoints and resume"""
 
-    seed: NonNegativeInt = 0
-    """Of everything random."""
     output: str = "runs"
     """Folder that holds the runs."""
     run_name: str = ""
@@ -104,8 +107,6 @@ class RecordSettings:
     """Epochs in a row without a new best top-1 after which the run ends; 0 = never."""
     final_eval: bool = False
     """At the end, evaluate over test sizes, crops and flips, raw and EMA."""
-    debug: bool = False
-    """Shrink every stage, so that the whole curriculum runs in about a minute on two CPU cores."""
     dry_run: bool = False
     """The pre-flight: print the plan, check data, model and surroundings, measure loader, step and time; write nothing."""
 
@@ -135,6 +136,10 @@ class TrainConfig(
     """Defaults that fit data, length and machine, printed where they differ from those listed here; listed = these."""
     stages: list[Stage] = field(default_factory=list)
     """The curriculum as a list of stages, in --config or on the command line; empty = the script's own."""
+    seed: NonNegativeInt = 0
+    """Of everything random."""
+    debug: bool = False
+    """Shrink every stage, so that the whole curriculum runs in about a minute on two CPU cores."""
 
     def curriculum(self) -> list[Stage]:
         """The strategy: each script's own list of stages; none here."""
@@ -152,7 +157,7 @@ class TrainConfig(
         watched = copy.copy(self)
         watched.__class__ = Watched
         watched.curriculum()
-        return read & _fields(type(self)).keys()
+        return read & vars(self).keys()
 
     def stages_in_force(self) -> list[Stage]:
         """The user's stages or the script's, before a recipe fits them to the data.
@@ -160,11 +165,13 @@ class TrainConfig(
         Raises:
             UserError: what makes the script's own list was given beside a list.
         """
-        if self.stages and (beside := sorted(self.given & self.read_by_curriculum())):
+        read = self.read_by_curriculum()
+        own = not self.stages or "stages" in read
+        if not own and (beside := sorted(self.given & read)):
             raise UserError(
                 f"--{beside[0]} is for the script's own stages; leave it out, or put it into --stages"
             )
-        stages = self.stages or self.curriculum()
+        stages = self.curriculum() if own else self.stages
         assert stages, f"{type(self).__name__} has no curriculum"
         return scale_stages(stages, **DEBUG_SCALE) if self.debug else stages
 
@@ -189,45 +196,21 @@ class CurriculumConfig(TrainConfig):
         raise NotImplementedError
 
     def curriculum(self) -> list[Stage]:
+        """The script's list or the user's, scaled."""
         return scale_stages(self.stages or self.listed(), self.epochs, self.img_size, self.batch_size)
-
-    def stages_in_force(self) -> list[Stage]:
-        stages = self.curriculum()
-        return scale_stages(stages, **DEBUG_SCALE) if self.debug else stages
 
 
 # What may differ when a run goes on: it changes no sample and no schedule, at most the rounding, and with --patience
 # how far the run gets: more of it, or none, lets one that has stopped go on.
-RESUME_MAY_CHANGE = frozenset(
-    [
-        "data_dir",
-        "workers",
-        "compile",
-        "channels_last",
-        "grad_checkpointing",
-        "auto_batch",
-        "grad_compression",
-        "profile",
-        "output",
-        "run_name",
-        "resume",
-        "save_freq_last",
-        "checkpoint_minutes",
-        "keep_every",
-        "s3",
-        "trackers",
-        "print_freq",
-        "patience",
-        "final_eval",
-        "dry_run",
-        "usd_per_hour",
-    ]
-)
+RESUME_MAY_CHANGE = (
+    {f.name for kind in (RecordSettings, SpeedSettings) for f in dataclasses.fields(kind)}
+    | {"data_dir", "workers", "usd_per_hour"}
+) - {"mixed_precision", "accumulation", "clip_grad"}
 
 
 def as_plain(cfg: Any) -> dict[str, Any]:
     """A config as what YAML and JSON can hold."""
-    return _plain(dataclasses.asdict(cfg))
+    return json.loads(json.dumps(dataclasses.asdict(cfg)))
 
 
 def repeatable(cfg: TrainConfig, stages: Sequence[Stage]) -> dict[str, Any]:
@@ -235,18 +218,6 @@ def repeatable(cfg: TrainConfig, stages: Sequence[Stage]) -> dict[str, Any]:
     left_out = cfg.read_by_curriculum() | {"budget"}
     kept = {name: value for name, value in as_plain(cfg).items() if name not in left_out}
     return {**kept, "stages": [as_plain(stage) for stage in stages]}
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    # jsonargparse's ranges are subclasses of float and int.
-    for kind in (float, int):
-        if isinstance(value, kind) and not isinstance(value, bool):
-            return kind(value)
-    return value
 
 
 def differences(cfg: TrainConfig, recorded: Mapping[str, Any]) -> list[str]:
@@ -261,21 +232,15 @@ def differences(cfg: TrainConfig, recorded: Mapping[str, Any]) -> list[str]:
 
 def adopt(cfg: TrainConfig, recorded: Mapping[str, Any]) -> None:
     """Take over a recorded run's settings, but for those that the user gave and for where it lives."""
-    for name in as_plain(cfg).keys() & recorded.keys() - cfg.given - {"output", "run_name", "resume"}:
-        value = read_stages(recorded[name]) if name == "stages" else recorded[name]
-        setattr(cfg, name, tuple(value) if isinstance(getattr(cfg, name), tuple) else value)
-
-
-def read_stages(plain: list[dict[str, Any]]) -> list[Stage]:
-    """Stages as `as_plain` wrote them."""
-    return [Stage(**s | {"frozen": tuple(s["frozen"])}) for s in plain]
+    names = vars(cfg).keys() & recorded.keys() - cfg.given - {"output", "run_name", "resume"}
+    vars(cfg).update(read_settings(types_of(type(cfg)), {name: recorded[name] for name in names}, "--resume"))
 
 
 # --- the command line ----------------------------------------------------------------------------------------------
 
 Config = TypeVar("Config", bound=TrainConfig)
 
-# How an annotation reads in a sentence.
+# How a type reads in a sentence.
 WORDS = {
     "PositiveInt": "a whole number above 0",
     "NonNegativeInt": "a whole number from 0",
@@ -285,58 +250,154 @@ WORDS = {
     "OpenUnitInterval": "a number between 0 and 1",
     "tuple": 'two numbers such as "[0.35, 1]"',
     "list": "a list of stages (README.md shows one)",
-    "None": "null",
+    "NoneType": "null",
     "bool": "true or false",
-    "int": "a whole number",
     "float": "a number",
     "str": "a text",
 }
+WRONG = (TypeError, ValueError, yaml.YAMLError)
 
 
-def parse_args(config_class: type[Config], description: str, args: list[str] | None = None) -> Config:
-    """The command line of a script: one flag per field, `--config FILE.yaml`, `--print_config`.
+def parse_args(config_class: type[Config], description: str, args: Sequence[str] | None = None) -> Config:
+    """The command line of a script: a flag per field, `--config FILE.yaml`, `--print_config`; of two, the later counts.
+
+    `--batch-size` stands for `--batch_size`, and `--debug` for `--debug true`.
 
     Raises:
-        SystemExit: with code 2 after one sentence, if a flag is unknown or its value out of range.
+        UserError: a flag is unknown or its value not of its type.
     """
-    import jsonargparse.typing
+    types, defaults, given = types_of(config_class), as_plain(config_class()), {}
 
-    words = _normalised(config_class, sys.argv[1:] if args is None else args)
+    class Read(argparse.Action):
+        def __call__(self, parser: Any, namespace: Any, value: Any, option: Any = None) -> None:
+            if self.dest == "config":
+                given.update(read_settings(types, _load(value), f"--config {value}"))
+            else:
+                given.update(read_settings(types, {self.dest: value}))
 
-    class OneSentenceParser(jsonargparse.ArgumentParser):
-        def error(self, message: str, ex: Exception | None = None) -> Never:
-            print(f"error: {explain(config_class, message, words)} (see --help)", file=sys.stderr)
-            raise SystemExit(2)
-
-    parser = OneSentenceParser(
+    parser = argparse.ArgumentParser(
         description=description,
         usage="%(prog)s [--config FILE.yaml] [--flag VALUE ...]",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
+        exit_on_error=False,
     )
-    parser.add_argument("--config", action="config", help="YAML file with any of these settings")
-    # The rooms' modules import their ranges for the type checker alone, so that they load without jsonargparse.
-    types = get_type_hints(config_class, localns=vars(jsonargparse.typing))
-    defaults = as_plain(config_class())
-    documented: set[str] = set()
+    parser.add_argument("--config", action=Read, metavar="FILE", help="YAML file with any of these settings")
+    parser.add_argument("--print_config", action="store_true", help="print all settings as YAML, and exit")
+    left = set(types)
     for kind in config_class.__mro__:
         # A script's own word for a setting comes before its room's.
-        own = {name: text for name, text in docs_of(kind).items() if name not in documented}
-        documented |= own.keys()
-        if not own:
-            continue
+        own = {name: text for name, text in docs_of(kind).items() if name in left}
+        left -= own.keys()
         group = parser.add_argument_group((kind.__doc__ or "").partition("\n")[0])
         for name, text in own.items():
-            shown = "" if defaults[name] in ("", []) else f" [{defaults[name]}]".replace("[None]", "[null]")
-            group.add_argument(f"--{name}", type=types[name], default=defaults[name], help=text + shown)
-    namespace = parser.parse_args(words)
-    cfg = config_class(**_without_config(parser.instantiate_classes(namespace)))
-    cfg.given = frozenset(_without_config(parser.parse_args(words, defaults=False)))
+            default = json.dumps(defaults[name]).replace('"', "")
+            text += f" [{in_words(types[name])}; {default}]"
+            alone = "?" if types[name] is bool else None
+            group.add_argument(
+                f"--{name}", action=Read, nargs=alone, const="true", metavar="VALUE", help=text
+            )
+    words = sys.argv[1:] if args is None else args
+    words = [re.sub("^--[^=]+", lambda flag: "--" + flag[0][2:].replace("-", "_"), word) for word in words]
+    try:
+        options, unknown = parser.parse_known_args(words)
+    except argparse.ArgumentError as error:
+        raise UserError(str(error).removeprefix("argument ")) from error
+    for word in unknown:
+        if word.startswith("--"):
+            read_settings(types, {word[2:].partition("=")[0]: None})
+        raise UserError(f"{word} follows no flag that takes it; every setting is a flag, such as --epochs 10")
+    cfg = config_class(**given)
+    cfg.given = frozenset(given)
+    if options.print_config:
+        print(yaml.safe_dump(as_plain(cfg), sort_keys=False))
+        raise SystemExit(0)
     return cfg
 
 
-def _fields(kind: type) -> dict[str, dataclasses.Field]:
-    return {f.name: f for f in dataclasses.fields(kind)} if dataclasses.is_dataclass(kind) else {}
+def _load(file: str) -> dict[str, Any]:
+    try:
+        plain = yaml.safe_load(Path(file).read_text())
+    except (OSError, *WRONG) as error:
+        raise UserError(f"--config {file} cannot be read: {' '.join(str(error).split())}") from error
+    if not isinstance(plain, dict):
+        raise UserError(f"--config {file} holds no settings such as `epochs: 10`")
+    return plain
+
+
+def read_settings(types: Mapping[str, Any], plain: Mapping[str, Any], where: str = "") -> dict[str, Any]:
+    """Settings of these types, from the command line's text or from what YAML and JSON hold.
+
+    Raises:
+        UserError: a name is no setting, or a value not of its type; says `where` it stands, if not on the command line.
+    """
+    read, before = {}, f"{where}: " if where else "--"
+    for name, value in plain.items():
+        if name not in types:
+            close = difflib.get_close_matches(str(name), types, n=3, cutoff=0.5)
+            hint = f"; did you mean {', '.join(each if where else f'--{each}' for each in close)}?"
+            raise UserError(f"{before}{name} is no setting{hint if close else ''} (see --help)")
+        try:
+            read[name] = _read(value, types[name], where or f"--{name}")
+        except WRONG as error:
+            if isinstance(error, UserError):
+                raise
+            raise UserError(f"{before}{name} takes {in_words(types[name])}, not {value}") from error
+    return read
+
+
+def read_stages(plain: Sequence[Any], place: str = "stages") -> list[Stage]:
+    """Stages as `as_plain` wrote them. UserError, TypeError: they are none."""
+    stages = []
+    for number, stage in enumerate(plain, 1):
+        settings = read_settings(types_of(Stage), dict(stage), f"{place}, stage {number}")
+        if "epochs" not in settings:
+            raise UserError(f"{place}, stage {number} lacks epochs")
+        stages.append(Stage(**settings))
+    return stages
+
+
+def _read(value: Any, kind: Any, place: str) -> Any:
+    """One value as its type has it; one of `WRONG`, if it is none."""
+    origin, options = get_origin(kind), get_args(kind)
+    if origin in (Union, UnionType):
+        for option in options:
+            with suppress(*WRONG):
+                return _read(value, option, place)
+        raise ValueError
+    if origin is Literal:
+        return options[options.index(value)]
+    if isinstance(value, str) and kind is not str:
+        # A pair may come without its brackets.
+        value = yaml.safe_load(f"[{value}]" if origin is tuple and "[" not in value else value)
+    if origin is tuple:
+        kinds = options[:1] * len(value) if ... in options else options
+        return tuple(_read(part, kind, place) for part, kind in zip(value, kinds, strict=True))
+    if origin is list:
+        return read_stages(value, place)
+    if kind in (str, bool, NoneType) and not isinstance(value, kind):
+        raise TypeError
+    return value if kind is NoneType else kind(value)
+
+
+def in_words(kind: Any) -> str:
+    """A type as a person would say it."""
+    if get_origin(kind) in (Union, UnionType):
+        return " or ".join(map(in_words, get_args(kind)))
+    if get_origin(kind) is Literal:
+        return ", ".join(get_args(kind))
+    if ... in get_args(kind):
+        return "a list of names"
+    return WORDS[(get_origin(kind) or kind).__name__]
+
+
+def types_of(kind: type) -> dict[str, Any]:
+    """The type of each field of a dataclass."""
+    import jsonargparse.typing
+
+    # The rooms' modules import their ranges for the type checker alone, so that they load without jsonargparse.
+    types = get_type_hints(kind, localns=vars(jsonargparse.typing))
+    return {f.name: types[f.name] for f in dataclasses.fields(kind)}
 
 
 def docs_of(kind: type) -> dict[str, str]:
@@ -350,96 +411,6 @@ def docs_of(kind: type) -> dict[str, str]:
         for field_node, doc in itertools.pairwise(tree.body)
         if isinstance(field_node, ast.AnnAssign) and isinstance(doc, ast.Expr)
     }
-
-
-def _without_config(namespace: Any) -> dict[str, Any]:
-    return {name: value for name, value in namespace.as_dict().items() if name != "config"}
-
-
-def _normalised(config_class: type[TrainConfig], args: list[str]) -> list[str]:
-    """Let `--batch-size` stand for `--batch_size`, `--debug` for `--debug true`, and `0.35,1` for `[0.35, 1]`."""
-    types = {name: str(f.type) for name, f in _fields(config_class).items()}
-    result = []
-    for arg, after in zip(args, [*args[1:], ""], strict=False):
-        if arg.startswith("--"):
-            flag, equals, value = arg.partition("=")
-            arg = flag.replace("-", "_").replace("__", "--", 1) + equals + value
-            if types.get(arg.removeprefix("--")) == "bool" and after not in ("true", "false"):
-                arg += "=true"
-        elif re.fullmatch(r"[\d.]+,[\d.]+", arg):
-            arg = f"[{arg}]"
-        result.append(arg)
-    return result
-
-
-def explain(config_class: type[TrainConfig], message: str, args: Sequence[str]) -> str:
-    """The parser's complaint as one sentence that names the flag and what it takes."""
-    fields = {**_fields(Stage), **_fields(config_class)}
-    values = {}
-    for arg, after in zip(args, [*args[1:], ""], strict=False):
-        flag, equals, own = arg.partition("=")
-        # --stages+ appends to a list, and is wrong in the same ways.
-        values[flag.removesuffix("+")] = own if equals else after
-    if unknown := re.search(
-        r"[Uu]nrecognized arguments: --([^ =]+)|Option '([^']+)' is not accepted", message
-    ):
-        flag, key = unknown.groups()
-        name, where, dashes = (flag, "", "--") if flag else (key, f"{_place(values)}: ", "")
-        close = difflib.get_close_matches(name.replace("-", "_"), fields, n=3, cutoff=0.5)
-        hint = f"; did you mean {', '.join(dashes + each for each in close)}?" if close else ""
-        return f"{where}{dashes}{name} is no setting{hint}"
-    if alone := re.search(r"[Uu]nrecognized arguments: (.*)", message):
-        return f"{alone[1]} follows no flag that takes it; every setting is a flag, such as --epochs 10"
-    if "are required" in message:
-        return f"{_place(values)} lacks {message.rpartition(': ')[2]}"
-    if "Unexpected config" in message:
-        return f"--config {values['--config']} holds no settings such as `epochs: 10`"
-    keys = [key for key in re.findall(r'Parser key "(\w+)"', message) if key in fields]
-    if not keys:
-        return " ".join(message.split())
-    key = keys[-1]
-    given = re.search(
-        r"Given value: (.*)|Got value: (.*)|type \w+: (\S+) does not conform|: '(.*)'$", message
-    )
-    refused = next(filter(None, given.groups()), "") if given else ""
-    own = values.get(f"--{key}", "")
-    # A key of a stage, or of a file, bears no dashes; the flag of that name may be right beside it.
-    if f"--{key}" not in values or refused.replace(" ", "") not in ("", own.replace(" ", "")):
-        where = f"{_place(values)}: {key}"
-    else:
-        where, refused = f"--{key}", own
-    if ", stage " in where:
-        fields |= _fields(Stage)
-    return f"{where} takes {in_words(str(fields[key].type))}" + (f", not {refused}" if refused else "")
-
-
-def _place(values: Mapping[str, str]) -> str:
-    """Where a key without dashes stands: in a file or in --stages, and the first stage with a fault, if there is one."""
-    import jsonargparse
-    import yaml
-
-    place, stages = "--stages", yaml.safe_load(values.get("--stages", ""))
-    if stages is None:
-        place = f"--config {values['--config']}"
-        stages = yaml.safe_load(Path(values["--config"]).read_text()).get("stages")
-    parser = jsonargparse.ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(Stage)
-    for number, stage in enumerate(stages if isinstance(stages, list) else [], 1):
-        try:
-            parser.parse_object(stage)
-        except (argparse.ArgumentError, TypeError):
-            return f"{place}, stage {number}"
-    return place
-
-
-def in_words(annotation: str) -> str:
-    """An annotation as a person would say it."""
-    parts = []
-    for part in re.split(r" \| ", annotation):
-        literal = re.fullmatch(r"Literal\[(.*)\]", part)
-        word = re.sub("[\"']", "", literal[1]) if literal else WORDS.get(part.partition("[")[0], part)
-        parts.append(word)
-    return " or ".join(parts)
 
 
 def run_script(main: Callable[[Config], None], config_class: type[Config], description: str) -> None:

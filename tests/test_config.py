@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from common import UserError
-from common.config import parse_args, run_script
+from common.config import as_plain, parse_args, run_script
 from common.scheduling import Stage, scale_stages
 from tests.helpers import last_checkpoint, make_images, run_training
 from train_hybrid import EXPERT_STAGES, HybridConfig
@@ -27,6 +27,36 @@ def test_flags_yaml_and_defaults_meet(tmp_path):
     (tmp_path / "c.yaml").write_text("epochs: 7\nlr: 0.3\n")
     cfg = parse_args(StandardConfig, "", ["--config", str(tmp_path / "c.yaml"), "--lr", "auto", "--debug"])
     assert (cfg.epochs, cfg.lr, cfg.debug, cfg.batch_size) == (7, "auto", True, 512)
+
+
+@pytest.mark.parametrize(
+    ("words", "name", "value"),
+    [
+        ("--lr 1e-4", "lr", 1e-4),
+        ("--batch-size 3", "batch_size", 3),
+        ("--batch_size=3 --batch_size 4", "batch_size", 4),
+        ("--debug --epochs 2", "debug", True),
+        ("--channels_last false", "channels_last", False),
+        ("--crop_scale 0.35,1", "crop_scale", (0.35, 1.0)),
+        ("--crop_scale [0.35,1]", "crop_scale", (0.35, 1.0)),
+        ("--clip_grad null", "clip_grad", None),
+        ("--mixed_precision no", "mixed_precision", "no"),
+        ("--run_name 2024", "run_name", "2024"),
+        ('--stages [{"epochs":1,"mixup":false,"frozen":["a","b"]}]', "stages", [Stage(1, mixup=False, frozen=("a", "b"))]),
+    ],
+)  # fmt: skip
+def test_values_as_they_are_written(words, name, value, tmp_path):
+    cfg = parse_args(StandardConfig, "", words.split())
+    assert getattr(cfg, name) == value
+    assert name in cfg.given
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(as_plain(cfg)))
+    again = parse_args(StandardConfig, "", ["--config", str(tmp_path / "c.yaml")])
+    assert again == cfg
+
+
+def test_numbers_in_yaml_may_have_an_exponent(tmp_path):
+    (tmp_path / "c.yaml").write_text("lr: 1e-4")
+    assert parse_args(StandardConfig, "", ["--config", str(tmp_path / "c.yaml")]).lr == 1e-4
 
 
 def test_stages_from_yaml(tmp_path):

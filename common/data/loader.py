@@ -12,8 +12,8 @@ import math
 import os
 import signal
 import threading
+from collections import deque
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -39,10 +39,7 @@ log = logging.getLogger(__name__)
 
 PREFETCH = 4  # batches that each worker keeps ready
 MAX_WORKERS = 16
-CGROUP_QUOTAS = (  # file of the quota, and of its period
-    ("/sys/fs/cgroup/cpu.max", None),  # v2: both in one line
-    ("/sys/fs/cgroup/cpu/cpu.cfs_quota_us", "/sys/fs/cgroup/cpu/cpu.cfs_period_us"),  # v1
-)
+CPU_MAX = Path("/sys/fs/cgroup/cpu.max")  # a container's quota and period, us
 
 
 @dataclass
@@ -59,12 +56,10 @@ class LoaderSettings:
 def available_workers() -> int:
     """Share the CPUs this process may use (affinity, cgroup quota) among the machine's training processes."""
     cpus = float(len(os.sched_getaffinity(0)))
-    for quota_file, period_file in CGROUP_QUOTAS:
-        if Path(quota_file).exists():
-            words = Path(quota_file).read_text().split()
-            words += Path(period_file).read_text().split() if period_file else []
-            if words[0] not in ("max", "-1"):
-                cpus = min(cpus, int(words[0]) / int(words[1]))
+    if CPU_MAX.exists():
+        quota, period = CPU_MAX.read_text().split()
+        if quota != "max":
+            cpus = min(cpus, int(quota) / int(period))
     return max(1, min(MAX_WORKERS, math.ceil(cpus) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
 
 
@@ -99,8 +94,11 @@ class _BatchDecoder(Dataset):
         array = self.slots[slot].images(item) if slot is not None else np.empty(shape, np.uint8)
         images = torch.from_numpy(array).permute(0, 3, 1, 2)
         replaced: list[tuple[str, str]] = []
-        with _one_thread():
-            failure = self._fill(images, item, replaced)
+        # Many images at once, not many threads on one.
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        failure = self._fill(images, item, replaced)
+        torch.set_num_threads(threads)
         return _Answer(item, slot, images if slot is None else None, replaced, failure)
 
     def _fill(self, images: torch.Tensor, item: BatchItem, replaced: list[tuple[str, str]]) -> str | None:
@@ -109,8 +107,10 @@ class _BatchDecoder(Dataset):
         wanted = item.indices % len(source)
         indices = wanted.copy()
         while True:
+            encoded: list[np.ndarray] = []
             try:
-                encoded = self._read(source, indices, min(item.height, item.width))
+                for index in indices.tolist():
+                    encoded.append(source.read(index, min(item.height, item.width)))
                 sizes = source.sizes()[indices] if source.prepared else None
                 decode_batch(encoded, item, self.seed, images, sizes)
                 if item.view.auto_augment != "none":
@@ -120,6 +120,8 @@ class _BatchDecoder(Dataset):
                 return str(error)
             except DecodeError as error:
                 position, why = error.position, str(error)
+            except OSError as error:
+                position, why = len(encoded), error.strerror or str(error)
             path = source.describe(int(indices[position]))
             if not self.skip_unreadable:
                 return f"cannot decode {path}: {why}; remove it, or pass --skip_unreadable"
@@ -129,27 +131,6 @@ class _BatchDecoder(Dataset):
             indices[position] = same[np.searchsorted(same, indices[position], "right") % len(same)]
             if indices[position] == wanted[position]:
                 return f"cannot decode {path}: {why}; nor any other image of its class"
-
-    @staticmethod
-    def _read(source: Source, indices: np.ndarray, short_side: int) -> list[np.ndarray]:
-        encoded: list[np.ndarray] = []
-        try:
-            for index in indices.tolist():
-                encoded.append(source.read(index, short_side))
-        except OSError as error:
-            raise DecodeError(error.strerror or str(error), len(encoded)) from error
-        return encoded
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Work on many images at once, not with many threads on one."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 class _Sampler:
@@ -271,26 +252,25 @@ class Loader:
 
     def _prefetched(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         """Copy one batch ahead on a stream of its own, while the device works on the one before."""
-        copies = self._copies(batches)
-        following = next(copies, None)
-        while following is not None:
-            batch, copied = following
-            following = next(copies, None)
-            compute = torch.cuda.current_stream(self.device)
-            compute.wait_event(copied)
-            for tensor in (batch.images, batch.labels):
-                # Its memory may not be used anew before compute is done with it.
-                tensor.record_stream(compute)
-            yield batch
-
-    def _copies(self, batches: Iterator[Batch]) -> Iterator[tuple[Batch, torch.cuda.Event]]:
         side = torch.cuda.Stream(self.device)
+        ahead: deque[tuple[Batch, torch.cuda.Event]] = deque()
         for batch in batches:
             with torch.cuda.stream(side):
                 images = batch.images.to(self.device, non_blocking=True)
                 labels = batch.labels.to(self.device, non_blocking=True)
-                copied = side.record_event()
-            yield batch._replace(images=images, labels=labels), copied
+                ahead.append((batch._replace(images=images, labels=labels), side.record_event()))
+            if len(ahead) == 2:
+                yield self._copied(*ahead.popleft())
+        for last in ahead:
+            yield self._copied(*last)
+
+    def _copied(self, batch: Batch, copied: torch.cuda.Event) -> Batch:
+        compute = torch.cuda.current_stream(self.device)
+        compute.wait_event(copied)
+        for tensor in (batch.images, batch.labels):
+            # Its memory may not be used anew before compute is done with it.
+            tensor.record_stream(compute)
+        return batch
 
     def close(self) -> None:
         """End the workers."""

@@ -1,12 +1,9 @@
 """A small set of pictures, drawn from nothing, so that every script runs without a download.
 
-    python -m common.data.sample [--out DIR]
-
 Ten shapes in random colours, pose, size and place, in front of random backgrounds with distractors. Colour,
 place and size say nothing about the class; the outline does.
 """
 
-import argparse
 import io
 import shutil
 import sys
@@ -110,20 +107,3 @@ def ensure_sample_data(cache: Path | None = None) -> Path:
             shutil.rmtree(unfinished, ignore_errors=True)
             raise UserError(f"cannot write the sample data to {folder}: {error.strerror}") from error
     return folder
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m common.data.sample",
-        description="Make the small sample data set: 10 classes of drawn shapes, 2,000 train and 500 val.",
-    )
-    where = f"folder to put {VERSION} into (default: ~/.cache/image-classification-training)"
-    parser.add_argument("--out", type=Path, help=where)
-    try:
-        print(ensure_sample_data(parser.parse_args().out))
-    except UserError as error:
-        parser.exit(2, f"error: {error}\n")
-
-
-if __name__ == "__main__":
-    main()

@@ -240,7 +240,7 @@ def test_a_class_without_any_readable_image(tree):
 def test_workers_come_from_the_cpus_this_process_may_use(monkeypatch, tmp_path):
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
     quota = tmp_path / "cpu.max"
-    monkeypatch.setattr(loader_module, "CGROUP_QUOTAS", ((quota, None),))
+    monkeypatch.setattr(loader_module, "CPU_MAX", quota)
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(12)))
     assert available_workers() == 12
     quota.write_text("max 100000\n")

@@ -1,7 +1,7 @@
 """Arrow tables as sources: Hugging Face datasets, and pyramids of smaller copies."""
 
 import re
-from itertools import pairwise
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -101,9 +101,16 @@ def find_places(column: pa.ChunkedArray) -> Places:
     return Places(chunks, *(np.concatenate(parts) for parts in (numbers, starts, lengths)))
 
 
-def choose_level(levels: list[int], short_side: int) -> int:
-    """The smallest level with a margin as Resize(256) leaves for CenterCrop(224); else the largest."""
-    return next((level for level in levels if level >= short_side * 8 // 7), levels[-1])
+def read_level(levels: list[int], short_side: int, read: Callable[[int], np.ndarray]) -> np.ndarray:
+    """Read an image from the smallest level with a margin as Resize(256) leaves for CenterCrop(224); else from the largest.
+
+    Small images are stored once: where a level has none (`read(level)` is empty), the next smaller one has it.
+    """
+    wanted = next((level for level in levels if level >= short_side * 8 // 7), levels[-1])
+    for level in reversed(levels[: levels.index(wanted) + 1]):
+        if len(encoded := read(level)):
+            break
+    return encoded
 
 
 class ArrowSource:
@@ -131,22 +138,12 @@ class ArrowSource:
         self.prepared = columns.prepared
         self._places = {level: find_places(table.column(name)) for level, name in columns.levels.items()}
         self._levels = list(columns.levels)
-        self._fill_missing()
-
-    def _fill_missing(self) -> None:
-        """Let a level point at the next smaller one for small images, which are stored once."""
-        for below, above in pairwise(self._levels):
-            smaller, larger = self._places[below], self._places[above]
-            missing = larger.length == 0
-            larger.chunk[missing] = smaller.chunk[missing] + len(larger.chunks)
-            larger.start[missing], larger.length[missing] = smaller.start[missing], smaller.length[missing]
-            larger.chunks.extend(smaller.chunks)
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def read(self, index: int, short_side: int) -> np.ndarray:
-        return self._places[choose_level(self._levels, short_side)].read(index)
+        return read_level(self._levels, short_side, lambda level: self._places[level].read(index))
 
     def describe(self, index: int) -> str:
         place = int(np.searchsorted(self._first_rows, index, "right")) - 1

@@ -10,7 +10,7 @@ import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -21,6 +21,8 @@ from common.data.sources.cache import cache_folder, derived, fingerprint_of
 from common.data.sources.sizes import cached_sizes
 
 log = logging.getLogger(__name__)
+
+MANIFEST = b"manifest"
 
 
 class FolderSource:
@@ -34,64 +36,45 @@ class FolderSource:
     group_rows = None
 
     def __init__(self, folder: Path):
-        self.folder = folder.resolve()
-        self.location = str(self.folder)
-        self._root = os.fsencode(self.folder) + b"/"
-        root = self._root
+        folder = folder.resolve()
+        self.location = str(folder)
+        self._root = root = os.fsencode(folder) + b"/"
+        cached = cache_folder() / "manifests" / f"{hashlib.sha256(root).hexdigest()[:16]}.arrow"
         manifest = derived(
-            _manifest_path(root), lambda: _scan(root), lambda table: _read_manifest(table, root)
+            cached, lambda: _scan(root), lambda table: table if _current(table, root) else None
         )
         if manifest is None:
-            raise UserError(f"{self.folder} changes while it is being listed")
-        self._manifest = manifest
-        self.classes, self.labels, self.fingerprint = manifest.classes, manifest.labels, manifest.fingerprint
+            raise UserError(f"{folder} changes while it is being listed")
+        facts = _facts(manifest)
+        self.classes, self.fingerprint, self._place = facts["classes"], facts["fingerprint"], facts["place"]
+        self._paths, self.labels = manifest.column("path").chunk(0), manifest.column("label").to_numpy()
 
     def __len__(self) -> int:
         return len(self.labels)
 
-    def _path(self, index: int) -> bytes:
-        _, _, _, offsets, paths, _ = self._manifest
-        return self._root + paths[offsets[index] : offsets[index + 1]].tobytes()
+    def _read(self, index: int, limit: int = -1) -> np.ndarray:
+        with open(self._root + self._paths[index].as_py(), "rb", buffering=0) as file:
+            return np.frombuffer(file.read(limit), np.uint8)
 
     def read(self, index: int, short_side: int) -> np.ndarray:
-        with open(self._path(index), "rb", buffering=0) as file:
-            return np.frombuffer(file.read(), np.uint8)
-
-    def _read_head(self, index: int) -> np.ndarray:
-        with open(self._path(index), "rb", buffering=0) as file:
-            return np.frombuffer(file.read(HEAD_BYTES), np.uint8)
+        return self._read(index)
 
     def describe(self, index: int) -> str:
-        return os.fsdecode(self._path(index))
+        return os.fsdecode(self._root + self._paths[index].as_py())
 
     def sizes(self) -> np.ndarray:
-        return cached_sizes(self, self._manifest.place, self._read_head)
-
-
-class _Manifest(NamedTuple):
-    classes: list[str]
-    fingerprint: str  # of names and classes: the same for a copy elsewhere
-    place: str  # of this folder at this time: copies may hold other pixels under the same names
-    offsets: np.ndarray  # int64 [N + 1]
-    paths: np.ndarray  # uint8, all names one after the other
-    labels: np.ndarray  # int64 [N]
-
-
-def _manifest_path(root: bytes) -> Path:
-    return cache_folder() / "manifests" / f"{hashlib.sha256(root).hexdigest()[:16]}.arrow"
+        return cached_sizes(self, self._place, lambda index: self._read(index, HEAD_BYTES))
 
 
 def _scan(root: bytes) -> pa.Table:
-    """List a tree: a row per image, by class and name; directories and their times in the metadata.
+    """List a tree: a row per image, by class and name, and in the metadata what a `FolderSource` has to know.
 
     Raises:
         UserError: no class folders, or an empty one.
     """
     log.info("listing the images of %s", os.fsdecode(root))
     directories = [("", os.stat(root).st_mtime_ns)]
-    classes: list[str] = []
-    lengths: list[np.ndarray] = []
-    blobs: list[bytes] = []
+    paths: list[bytes] = []
     counts: list[int] = []
 
     def images_below(prefix: bytes) -> Iterator[bytes]:
@@ -104,51 +87,42 @@ def _scan(root: bytes) -> pa.Table:
                 elif entry.name.lower().endswith(_EXTENSIONS) and not entry.name.startswith(b"."):
                     yield prefix + entry.name
 
-    for name in sorted(os.fsdecode(entry.name) for entry in os.scandir(root) if entry.is_dir()):
-        paths = list(images_below(os.fsencode(name) + b"/"))
-        if not paths:
-            raise UserError(f"{os.fsdecode(root)}{name} holds no images; remove the folder or fill it")
-        classes.append(name)
-        counts.append(len(paths))
-        lengths.append(np.fromiter(map(len, paths), np.int64, len(paths)))
-        blobs.append(b"".join(paths))
+    classes = sorted(os.fsdecode(entry.name) for entry in os.scandir(root) if entry.is_dir())
     if not classes:
         raise UserError(f"{os.fsdecode(root)} holds no class folders; expected <class>/<image>.jpg below it")
-
-    offsets = np.concatenate([[0], np.cumsum(np.concatenate(lengths))])
-    blob = b"".join(blobs)
-    paths = pa.LargeBinaryArray.from_buffers(
-        pa.large_binary(), len(offsets) - 1, [None, pa.py_buffer(offsets), pa.py_buffer(blob)]
-    )
+    for name in classes:
+        found = list(images_below(os.fsencode(name) + b"/"))
+        if not found:
+            raise UserError(f"{os.fsdecode(root)}{name} holds no images; remove the folder or fill it")
+        paths += found
+        counts.append(len(found))
     labels = np.repeat(np.arange(len(classes), dtype=np.int64), counts)
-    metadata = {
-        "classes": json.dumps(classes),
-        "directories": json.dumps(directories),
-        "fingerprint": fingerprint_of(classes, offsets, np.frombuffer(blob, np.uint8), labels),
+    # Of names and classes: the same for a copy elsewhere.
+    fingerprint = fingerprint_of(classes, np.frombuffer(b"\0".join(paths), np.uint8), labels)
+    facts = {
+        "classes": classes,
+        "directories": directories,
+        "fingerprint": fingerprint,
+        # Of this folder at this time: copies may hold other pixels under the same names.
+        "place": fingerprint_of(root, directories, fingerprint),
     }
-    return pa.table({"path": paths, "label": labels}).replace_schema_metadata(metadata)
+    table = pa.table({"path": pa.array(paths, pa.large_binary()), "label": labels})
+    return table.replace_schema_metadata({MANIFEST: json.dumps(facts)})
 
 
 _EXTENSIONS = tuple(extension.encode() for extension in EXTENSIONS)
 
 
-def _read_manifest(table: pa.Table | None, root: bytes) -> _Manifest | None:
-    """Unpack a manifest; None where there is none, it is damaged, or a directory has changed since."""
-    if table is None or table.schema.names != ["path", "label"]:
-        return None
-    metadata = {key.decode(): value.decode() for key, value in (table.schema.metadata or {}).items()}
+def _facts(manifest: pa.Table) -> dict[str, Any]:
+    return json.loads(manifest.schema.metadata[MANIFEST])
+
+
+def _current(manifest: pa.Table | None, root: bytes) -> bool:
+    """Whether there is a manifest, and no directory has changed since."""
+    if manifest is None or MANIFEST not in (manifest.schema.metadata or {}):
+        return False
     try:
-        for name, modified in json.loads(metadata["directories"]):
-            if os.stat(root + os.fsencode(name)).st_mtime_ns != modified:
-                return None
-        classes, fingerprint = json.loads(metadata["classes"]), metadata["fingerprint"]
-    except (OSError, KeyError, ValueError):
-        return None
-    _, offsets, paths = table.column("path").chunk(0).buffers()
-    labels = table.column("label").chunk(0).to_numpy()
-    offsets = np.frombuffer(offsets, np.int64)[: len(labels) + 1]
-    paths = np.frombuffer(paths, np.uint8)[: offsets[-1]]
-    if fingerprint_of(classes, offsets, paths, labels) != fingerprint:
-        return None
-    place = fingerprint_of(root, metadata["directories"], fingerprint)
-    return _Manifest(classes, fingerprint, place, offsets, paths, labels)
+        times = _facts(manifest)["directories"]
+        return all(os.stat(root + os.fsencode(name)).st_mtime_ns == modified for name, modified in times)
+    except OSError:
+        return False

@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from time import sleep
 from typing import TypeVar
+from urllib.parse import quote
 
 from pyarrow import fs
 from tqdm import tqdm
@@ -22,33 +23,23 @@ Fetched = TypeVar("Fetched")
 
 
 class Storage:
-    """Files below a URL: s3://, hf:// or a folder. Each process has its own connections, after a fork too."""
+    """Files below a URL: s3://, hf:// or a folder. Each process has its own connections, after a fork too.
+
+    Credentials, region and AWS_ENDPOINT_URL are read by Arrow, from where other programs read them.
+    """
 
     def __init__(self, url: str):
         self.url = url
-        scheme, _, path = url.rpartition("://")
-        self.root = path.rstrip("/") if scheme else str(Path(url).expanduser().resolve())
-        self._scheme = scheme
-        self._process, self._system = 0, None
+        self._process = 0
+        self.root: str
+        self._system: fs.FileSystem
 
     def system(self) -> fs.FileSystem:
         if self._process != os.getpid():
-            self._process, self._system = os.getpid(), self._connect()
+            url = quote(self.url, ":/") if "://" in self.url else str(Path(self.url).expanduser().resolve())
+            self._system, self.root = fs.FileSystem.from_uri(url)
+            self._process = os.getpid()
         return self._system
-
-    def _connect(self) -> fs.FileSystem:
-        if self._scheme == "s3":
-            endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
-            region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
-            if not region and not endpoint:
-                region = fs.resolve_s3_region(self.root.partition("/")[0])
-            scheme, _, host = (endpoint or "https://").rpartition("://")
-            return fs.S3FileSystem(endpoint_override=host or None, scheme=scheme or "https", region=region)
-        if self._scheme == "hf":
-            from huggingface_hub import HfFileSystem
-
-            return fs.PyFileSystem(fs.FSSpecHandler(HfFileSystem()))
-        return fs.LocalFileSystem()
 
     def files(self) -> list[fs.FileInfo]:
         """List Parquet and Arrow files, sorted by name.
@@ -57,7 +48,8 @@ class Storage:
             UserError: the storage cannot be reached, or there are none.
         """
         try:
-            found = self.system().get_file_info(fs.FileSelector(self.root, recursive=True))
+            system = self.system()
+            found = system.get_file_info(fs.FileSelector(self.root, recursive=True))
         except OSError as error:
             raise UserError(f"--data_dir {self.url} cannot be read: {_first_line(error)}") from error
         shards = [info for info in found if info.is_file and info.extension in ("parquet", "arrow")]

@@ -13,11 +13,10 @@ the machine map it: a row group travels once, whoever asks first.
 import logging
 import os
 import re
-from collections import OrderedDict
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +25,7 @@ import pyarrow.parquet as pq
 from pyarrow import fs
 
 from common import UserError
-from common.data.sources.arrow import Places, choose_level, find_columns, find_places, read_small
+from common.data.sources.arrow import Places, find_columns, find_places, read_level, read_small
 from common.data.sources.base import VAL_NAMES, MissingSplit
 from common.data.sources.cache import cache_folder, derived, locked, map_arrow, write_arrow
 from common.data.sources.remote import Storage
@@ -94,7 +93,7 @@ class StreamSource:
         first = np.flatnonzero(np.diff(shard, prepend=-1) | np.diff(group, prepend=-1))
         self._first_rows, self._groups = first, np.stack([shard[first], group[first]], 1)
         self.group_rows = np.diff(first, append=len(rows))
-        self._mapped: OrderedDict[tuple[int, int], Places] = OrderedDict()
+        self._group = lru_cache(MAPPED)(self._map)
 
     def _read_rows(self, columns: list[str]) -> pa.Table:
         """Read all that is not images, and where each row lies: once, and then from the cache folder."""
@@ -126,22 +125,11 @@ class StreamSource:
 
     def read(self, index: int, short_side: int) -> np.ndarray:
         number, row = self._place(index)
-        wanted = choose_level(self._levels, short_side)
-        for level in reversed(self._levels[: self._levels.index(wanted) + 1]):
-            encoded = self._group(number, level).read(row)
-            if len(encoded):  # a small image is stored in a smaller level only
-                break
-        return encoded
+        return read_level(self._levels, short_side, lambda level: self._group(number, level).read(row))
 
-    def _group(self, number: int, level: int) -> Places:
+    def _map(self, number: int, level: int) -> Places:
         """Map a group's images, fetching them if no process has before."""
-        key = number, level
-        if key not in self._mapped:
-            self._mapped[key] = find_places(self._fetched(number, level).column(0))
-            if len(self._mapped) > MAPPED:
-                self._mapped.popitem(last=False)
-        self._mapped.move_to_end(key)
-        return self._mapped[key]
+        return find_places(self._fetched(number, level).column(0))
 
     def _fetched(self, number: int, level: int) -> pa.Table:
         path = self._folder / f"{number}-{level}.arrow"
