@@ -291,8 +291,9 @@ def parse_args(config_class: type[Config], description: str, args: Sequence[str]
         left -= own.keys()
         group = parser.add_argument_group((kind.__doc__ or "").partition("\n")[0])
         for name, text in own.items():
-            default = json.dumps(defaults[name]).replace('"', "")
-            text += f" [{in_words(types[name])}; {default}]"
+            default = json.dumps(defaults[name]).strip('"[]')
+            shown = [in_words(types[name])] * (types[name] is not str) + [default] * bool(default)
+            text += f" [{'; '.join(shown)}]" if shown else ""
             alone = "?" if types[name] is bool else None
             group.add_argument(
                 f"--{name}", action=Read, nargs=alone, const="true", metavar="VALUE", help=text
