@@ -69,9 +69,6 @@ class Trainer:
         self.recent: deque = deque(maxlen=2 * NAN_PATIENCE)
         self.started = time.monotonic() - state.progress.wall_s
         self.lapped = run.started
-        if run.calibration_s:
-            state.progress.seconds["calibration"] = run.calibration_s
-            self.lapped += run.calibration_s
         self.lap("start")
         if run.cfg.compile:
             # One graph per shape and frozen set, known beforehand.
@@ -121,15 +118,9 @@ class Trainer:
             100 * stage.data_fraction,
             frozen,
         )
-        with out_of_memory_advice(epoch, self.plan.micro_batch(epoch.stage_index)):
-            warm_up(
-                self.run,
-                self.net,
-                model,
-                epoch,
-                self.plan,
-                stage_shapes(stage, self.batches.train, self.run.cfg),
-            )
+        size = self.plan.micro_batch(epoch.stage_index)
+        with out_of_memory_advice(epoch, size):
+            warm_up(run, self.net, model, size, stage_shapes(stage, self.batches.train, run.cfg))
         self.lap("compile")
 
     def _prepare_net(self) -> None:
