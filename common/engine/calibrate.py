@@ -1,30 +1,24 @@
 """A run under a budget: measure what its stages take here, then plan the longest that fits."""
 
 import copy
-import json
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
-import torch
-from accelerate.utils import broadcast_object_list
 from torch import nn
 
 from common import UserError
 from common.data.sources.base import Source
-from common.data.sources.cache import cache_folder, fingerprint_of
 from common.engine.evaluate import GRID_EVALUATIONS
 from common.engine.measure import measure, measure_save, slowest
 from common.engine.peak import TrainStep
 from common.engine.setup import assembled
 from common.engine.trainer import Trainer
-from common.run import checkpoint
 from common.run.progress import clock
 from common.run.run import Run
-from common.scheduling import Stage, scale_stages
+from common.scheduling import scale_stages
 from common.scheduling.budget import Costs, Measured, Outcome, plan_budget
 from common.scheduling.recipe import Facts, Recipe, adapt
 
@@ -36,47 +30,35 @@ def within_budget(
     run: Run, model: nn.Module, train: Source, val: Source, train_step: TrainStep, facts: Facts
 ) -> tuple[Recipe, dict[str, Any]]:
     """Stages and settings of the longest run that fits into `--budget`, and `Progress.forecast`. A collective."""
-    cfg, budget_s = run.cfg, run.cfg.budget_s()
+    cfg, budget_s, listed = run.cfg, run.cfg.budget_s(), run.cfg.stages_in_force()
     if "epochs" in cfg.given:
         raise UserError("--budget decides the number of epochs; leave out --epochs, or --budget")
-    listed = cfg.stages_in_force()
+    began = time.monotonic()
+    (start_s,) = slowest(run, began - run.started)
 
-    def plan(costs: Costs) -> Outcome:
+    def plan(measured: Iterable[Measured], save_s: float) -> Outcome:
+        (calibration_s,) = slowest(run, time.monotonic() - began)
         return plan_budget(
             listed,
             vars(cfg),
             cfg.given,
             facts,
-            costs,
+            Costs(tuple(measured), start_s, calibration_s, save_s),
             budget_s,
             evaluations=cfg.final_eval * GRID_EVALUATIONS,
             streaming=train.group_rows is not None,
         )
 
-    kept = _cache_file(run, train, val, listed)
-    found = [_read(run, kept) if cfg.dry_run and run.is_main else None]
-    if run.accelerator.num_processes > 1:
-        # Another machine's cache may hold another calibration, or none.
-        broadcast_object_list(found)
-    (costs,) = found
-    if costs is None:
-        began = time.monotonic()
-        (start_s,) = slowest(run, began - run.started)
-        recipe = adapt(scale_stages(listed, FIRST_LENGTH), vars(cfg), cfg.given, facts, cfg.recipe)
-        with _tried(run, recipe, model, train, val) as t:
-            first = measure(t, train_step, 0.0)
-        # The recipe's batches follow the length, so the first ones were a guess; between two that were measured lies a line.
-        recipe = plan(Costs(tuple(first), start_s, *slowest(run, time.monotonic() - began))).whole.recipe
-        with _tried(run, recipe, model, train, val) as t:
-            planned = measure(t, train_step, SHARE * budget_s / len(recipe.stages))
-            save_s = measure_save(t)
-        known = {m[:4]: m for m in (*first, *planned)}
-        (calibration_s,) = slowest(run, time.monotonic() - began)
-        costs = Costs(tuple(known.values()), start_s, calibration_s, save_s)
-        if run.is_main:
-            kept.parent.mkdir(parents=True, exist_ok=True)
-            checkpoint.write_durably(kept, json.dumps({"time": time.time(), **costs._asdict()}).encode())
-    outcome = plan(costs)
+    recipe = adapt(scale_stages(listed, FIRST_LENGTH), vars(cfg), cfg.given, facts, cfg.recipe)
+    with _tried(run, recipe, model, train, val) as t:
+        first = measure(t, train_step, 0.0)
+    # The recipe's batches follow the length, so the first ones were a guess; between two that were measured lies a line.
+    recipe = plan(first, 0.0).whole.recipe
+    with _tried(run, recipe, model, train, val) as t:
+        planned = measure(t, train_step, SHARE * budget_s / len(recipe.stages))
+        save_s = measure_save(t)
+    # Of the same batch, the longer measurement.
+    outcome = plan({m[:4]: m for m in (*first, *planned)}.values(), save_s)
     low, high = outcome.whole.interval_s()
     run.log.info("%s", _describe(run, outcome, budget_s))
     forecast = {"budget_s": budget_s, "low_s": low, "high_s": high, "parts": outcome.whole.parts}
@@ -103,31 +85,6 @@ def _tried(run: Run, recipe: Recipe, model: nn.Module, train: Source, val: Sourc
     # Accelerate holds on to all that it prepared, and would unscale the copy's gradients too.
     accelerator._models.clear()
     accelerator._optimizers.clear()
-
-
-# --- what is kept for the pre-flight, and what is said -------------------------------------------------------------
-
-
-def _cache_file(run: Run, train: Source, val: Source, listed: list[Stage]) -> Path:
-    cfg, accelerator = run.cfg, run.accelerator
-    device = torch.cuda.get_device_name() if accelerator.device.type == "cuda" else "cpu"
-    machine = (device, accelerator.num_processes, torch.get_num_threads(), torch.__version__)
-    settings = [
-        cfg.model, cfg.mixed_precision, cfg.channels_last, cfg.compile, cfg.accumulation, cfg.auto_batch, cfg.workers,
-        cfg.ema, cfg.optimizer, cfg.recipe, cfg.rect_val, cfg.rect_area, sorted(cfg.given - {"budget", "dry_run"}), listed,
-    ]  # fmt: skip
-    name = fingerprint_of(Measured._fields, machine, settings, train.fingerprint, val.fingerprint)
-    return cache_folder() / "calibrations" / f"{name}.json"
-
-
-def _read(run: Run, path: Path) -> Costs | None:
-    """The calibration that was kept, if there is one."""
-    if not path.exists():
-        return None
-    kept: dict[str, Any] = json.loads(path.read_text())
-    run.log.info("calibrated %s ago; a run calibrates anew", clock(time.time() - kept.pop("time")))
-    measured = (Measured(*m)._replace(frozen=tuple(m[2])) for m in kept.pop("measured"))
-    return Costs(tuple(measured), **kept)
 
 
 def _describe(run: Run, outcome: Outcome, budget_s: float) -> str:

@@ -2,8 +2,7 @@
 
 import time
 from collections.abc import Iterator
-from dataclasses import replace
-from itertools import chain, count, cycle, islice
+from itertools import cycle, islice
 from pathlib import Path
 from statistics import fmean, stdev
 from tempfile import TemporaryDirectory
@@ -11,10 +10,9 @@ from tempfile import TemporaryDirectory
 import torch
 
 from common.data.loader import PREFETCH, Batch
-from common.data.order import BatchItem
 from common.engine.evaluate import one_view
 from common.engine.memory import out_of_memory_advice
-from common.engine.peak import TrainStep
+from common.engine.peak import TrainStep, endless_items
 from common.engine.trainer import Trainer
 from common.run import checkpoint
 from common.run.plots import write_plots
@@ -59,7 +57,8 @@ def measure_stage(t: Trainer, epoch: EpochPlan, train_step: TrainStep, limit_s: 
     t.enter_stage(epoch)
     t.begin_epoch(epoch)
     enter_s = time.monotonic() - began
-    stream = t.loader.stream(_items(t, epoch, most))
+    items = (item._replace(indices=item.indices[:most]) for item in endless_items(t, epoch))
+    stream = t.loader.stream(items)
 
     def step() -> tuple[list[Batch], float]:
         batches = list(islice(stream, accumulation))
@@ -104,13 +103,6 @@ def measure_save(t: Trainer) -> float:
             if t.run.is_main:
                 write_plots(Path(folder))
         return slowest(t.run, time.monotonic() - began)[0]
-
-
-def _items(t: Trainer, epoch: EpochPlan, most: int) -> Iterator[BatchItem]:
-    """The stage's micro-batches for ever, cut down to `most` images."""
-    passes = (replace(epoch, index=index) for index in count(epoch.index))
-    for item in chain.from_iterable(map(t.batches.train_items, passes)):
-        yield item._replace(indices=item.indices[:most])
 
 
 def _drain(t: Trainer, stream: Iterator[Batch]) -> None:
