@@ -56,6 +56,8 @@ def measure_stage(t: Trainer, epoch: EpochPlan, train_step: TrainStep, limit_s: 
     began = time.monotonic()
     t.enter_stage(epoch)
     t.begin_epoch(epoch)
+    # A resumed epoch's are not this batch's.
+    t.meter.sums.zero_()
     enter_s = time.monotonic() - began
     items = (item._replace(indices=item.indices[:most]) for item in endless_items(t, epoch))
     stream = t.loader.stream(items)
@@ -64,6 +66,8 @@ def measure_stage(t: Trainer, epoch: EpochPlan, train_step: TrainStep, limit_s: 
         batches = list(islice(stream, accumulation))
         began = time.monotonic()
         train_step(t, epoch, NO_RATE, run.cfg.momentum, iter(batches))
+        if t.state.ema is not None:
+            t.state.ema.update(t.state.model, step=t.state.progress.step + 1)
         return batches, _finished(device) - began
 
     with out_of_memory_advice(epoch, micro_batch):

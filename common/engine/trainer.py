@@ -101,10 +101,16 @@ class Trainer:
             if not parameter.requires_grad:
                 # Old momentum must not move it when it thaws.
                 self.state.optimizer.state.pop(parameter, None)
-        self._prepare_net()
+        accelerator = run.accelerator
+        if accelerator.num_processes > 1:
+            # Wrapped anew, so that only what trains now is reduced: with the autocast taken off, or it would be put around
+            # itself; and Accelerate forgets the old wrapper, whose buckets are as large as the gradients.
+            accelerator.unwrap_model(self.net, keep_fp32_wrapper=False)
+            accelerator._models.clear()
+        self.net = accelerator.prepare_model(model)
         # Accelerate counts micro-batches over the whole run; a stage begins with a new window.
-        run.accelerator.gradient_accumulation_steps = self.plan.accumulation(epoch.stage_index)
-        run.accelerator.step = 0
+        accelerator.gradient_accumulation_steps = self.plan.accumulation(epoch.stage_index)
+        accelerator.step = 0
         self.stage_index = epoch.stage_index
         train_mode(model, stage.frozen)
         frozen = f", frozen: {', '.join(stage.frozen)}" if stage.frozen else ""
@@ -122,16 +128,6 @@ class Trainer:
         with out_of_memory_advice(epoch, size):
             warm_up(run, self.net, model, size, stage_shapes(stage, self.batches.train, run.cfg))
         self.lap("compile")
-
-    def _prepare_net(self) -> None:
-        """Let Accelerate wrap the model; for several processes anew, so that only what trains now is reduced."""
-        accelerator, model = self.run.accelerator, self.state.model
-        if accelerator.num_processes > 1:
-            # With the autocast taken off, or it would be put around itself; and Accelerate forgets the old wrapper, whose
-            # buckets are as large as the gradients.
-            accelerator.unwrap_model(self.net, keep_fp32_wrapper=False)
-            accelerator._models.clear()
-        self.net = accelerator.prepare_model(model)
 
     def begin_epoch(self, epoch: EpochPlan) -> None:
         train_mode(self.state.model, epoch.stage.frozen)

@@ -34,6 +34,8 @@ def test_no_weight_moves(monkeypatch):
     monkeypatch.setattr(measuring, "_evaluation", lambda *_: 1.0)
     with small_trainer([STAGE]) as t:
         t.loader = of_noise(t)
+        # Of an epoch that is resumed.
+        t.state.progress.epoch_sums = [1000.0, 0.0]
         before = [parameter.clone() for parameter in t.state.model.parameters()]
         measured = measure_stage(t, next(t.plan.epochs()), train_step, 0.0)
         for old, new in zip(before, t.state.model.parameters(), strict=True):
