@@ -71,12 +71,8 @@ def record(t: Trainer, epoch: EpochPlan, rates: Rates, scores: list[Score]) -> N
     best = max(scores, key=lambda score: score.top1)
     improved = best.top1 > progress.best_top1
     if improved:
-        progress.best_top1, progress.best_epoch, progress.best_step = (
-            best.top1,
-            epoch.index + 1,
-            progress.step,
-        )
-        progress.best_is_ema = best.top1 > raw.top1
+        progress.best_top1, progress.best_epoch = best.top1, epoch.index + 1
+        progress.best_step, progress.best_is_ema = progress.step, best.top1 > raw.top1
     progress.epochs_done, progress.epoch_sums = epoch.index + 1, [0.0, 0.0]
     progress.wall_s = time.monotonic() - t.started
     # A checkpoint of the epoch's end holds nothing of the next.
