@@ -8,9 +8,8 @@ from pathlib import Path
 import pytest
 from safetensors.torch import save_file
 
-from common.engine.doctor import StageCost
 from common.model import create_model
-from tests.helpers import ROOT, make_images
+from tests.helpers import ROOT, as_if_measured, make_images
 
 RECIPES = sorted((ROOT / "docs" / "recipes").glob("*.yaml"))
 
@@ -30,7 +29,7 @@ def test_the_command_in_the_header_plans_a_run(path: Path, tmp_path: Path, monke
         save_file(create_model("resnet50", 3).state_dict(), tmp_path / "weights.safetensors")
     monkeypatch.chdir(ROOT)
     # ResNet-50 at 224 px takes its time on a CPU.
-    monkeypatch.setattr("common.engine.doctor.measure", lambda *_: StageCost(0.1, 1.0, 100.0, 1.1, 1.0))
+    monkeypatch.setattr("common.engine.measure.measure_stage", as_if_measured(0.1))
     monkeypatch.setattr(sys, "argv", [script, *flags, "--dry_run", "--mixed_precision", "no"])
     runpy.run_path(script, run_name="__main__")
     settings = re.sub(r"^#.*", "", text, flags=re.MULTILINE)

@@ -5,9 +5,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
-from itertools import chain, count, repeat
+from collections.abc import Iterator
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -17,27 +15,22 @@ from common import UserError
 from common.data.decode import DecodeError, decode_batch
 from common.data.order import BatchItem, View
 from common.data.sources.base import Source
-from common.engine.evaluate import evaluate
-from common.engine.memory import out_of_memory_advice
+from common.engine.evaluate import GRID_EVALUATIONS
+from common.engine.measure import measure, measure_save
 from common.engine.peak import TrainStep
 from common.engine.recording import KEEP_CHECKPOINTS
 from common.engine.setup import plan_table
 from common.engine.trainer import Trainer
 from common.model.pretrained_cfg import PretrainedCfg
 from common.run.processes import rank0_errors
-from common.run.progress import clock, peak_memory_mb
+from common.run.progress import LOADER_BOUND, clock
 from common.run.records import wandb_mode
-from common.scheduling import EpochPlan, Plan
+from common.scheduling import Plan
+from common.scheduling.budget import Costs, Measured, seconds_by_part
 from common.scheduling.recipe import STEPS_PER_EPOCH
 
 DECODED, HASHED = 200, 5000  # images of each split that are looked at
-# Seconds for the timed steps of a stage, and for its loader; images of a batch that the loader is timed with.
-STEPS_S, LOADER_S, LOADED = 2.0, 1.5, 64
-MOST_STEPS, EVAL_BATCHES = 20, 2
-# Pixels of a timed batch on a CPU, whose time grows with them; a GPU takes whole batches, of which it tells the memory.
-CPU_PIXELS = 16 * 224 * 224
-# So small that no weight moves; some optimizers divide by their rate.
-NO_RATE = 1e-9
+STEPS_S = 2.0  # seconds for the timed steps of a stage
 FULL = 0.95  # share of a GPU's memory at which little is left for fragments
 FEWEST_OF_A_CLASS = 10
 
@@ -55,25 +48,6 @@ def judged(bad: bool, text: str, remedy: str) -> Finding:
     return Finding("warning", f"{text}; {remedy}") if bad else Finding("ok", text)
 
 
-@dataclass(frozen=True)
-class StageCost:
-    """What a stage costs on this machine, all processes together.
-
-    Attributes:
-        step_s: seconds of an optimizer step whose images are there.
-        eval_s: seconds of one evaluation whose images are there, raw and EMA weights.
-        loader_rate: images/s of the loader while nothing else works.
-        first_loss: mean loss of the first batch, as the weights are.
-        memory_mb: most that this process has held, the GPU's memory if it has one.
-    """
-
-    step_s: float
-    eval_s: float
-    loader_rate: float
-    first_loss: float
-    memory_mb: float
-
-
 def preflight(t: Trainer, train_step: TrainStep, source: PretrainedCfg | None) -> None:
     """Print the plan, what was found, and what the run will cost; nothing is written. A collective.
 
@@ -81,6 +55,7 @@ def preflight(t: Trainer, train_step: TrainStep, source: PretrainedCfg | None) -
         SystemExit: with 2, on all processes, if something is an error.
     """
     run, cfg, found = t.run, t.run.cfg, list[Finding]()
+    start_s = time.monotonic() - run.started
 
     def tell(findings: Iterator[Finding]) -> None:
         for finding in findings:
@@ -93,8 +68,7 @@ def preflight(t: Trainer, train_step: TrainStep, source: PretrainedCfg | None) -
             tell(checks(t, source))
             if any(finding.level == "error" for finding in found):
                 conclude(found)
-    first_epochs = {epoch.stage_index: epoch for epoch in reversed(list(t.plan.epochs()))}
-    costs = [measure(t, epoch, train_step) for _, epoch in sorted(first_epochs.items())]
+    costs = Costs(tuple(measure(t, train_step, STEPS_S)), start_s, save_s=measure_save(t))
     with rank0_errors():
         if run.is_main:
             tell(verdicts(t, costs))
@@ -219,92 +193,16 @@ def surroundings(t: Trainer) -> Iterator[Finding]:
     yield Finding("ok", text)
 
 
-# --- what has to be tried ------------------------------------------------------------------------------------------
+# --- what has been tried --------------------------------------------------------------------------------------------
 
 
-def measure(t: Trainer, epoch: EpochPlan, train_step: TrainStep) -> StageCost:
-    """Time a stage: its loader, some warm steps at next to no learning rate, some batches of an evaluation.
-
-    A collective. On a CPU batches are cut down, and their time is scaled up; weights stay, momentum and BatchNorm's
-    statistics do not.
-    """
-    run, micro_batch = t.run, t.plan.micro_batch(epoch.stage_index)
-    device = run.accelerator.device
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    t.enter_stage(epoch)
-    t.begin_epoch(epoch)
-    loader_rate = time_loader(t, epoch)
-    most = max(1, micro_batch if device.type == "cuda" else CPU_PIXELS // epoch.stage.img_size**2)
-    batch = next(t.loader.stream(_items(t, epoch, most)))
-
-    def timed(number: int) -> float:
-        began = time.perf_counter()
-        for _ in range(number):
-            train_step(t, epoch, NO_RATE, run.cfg.momentum, repeat(batch))
-        # Waits for the device.
-        t.meter.sums.tolist()
-        return time.perf_counter() - began
-
-    with out_of_memory_advice(epoch, micro_batch):
-        timed(1)
-        first_loss = float(t.meter.sums[0]) / (
-            len(batch.labels) * run.accelerator.gradient_accumulation_steps
-        )
-        # All processes have to take the same number of steps.
-        slowest_ms = run.votes.largest(math.ceil(1000 * timed(1)))[0]
-        number = min(max(int(1000 * STEPS_S / slowest_ms), 1), MOST_STEPS)
-        step_s = timed(number) / number * micro_batch / len(batch.labels)
-        eval_s = time_evaluation(t, epoch, most)
-    t.meter.bar.close()
-    return StageCost(step_s, eval_s, loader_rate, first_loss, peak_memory_mb(device))
-
-
-def _items(t: Trainer, epoch: EpochPlan, most: int) -> Iterator[BatchItem]:
-    """The stage's micro-batches for ever, cut down to `most` images."""
-    passes = (replace(epoch, index=index) for index in count(epoch.index))
-    for item in chain.from_iterable(map(t.batches.train_items, passes)):
-        yield item._replace(indices=item.indices[:most])
-
-
-def time_loader(t: Trainer, epoch: EpochPlan) -> float:
-    """Images/s of all processes' loaders, in batches that are small where the stage's are large; a collective."""
-    stream = t.loader.stream(_items(t, epoch, LOADED))
-    # The first batch of every worker is late.
-    for _ in range(max(1, t.loader.workers)):
-        next(stream)
-    images, began = 0, time.perf_counter()
-    for batch in stream:
-        images += len(batch.labels)
-        if time.perf_counter() > began + LOADER_S:
-            break
-    rate = images / (time.perf_counter() - began)
-    # Training goes at the pace of the slowest.
-    return -t.run.votes.largest(-int(rate))[0] * t.plan.processes
-
-
-def time_evaluation(t: Trainer, epoch: EpochPlan, most: int) -> float:
-    """Seconds of an evaluation whose images are there, from its first batches of up to `most` images; a collective."""
-    state, accelerator, seconds = t.state, t.run.accelerator, 0.0
-    models = [state.model] if state.ema is None else [state.model, state.ema.module]
-    items = t.batches.eval_items(epoch.stage.img_size, min(most, t.plan.micro_batch(epoch.stage_index)))
-    loaded = list(t.loader.stream(items[:EVAL_BATCHES]))
-    own = torch.tensor(sum(len(batch.labels) for batch in loaded), device=accelerator.device)
-    images = int(accelerator.reduce(own, "sum"))
-    # Once to warm up.
-    for _ in range(2):
-        began = time.perf_counter()
-        evaluate(models, iter(loaded), len(loaded), images, accelerator, t.augment)
-        seconds = time.perf_counter() - began
-    return seconds * len(t.batches.val) / images
-
-
-def verdicts(t: Trainer, costs: list[StageCost]) -> Iterator[Finding]:
+def verdicts(t: Trainer, costs: Costs) -> Iterator[Finding]:
     """What the measurements say; for the main process."""
-    yield labels(costs[0].first_loss, len(t.batches.train.classes))
-    for index, cost in enumerate(costs):
-        yield pace(t, index, cost)
-    yield memory(t, costs)
+    stages = costs.by_stage(t.plan)
+    yield labels(stages[0].first_loss, len(t.batches.train.classes))
+    for index, measured in enumerate(stages):
+        yield pace(t, index, measured)
+    yield memory(t, stages)
     yield disk(t)
     yield Finding("ok", duration(t, costs))
 
@@ -319,25 +217,26 @@ def labels(loss: float, num_classes: int) -> Finding:
     return judged(loss > 1.5 * chance + 1, text, "check the classes in --data_dir, and what --weights names")
 
 
-def pace(t: Trainer, index: int, cost: StageCost) -> Finding:
+def pace(t: Trainer, index: int, measured: Measured) -> Finding:
     """Does the loader keep up with the device in a stage?"""
-    rate = t.plan.global_batches[index] / cost.step_s
-    ratio = cost.loader_rate / rate
-    text = f"stage {index + 1}, {t.plan.stages[index].img_size} px: training takes {rate:,.0f} images/s, {cost.step_s:.3g} s a step;"
-    text += f" the loader {'keeps up' if ratio >= 1 else 'starves the device'}: {ratio:.2g} x"
+    rate = t.plan.global_batches[index] / measured.step_s
+    waiting = measured.wait_s / (measured.wait_s + measured.step_s)
+    text = f"stage {index + 1}, {measured.img_size} px: training takes {rate:,.0f} images/s, {measured.step_s:.3g} s a step;"
+    slow = waiting > LOADER_BOUND
+    text += f" the loader {'starves the device' if slow else 'keeps up'}, {waiting:.0%} of the time is waiting for it"
     pyramid = "" if t.batches.train.prepared else " or prepare a pyramid (python -m common.tools.prepare)"
-    return judged(ratio < 1, text, f"raise --workers{pyramid}")
+    return judged(slow, text, f"raise --workers{pyramid}")
 
 
-def memory(t: Trainer, costs: list[StageCost]) -> Finding:
+def memory(t: Trainer, stages: list[Measured]) -> Finding:
     """The most a stage holds, against what the GPU has."""
-    most = max(cost.memory_mb for cost in costs)
+    most = max(measured.memory_mb for measured in stages)
     device = t.run.accelerator.device
     if device.type != "cuda":
         return Finding("ok", f"memory: {most / 1000:.2g} GB in this process, loader processes come on top")
     total = torch.cuda.get_device_properties(device).total_memory / 2**20
-    stages = ", ".join(f"{cost.memory_mb / 1000:.2g}" for cost in costs)
-    text = f"memory: {stages} GB by stage, of {total / 1000:.2g}"
+    held = ", ".join(f"{measured.memory_mb / 1000:.2g}" for measured in stages)
+    text = f"memory: {held} GB by stage, of {total / 1000:.2g}"
     return judged(most > FULL * total, text, "lower --batch_size or pass --auto_batch")
 
 
@@ -358,22 +257,15 @@ def disk(t: Trainer) -> Finding:
     return judged(2 * kept * one > free, text, "little is left beside them: choose another --output")
 
 
-def duration(t: Trainer, costs: list[StageCost]) -> str:
-    """Time of the run that is left, and of its stages."""
+def duration(t: Trainer, costs: Costs) -> str:
+    """Time of the run that is left, and of its parts."""
     plan, cfg, progress = t.plan, t.run.cfg, t.state.progress
-    # Workers load beside an accelerator's work; a CPU has to do both.
-    beside = t.run.accelerator.device.type != "cpu" and t.loader.workers > 0
-    together: Callable[..., float] = max if beside else lambda *parts: sum(parts)
-    seconds = [0.0] * len(costs)
+    epochs = [0] * len(plan.stages)
     for epoch in plan.epochs(progress.epochs_done):
-        cost = costs[epoch.stage_index]
-        images = epoch.steps * epoch.global_batch
-        seconds[epoch.stage_index] += together(epoch.steps * cost.step_s, images / cost.loader_rate)
-        seconds[epoch.stage_index] += together(cost.eval_s, len(t.batches.val) / cost.loader_rate)
-    found = cfg.lr == "auto" and progress.peak_lr == 0
-    finder = cfg.lr_finder_iterations * costs[0].step_s if found else 0.0
-    parts = [f"stage {index + 1} {clock(stage_s)}" for index, stage_s in enumerate(seconds)]
-    parts += [f"LR finder {clock(finder)}"] if finder else []
-    whole_s = sum(seconds) + finder
+        epochs[epoch.stage_index] += 1
+    sweep = cfg.lr_finder_iterations if cfg.lr == "auto" and progress.peak_lr == 0 else 0
+    parts = seconds_by_part(plan, costs, epochs, sweep, cfg.final_eval * GRID_EVALUATIONS)
+    whole_s = sum(parts.values())
     price = f", {whole_s / 3600 * cfg.usd_per_hour:.2f} USD" if cfg.usd_per_hour else ""
-    return f"time: about {clock(whole_s)}{price} with evaluation ({', '.join(parts)})"
+    said = ", ".join(f"{part} {clock(seconds)}" for part, seconds in parts.items() if round(seconds))
+    return f"time: about {clock(whole_s)}{price} with evaluation ({said})"

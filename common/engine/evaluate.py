@@ -23,6 +23,8 @@ ROUNDS_BETWEEN = 10
 # The final grid: times the training size, and shares of the shorter side that are kept.
 FINAL_SIZES = (1.0, 1.15, 1.3)
 FINAL_CROPS = (0.875, 1.0, WHOLE)
+# What the grid costs, in evaluations at the training size.
+GRID_EVALUATIONS = sum(2 * size**2 for size in FINAL_SIZES) * len(FINAL_CROPS)
 
 
 @dataclass(frozen=True)

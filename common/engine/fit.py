@@ -1,15 +1,13 @@
 """The one loop. It runs any list of stages, and nothing in it knows which strategy that is."""
 
 from collections.abc import Callable, Iterator
-from contextlib import closing
 from functools import partial
 from itertools import islice
 
 import torch
 from torch import nn
 
-from common.data.batches import Batches
-from common.data.loader import Batch, Loader
+from common.data.loader import Batch
 from common.data.sources.base import Source
 from common.engine.calibrate import within_budget
 from common.engine.doctor import preflight
@@ -18,7 +16,7 @@ from common.engine.memory import out_of_memory_advice
 from common.engine.peak import settle_rates
 from common.engine.profiler import traced
 from common.engine.recording import begin, finish, out_of_patience, record, save
-from common.engine.setup import adapt_settings, check_sizes, prepare_state, settle_plan
+from common.engine.setup import adapt_settings, assembled
 from common.engine.trainer import Trainer
 from common.model.pretrained_cfg import PretrainedCfg
 from common.run.processes import Interrupted
@@ -40,39 +38,22 @@ def fit(
         source: what weights that it starts from expect of their images.
         start: called once, before the learning rate is found and the first step taken.
     """
-    cfg, accelerator = run.cfg, run.accelerator
-    adapt_settings(run, model, train, partial(within_budget, run, model, train, val, train_step))
-    state = prepare_state(run, model, train)
-    progress = state.progress
-    plan = settle_plan(run, state, train)
-    batches = Batches(plan, train, val, cfg, cfg.seed, accelerator.process_index, accelerator.num_processes)
-    check_sizes(run, model, batches)
-    # Not prepared: Accelerate's loader fills the last batch up with images seen before, and its order is another one on
-    # another number of processes.
-    loader = Loader(
-        train,
-        val,
-        seed=cfg.seed,
-        settings=cfg,
-        device=accelerator.device,
-        channels_last=cfg.channels_last,
-    )
-    with closing(loader):
-        trainer = Trainer(run, state, plan, batches, loader, source)
-        if cfg.dry_run:
+    forecast = adapt_settings(run, model, train, partial(within_budget, run, model, train, val, train_step))
+    with assembled(run, model, train, val, source) as trainer:
+        if run.cfg.dry_run:
             preflight(trainer, train_step, source)
             return
-        begin(trainer)
-        begun = progress.step
+        begin(trainer, forecast)
+        begun = trainer.state.progress.step
         if start and not begun:
             start(trainer)
         rates = settle_rates(trainer, train_step)
-        run.log.info("%s", "\n".join(filter(None, (rates.table(), batches.bucket_tables()))))
+        run.log.info("%s", "\n".join(filter(None, (rates.table(), trainer.batches.bucket_tables()))))
         train_epochs(trainer, rates)
-        if cfg.final_eval:
-            final_grid(run, state, trainer.augment, batches, loader)
+        if run.cfg.final_eval:
+            final_grid(run, trainer.state, trainer.augment, trainer.batches, trainer.loader)
             trainer.lap("evaluate")
-    finish(trainer, trained=progress.step > begun)
+    finish(trainer, trained=trainer.state.progress.step > begun)
 
 
 def train_epochs(t: Trainer, rates: Rates) -> None:

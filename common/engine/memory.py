@@ -1,24 +1,23 @@
-"""What fits into memory, and what a stage costs: steps on blank images that leave no trace."""
+"""What fits into memory: steps on blank images that leave no trace."""
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import nn
 
 from common import UserError
+from common.data.shapes import stage_shapes
+from common.data.sources.base import Source
 from common.model.freezing import set_trainable_layers, train_mode
 from common.run.checkpoint import TrainState, rng_state, set_rng_state
-from common.run.processes import rank0_errors
-from common.run.progress import peak_memory_mb
 from common.run.run import Run
 from common.scheduling import EpochPlan, Plan, Stage
 
 # Batches that lie on the device beside the one that is trained on: the next one, and its uint8 original.
 BATCHES_AHEAD = 2
-Shapes = Callable[[Stage], list[tuple[int, int]]]
 
 
 @contextmanager
@@ -42,26 +41,24 @@ def no_trace(model: nn.Module) -> Iterator[None]:
         set_rng_state(rng)
 
 
-def blank_step(run: Run, net: nn.Module, batch_size: int, height: int, width: int) -> float:
-    """Forward and backward on blank images, float [batch_size, 3, height, width]; returns its seconds."""
+def blank_step(run: Run, net: nn.Module, batch_size: int, height: int, width: int) -> None:
+    """Forward and backward on blank images, float [batch_size, 3, height, width], to their end on the device."""
     device = run.accelerator.device
     layout = torch.channels_last if run.cfg.channels_last else torch.contiguous_format
     images = torch.zeros(batch_size, 3, height, width, device=device).contiguous(memory_format=layout)
-    began = time.perf_counter()
     with run.accelerator.no_sync(net), run.accelerator.autocast():
         loss = net(images).float().logsumexp(1).mean()
     loss.backward()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    return time.perf_counter() - began
 
 
-def fit_memory(run: Run, state: TrainState, plan: Plan, shapes: Shapes) -> Plan:
+def fit_memory(run: Run, state: TrainState, plan: Plan, train: Source) -> Plan:
     """The plan with each stage's micro-batch halved until a step of its largest shape fits; a collective."""
     for index, stage in enumerate(plan.stages):
         size = plan.micro_batch(index)
-        height, width = max(shapes(stage), key=math.prod)
-        while not _fits(run, state, stage, size, height, width):
+        height, width = max(stage_shapes(stage, train, run.cfg), key=math.prod)
+        while not _fits(run, state.model, stage, size, height, width):
             if size == 1:
                 raise UserError(f"one image of {stage.img_size} px does not fit; lower --img_size")
             size //= 2
@@ -74,18 +71,18 @@ def fit_memory(run: Run, state: TrainState, plan: Plan, shapes: Shapes) -> Plan:
     return plan
 
 
-def _fits(run: Run, state: TrainState, stage: Stage, size: int, height: int, width: int) -> bool:
+def _fits(run: Run, model: nn.Module, stage: Stage, size: int, height: int, width: int) -> bool:
     device = run.accelerator.device
-    with no_trace(state.model):
-        set_trainable_layers(state.model, stage.frozen)
-        train_mode(state.model, stage.frozen)
+    with no_trace(model):
+        set_trainable_layers(model, stage.frozen)
+        train_mode(model, stage.frozen)
         try:
             # What training holds beside a step: optimizer state (two tensors per parameter at most), DDP's buckets, and
             # batches on their way.
-            weights = sum(p.numel() * p.element_size() for p in state.model.parameters() if p.requires_grad)
+            weights = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
             beside = 3 * weights + BATCHES_AHEAD * 5 * size * 3 * height * width
             ballast = torch.empty(beside if device.type == "cuda" else 0, dtype=torch.uint8, device=device)
-            blank_step(run, state.model, size, height, width)
+            blank_step(run, model, size, height, width)
             del ballast
             return True
         except torch.OutOfMemoryError:
@@ -94,54 +91,22 @@ def _fits(run: Run, state: TrainState, stage: Stage, size: int, height: int, wid
     return False
 
 
-def freezing_report(run: Run, model: nn.Module, epoch: EpochPlan, size: int, height: int, width: int) -> str:
-    """What freezing saves, measured on blank images: published savings are too small to be taken on trust."""
-    cuda = run.accelerator.device.type == "cuda"
-    seconds, memory = [], []
-    for frozen in (epoch.stage.frozen, ()):
-        with no_trace(model):
-            set_trainable_layers(model, frozen)
-            train_mode(model, frozen)
-            try:
-                blank_step(run, model, size, height, width)
-                if cuda:
-                    torch.cuda.reset_peak_memory_stats()
-                seconds.append(blank_step(run, model, size, height, width))
-            except torch.OutOfMemoryError:
-                if not frozen:
-                    return "with all layers trained a step would not fit into memory"
-                raise
-            memory.append(peak_memory_mb(run.accelerator.device))
-    text = f"a step takes {seconds[0] / seconds[1]:.2f} of the time"
-    if cuda:
-        text += f" and {memory[0] / memory[1]:.2f} of the memory"
-    return f"{text} of one that trains all layers"
-
-
-def warm_up(
-    run: Run, net: nn.Module, model: nn.Module, epoch: EpochPlan, plan: Plan, shapes: list[tuple[int, int]]
-) -> None:
+def warm_up(run: Run, net: nn.Module, model: nn.Module, size: int, shapes: list[tuple[int, int]]) -> None:
     """Compile, or let cuDNN choose, for every shape of a stage, so that no step of training has to wait for it."""
-    size, stage = plan.micro_batch(epoch.stage_index), epoch.stage
-    if run.cfg.compile or run.accelerator.device.type == "cuda":
-        counters = torch._dynamo.utils.counters["stats"]
-        before, began = counters["unique_graphs"], time.monotonic()
-        for height, width in shapes:
-            with no_trace(model):
-                # Through the wrapper: DDP's overlap of all-reduce and backward is compiled inside it.
-                blank_step(run, net, size, height, width)
-        run.log.info(
-            "warmed up %d shapes in %.1f s, %d graphs compiled",
-            len(shapes),
-            time.monotonic() - began,
-            counters["unique_graphs"] - before,
-        )
-    if stage.frozen:
-        with rank0_errors():
-            # A checkpoint that is being written would take time from the steps that are compared.
-            run.background.drain()
-        report = freezing_report(run, model, epoch, size, *shapes[0])
-        run.log.info("freezing %s: %s", ", ".join(stage.frozen), report)
+    if not run.cfg.compile and run.accelerator.device.type != "cuda":
+        return
+    counters = torch._dynamo.utils.counters["stats"]
+    before, began = counters["unique_graphs"], time.monotonic()
+    for height, width in shapes:
+        with no_trace(model):
+            # Through the wrapper: DDP's overlap of all-reduce and backward is compiled inside it.
+            blank_step(run, net, size, height, width)
+    run.log.info(
+        "warmed up %d shapes in %.1f s, %d graphs compiled",
+        len(shapes),
+        time.monotonic() - began,
+        counters["unique_graphs"] - before,
+    )
 
 
 @contextmanager

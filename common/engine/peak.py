@@ -5,6 +5,7 @@ from dataclasses import replace
 from itertools import chain, count
 
 from common.data.loader import Batch
+from common.data.order import BatchItem
 from common.engine.lr_finder import ABOVE_BLOW_UP, KEEPING_WEIGHTS, find_lr
 from common.engine.memory import out_of_memory_advice
 from common.engine.trainer import Trainer
@@ -37,14 +38,19 @@ def settle_rates(t: Trainer, train_step: TrainStep) -> Rates:
     return rates
 
 
+def endless_items(t: Trainer, epoch: EpochPlan) -> Iterator[BatchItem]:
+    """This process's micro-batches of an epoch, and of passes after it, for ever."""
+    passes = (replace(epoch, index=index) for index in count(epoch.index))
+    return chain.from_iterable(map(t.batches.train_items, passes))
+
+
 def find_peak(t: Trainer, train_step: TrainStep) -> float:
     """Sweep the learning rate over the first stage's batches; the training state is as before afterwards."""
     run, cfg, plan = t.run, t.run.cfg, t.plan
     epoch = next(plan.epochs())
     t.enter_stage(epoch)
     t.begin_epoch(epoch)
-    passes = (replace(epoch, index=index) for index in count())
-    stream = t.loader.stream(chain.from_iterable(map(t.batches.train_items, passes)))
+    stream = t.loader.stream(endless_items(t, epoch))
 
     def step(lr: float) -> float:
         run.stop_if_asked()

@@ -23,14 +23,16 @@ from common.scheduling import EpochPlan, Rates
 KEEP_CHECKPOINTS = 2
 
 
-def begin(t: Trainer) -> None:
-    """Write to the disk from now on; a collective."""
+def begin(t: Trainer, forecast: dict[str, Any]) -> None:
+    """Write to the disk from now on; `forecast` is what this start has made for `--budget`, if it has. A collective."""
     run, progress = t.run, t.state.progress
+    if forecast:
+        progress.forecast = forecast
+        # So far all was the program's start.
+        progress.seconds["calibration"] = forecast["parts"]["calibration"]
+        progress.seconds["start"] -= progress.seconds["calibration"]
     run.begin(progress)
-    with rank0_errors():
-        if run.is_main and run.forecast:
-            run.records.write_json("forecast.json", run.forecast)
-    if run.forecast and progress.step:
+    if progress.forecast and progress.step:
         run.log.info("%s", outlook(run, t.plan, progress))
     if progress.epochs_done == t.plan.total_epochs:
         run.log.info("this run is complete: %d epochs", progress.epochs_done)
@@ -69,12 +71,8 @@ def record(t: Trainer, epoch: EpochPlan, rates: Rates, scores: list[Score]) -> N
     best = max(scores, key=lambda score: score.top1)
     improved = best.top1 > progress.best_top1
     if improved:
-        progress.best_top1, progress.best_epoch, progress.best_step = (
-            best.top1,
-            epoch.index + 1,
-            progress.step,
-        )
-        progress.best_is_ema = best.top1 > raw.top1
+        progress.best_top1, progress.best_epoch = best.top1, epoch.index + 1
+        progress.best_step, progress.best_is_ema = progress.step, best.top1 > raw.top1
     progress.epochs_done, progress.epoch_sums = epoch.index + 1, [0.0, 0.0]
     progress.wall_s = time.monotonic() - t.started
     # A checkpoint of the epoch's end holds nothing of the next.
@@ -113,9 +111,12 @@ def record(t: Trainer, epoch: EpochPlan, rates: Rates, scores: list[Score]) -> N
     numbered = run.cfg.keep_every and progress.epochs_done % run.cfg.keep_every == 0
     if improved or numbered or is_last or progress.epochs_done % run.cfg.save_freq_last == 0:
         save(t)
+    if run.is_main:
+        # Only now: a checkpoint waits for all work that was given before it.
+        run.records.plot()
     run.sync()
     # After the first epoch, and at each stage's end.
-    if run.forecast and progress.epochs_done in {1, *accumulate(s.epochs for s in t.plan.stages)}:
+    if progress.forecast and progress.epochs_done in {1, *accumulate(s.epochs for s in t.plan.stages)}:
         run.log.info("%s", outlook(run, t.plan, progress))
 
 

@@ -1,7 +1,8 @@
 """What happens before the first step: settings that fit, the state to go on from, and a plan that fits into memory."""
 
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager, suppress
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,16 +13,18 @@ from common import UserError
 from common.config import TrainConfig
 from common.data.batches import Batches
 from common.data.decode import DecodeError, read_header
+from common.data.loader import Loader
 from common.data.shapes import stage_shapes
 from common.data.sources.base import Source
 from common.engine.memory import fit_memory
+from common.engine.trainer import Trainer
 from common.model.create import check_size
 from common.model.freezing import check_frozen, linear_head
 from common.model.optimizer import Ema, create_optimizer
+from common.model.pretrained_cfg import PretrainedCfg
 from common.run import checkpoint
 from common.run.checkpoint import Progress, TrainState
 from common.run.processes import rank0_errors
-from common.run.receipt import read_forecast
 from common.run.run import Run
 from common.scheduling import Plan, Rates, make_plan, resolve_lr
 from common.scheduling.recipe import Facts, Recipe, adapt
@@ -31,13 +34,18 @@ SIZE_SAMPLE = 500
 
 
 def adapt_settings(
-    run: Run, model: nn.Module, train: Source, within_budget: Callable[[Facts], Recipe]
-) -> None:
-    """Settle the stages and the defaults that fit data, length and machine; a resumed run brings its own along."""
-    cfg = run.cfg
+    run: Run,
+    model: nn.Module,
+    train: Source,
+    within_budget: Callable[[Facts], tuple[Recipe, dict[str, Any]]],
+) -> dict[str, Any]:
+    """Settle the stages and the defaults that fit data, length and machine; a resumed run brings its own along.
+
+    Returns the forecast that `--budget` has had made, otherwise {}.
+    """
+    cfg, forecast = run.cfg, dict[str, Any]()
     if run.stages:
-        run.forecast = read_forecast(run.folder)
-        return
+        return forecast
     # timm's networks tell by how much their last feature map is smaller than the image; ours are ResNets.
     features = getattr(model, "feature_info", None)
     stride = features[-1]["reduction"] if isinstance(features, list) and features else 0
@@ -50,7 +58,7 @@ def adapt_settings(
         linear_head=linear_head(model) is not None,
     )
     if cfg.budget:
-        fitting = within_budget(facts)
+        fitting, forecast = within_budget(facts)
     else:
         fitting = adapt(cfg.stages_in_force(), vars(cfg), cfg.given, facts, cfg.recipe)
     run.stages = fitting.stages
@@ -58,6 +66,7 @@ def adapt_settings(
         setattr(cfg, name, value)
     for note in fitting.notes:
         run.log.info("adapted: %s", note)
+    return forecast
 
 
 def typical_short_side(train: Source) -> int:
@@ -73,6 +82,25 @@ def typical_short_side(train: Source) -> int:
         with suppress(DecodeError, OSError):
             sides.append(min(read_header(train.read(index, 0))[:2]))
     return int(np.median(sides)) if sides else 0
+
+
+@contextmanager
+def assembled(
+    run: Run, model: nn.Module, train: Source, val: Source, source: PretrainedCfg | None = None
+) -> Iterator[Trainer]:
+    """Everything that training needs, put together and checked; the loader's workers end with it."""
+    cfg, accelerator = run.cfg, run.accelerator
+    state = prepare_state(run, model, train)
+    plan = settle_plan(run, state, train)
+    batches = Batches(plan, train, val, cfg, cfg.seed, accelerator.process_index, accelerator.num_processes)
+    check_sizes(run, model, batches)
+    # Not prepared: Accelerate's loader fills the last batch up with images seen before, and its order is another one on
+    # another number of processes.
+    loader = Loader(
+        train, val, seed=cfg.seed, settings=cfg, device=accelerator.device, channels_last=cfg.channels_last
+    )
+    with closing(loader):
+        yield Trainer(run, state, plan, batches, loader, source)
 
 
 def prepare_state(run: Run, model: nn.Module, train: Source) -> TrainState:
@@ -144,7 +172,7 @@ def settle_plan(run: Run, state: TrainState, train: Source) -> Plan:
         state.progress.global_batches,
     )
     if cfg.auto_batch:
-        plan = fit_memory(run, state, plan, lambda stage: stage_shapes(stage, train, cfg))
+        plan = fit_memory(run, state, plan, train)
     state.progress.global_batches = list(plan.global_batches)
     return plan
 

@@ -69,9 +69,6 @@ class Trainer:
         self.recent: deque = deque(maxlen=2 * NAN_PATIENCE)
         self.started = time.monotonic() - state.progress.wall_s
         self.lapped = run.started
-        if run.calibration_s:
-            state.progress.seconds["calibration"] = run.calibration_s
-            self.lapped += run.calibration_s
         self.lap("start")
         if run.cfg.compile:
             # One graph per shape and frozen set, known beforehand.
@@ -104,10 +101,16 @@ class Trainer:
             if not parameter.requires_grad:
                 # Old momentum must not move it when it thaws.
                 self.state.optimizer.state.pop(parameter, None)
-        self._prepare_net()
+        accelerator = run.accelerator
+        if accelerator.num_processes > 1:
+            # Wrapped anew, so that only what trains now is reduced: with the autocast taken off, or it would be put around
+            # itself; and Accelerate forgets the old wrapper, whose buckets are as large as the gradients.
+            accelerator.unwrap_model(self.net, keep_fp32_wrapper=False)
+            accelerator._models.clear()
+        self.net = accelerator.prepare_model(model)
         # Accelerate counts micro-batches over the whole run; a stage begins with a new window.
-        run.accelerator.gradient_accumulation_steps = self.plan.accumulation(epoch.stage_index)
-        run.accelerator.step = 0
+        accelerator.gradient_accumulation_steps = self.plan.accumulation(epoch.stage_index)
+        accelerator.step = 0
         self.stage_index = epoch.stage_index
         train_mode(model, stage.frozen)
         frozen = f", frozen: {', '.join(stage.frozen)}" if stage.frozen else ""
@@ -121,26 +124,10 @@ class Trainer:
             100 * stage.data_fraction,
             frozen,
         )
-        with out_of_memory_advice(epoch, self.plan.micro_batch(epoch.stage_index)):
-            warm_up(
-                self.run,
-                self.net,
-                model,
-                epoch,
-                self.plan,
-                stage_shapes(stage, self.batches.train, self.run.cfg),
-            )
+        size = self.plan.micro_batch(epoch.stage_index)
+        with out_of_memory_advice(epoch, size):
+            warm_up(run, self.net, model, size, stage_shapes(stage, self.batches.train, run.cfg))
         self.lap("compile")
-
-    def _prepare_net(self) -> None:
-        """Let Accelerate wrap the model; for several processes anew, so that only what trains now is reduced."""
-        accelerator, model = self.run.accelerator, self.state.model
-        if accelerator.num_processes > 1:
-            # With the autocast taken off, or it would be put around itself; and Accelerate forgets the old wrapper, whose
-            # buckets are as large as the gradients.
-            accelerator.unwrap_model(self.net, keep_fp32_wrapper=False)
-            accelerator._models.clear()
-        self.net = accelerator.prepare_model(model)
 
     def begin_epoch(self, epoch: EpochPlan) -> None:
         train_mode(self.state.model, epoch.stage.frozen)

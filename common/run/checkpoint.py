@@ -69,6 +69,8 @@ class Progress:
     wandb_id: str = ""
     seconds: dict[str, float] = field(default_factory=dict)
     """of wall time by part of the run: "start", "finder", "train 1" ..., "wait", "evaluate", "save" """
+    forecast: dict[str, Any] = field(default_factory=dict)
+    """of a run with --budget: `budget_s`, `low_s`, `high_s`, and `parts`, seconds as above; otherwise empty"""
 
 
 @dataclass

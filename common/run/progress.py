@@ -135,8 +135,8 @@ def outlook(run: Run, plan: Plan, progress: Progress) -> str:
         steps = plan.stage_steps(index)
         done.append(min(max(step / steps, 0.0), 1.0))
         step -= steps
-    end_s = expected_end_s(run.forecast["parts"], progress.seconds, done)
-    spent_s, budget_s = sum(progress.seconds.values()), run.forecast["budget_s"]
+    end_s = expected_end_s(progress.forecast["parts"], progress.seconds, done)
+    spent_s, budget_s = sum(progress.seconds.values()), progress.forecast["budget_s"]
     text = f"budget {clock(budget_s)}: {clock(spent_s)} spent, about {clock(end_s - spent_s)} to go"
     if run.cfg.usd_per_hour:
         text += f", {end_s / 3600 * run.cfg.usd_per_hour:.2f} USD in all"

@@ -1,6 +1,5 @@
 """The receipt of a run: what it was to take and what it took, what it cost, and how good it is, with what is needed to do it again."""
 
-import json
 import math
 import os
 import platform
@@ -60,16 +59,16 @@ def write_receipt(run: Run, progress: Progress, val_images: int) -> str:
         "command": shlex.join(["python", *sys.argv]),
     }
     text = f"receipt: {clock(total_s)}"
-    if run.forecast:
-        planned_s = sum(run.forecast["parts"].values())
+    if progress.forecast:
+        planned_s = sum(progress.forecast["parts"].values())
         receipt["forecast"] = {
-            "minutes": _minutes(run.forecast["parts"]),
+            "minutes": _minutes(progress.forecast["parts"]),
             "total_minutes": planned_s / 60,
-            "interval_90_minutes": [run.forecast["low_s"] / 60, run.forecast["high_s"] / 60],
-            "budget_minutes": run.forecast["budget_s"] / 60,
+            "interval_90_minutes": [progress.forecast["low_s"] / 60, progress.forecast["high_s"] / 60],
+            "budget_minutes": progress.forecast["budget_s"] / 60,
             "error": total_s / planned_s - 1,
         }
-        text += f", forecast {clock(planned_s)} ({receipt['forecast']['error']:+.1%}), budget {clock(run.forecast['budget_s'])}"
+        text += f", forecast {clock(planned_s)} ({receipt['forecast']['error']:+.1%}), budget {clock(progress.forecast['budget_s'])}"
     text += f", {receipt['price_usd']:.2f} USD" if cfg.usd_per_hour else ""
     low, high = receipt["interval_95"]
     text += (
@@ -118,9 +117,3 @@ def _commit() -> str | None:
     except (OSError, subprocess.CalledProcessError):
         return None
     return head.stdout.strip() + ("+" if changed.returncode else "")
-
-
-def read_forecast(folder: Path) -> dict[str, Any]:
-    """The forecast of a run that goes on; {} where it had no budget."""
-    path = folder / "forecast.json"
-    return json.loads(path.read_text()) if path.exists() else {}

@@ -74,9 +74,12 @@ class Records:
         self._write_log(self.rows()[:count])
 
     def add(self, row: dict[str, Any]) -> None:
-        """Add an epoch to the CSV, and have the plots drawn."""
+        """Add an epoch to the CSV."""
         rounded = {key: f"{value:.6g}" if isinstance(value, float) else value for key, value in row.items()}
         self._write_log([*self.rows(), rounded])
+
+    def plot(self) -> None:
+        """Draw the curves anew, beside the training."""
         self.background.submit(draw, write_plots, self.folder)
 
     def _write_log(self, rows: Sequence[Mapping[str, Any]]) -> None:

@@ -50,16 +50,12 @@ class Run:
         stages: the curriculum in force; a resumed run brings it along, a new one settles it before the first step.
         checkpoint: on the main process, the files of the checkpoint that is resumed, or None.
         started: when the program was started, on the monotonic clock.
-        forecast: of a run with a budget, `forecast.json`; otherwise {}.
-        calibration_s: what was spent in this start to make it.
         log: console, `training_log.txt` (main process) and `logs/rank<n>.log` (each process).
     """
 
     def __init__(self, cfg: TrainConfig) -> None:
         self.cfg = cfg
         self.started = time.monotonic() - program_age_s()
-        self.forecast: dict[str, Any] = {}
-        self.calibration_s = 0.0
         self.log = logging.getLogger("common")
         state = start_processes()
         self.is_main = state.is_main_process

@@ -65,6 +65,8 @@ class Measured(NamedTuple):
     evaluate_s: float  # the whole validation set
     enter_s: float  # entering the stage: compiling, and warming up
     error: float  # relative standard error of `step_s`
+    first_loss: float = math.nan  # mean of the first batch, as the weights are
+    memory_mb: float = 0.0  # most that the main process has held: the GPU's, if it has one
 
     def serves(self, stage: Stage) -> bool:
         return (self.img_size, self.shape, self.frozen) == (stage.img_size, stage.shape, stage.frozen)
@@ -75,8 +77,13 @@ class Costs(NamedTuple):
 
     measured: tuple[Measured, ...]
     start_s: float  # from the program's start, without calibrating
-    calibration_s: float
-    save_s: float  # a checkpoint, and the plots of an epoch
+    calibration_s: float = 0.0
+    save_s: float = 0.0  # what a checkpoint and the plots of an epoch take from the training
+
+    def by_stage(self, plan: Plan) -> list[Measured]:
+        """What is known of a plan's stages, at their batches."""
+        batches = zip(plan.stages, plan.global_batches, strict=True)
+        return [self.step(stage, batch // plan.processes) for stage, batch in batches]
 
     def step(self, stage: Stage, images: int) -> Measured:
         """What is known of a stage, for so many images per process and step: on the line through the two nearest batches."""
@@ -104,7 +111,7 @@ class Budgeted(NamedTuple):
 
     recipe: Recipe
     plan: Plan
-    parts: dict[str, float]  # seconds by part: "train 1" is the first stage's
+    parts: dict[str, float]  # seconds by part
     error: float  # of the sum, one standard deviation, relative
 
     @property
@@ -214,30 +221,36 @@ def _cost(
     plan = make_plan(recipe.stages, facts.images, facts.processes, settings["accumulation"])
     in_force = {**settings, **recipe.values}
     sweep = in_force["lr_finder_iterations"] if in_force["lr"] == "auto" else 0
-    steps = [
-        costs.step(stage, batch // facts.processes)
-        for stage, batch in zip(plan.stages, plan.global_batches, strict=True)
-    ]
-    numbers = [plan.stage_steps(i) for i in range(len(steps))]
-    parts = {
+    parts = seconds_by_part(plan, costs, [stage.epochs for stage in plan.stages], sweep, evaluations)
+    errors = (parts[f"train {i + 1}"] * step.error for i, step in enumerate(costs.by_stage(plan)))
+    return Budgeted(recipe, plan, parts, math.hypot(math.hypot(*errors) / sum(parts.values()), DRIFT))
+
+
+def seconds_by_part(
+    plan: Plan, costs: Costs, epochs: Sequence[int], sweep: int, evaluations: float
+) -> dict[str, float]:
+    """What a run takes, by part: "train 1" is the first stage's.
+
+    Args:
+        epochs: that are left, by stage.
+        sweep: steps of the LR finder.
+        evaluations: at the end, beside one after each epoch, in evaluations of the last stage.
+    """
+    stages = costs.by_stage(plan)
+    steps = [count * plan.steps_per_epoch(i) for i, count in enumerate(epochs)]
+    training = {f"train {i + 1}": n * m.step_s for i, (n, m) in enumerate(zip(steps, stages, strict=True))}
+    evaluating = sum(n * m.evaluate_s for n, m in zip(epochs, stages, strict=True))
+    return {
         "start": costs.start_s,
         "calibration": costs.calibration_s,
-        "finder": sweep * (steps[0].step_s + steps[0].wait_s),
-        "compile": sum(step.enter_s for step in steps),
+        "finder": sweep * (stages[0].step_s + stages[0].wait_s),
+        "compile": sum(m.enter_s for m in stages),
+        **training,
+        "wait": sum(n * m.wait_s for n, m in zip(steps, stages, strict=True)),
+        "evaluate": evaluating + evaluations * stages[-1].evaluate_s,
+        # Every epoch may be the best so far, and the end waits for what is being written.
+        "save": (sum(epochs) + 1) * costs.save_s,
     }
-    training = {
-        f"train {i + 1}": n * step.step_s for i, (n, step) in enumerate(zip(numbers, steps, strict=True))
-    }
-    parts |= training
-    parts["wait"] = sum(n * step.wait_s for n, step in zip(numbers, steps, strict=True))
-    parts["evaluate"] = sum(
-        stage.epochs * step.evaluate_s for stage, step in zip(plan.stages, steps, strict=True)
-    )
-    parts["evaluate"] += evaluations * steps[-1].evaluate_s
-    # Every epoch may be the best so far, and the end waits for what is being written.
-    parts["save"] = (plan.total_epochs + 1) * costs.save_s
-    measured = math.hypot(*(s * step.error for s, step in zip(training.values(), steps, strict=True)))
-    return Budgeted(recipe, plan, parts, math.hypot(measured / sum(parts.values()), DRIFT))
 
 
 def expected_end_s(forecast: Mapping[str, float], spent: Mapping[str, float], done: Sequence[float]) -> float:

@@ -46,7 +46,6 @@ from common.data import open_dataset
 from common.data.loader import Loader, available_workers
 from common.engine import fit
 from common.engine.fit import train_step
-from common.engine.memory import freezing_report
 from common.model import create_model
 from common.run import start_run
 from common.run.checkpoint import write_durably
@@ -106,13 +105,15 @@ class Row:
 # --- what is measured ----------------------------------------------------------------------------------------------
 
 
-def config(sizes: Sizes, img_size: int = 0, shape: str = "square", **settings: Any) -> TrainConfig:
+def config(
+    sizes: Sizes, img_size: int = 0, shape: str = "square", frozen: tuple[str, ...] = (), **settings: Any
+) -> TrainConfig:
     """A run's settings; what is not said is as it is for everybody."""
     settings = {"mixed_precision": "bf16", "lr": 0.1, "trackers": "none", "resume": "none", **settings}
     if sizes.rehearsed and settings["mixed_precision"] == "fp16":
         # Which is not for CPUs.
         settings["mixed_precision"] = "bf16"
-    stage = Stage(1, img_size or sizes.large, sizes.batch, shape=shape)
+    stage = Stage(1, img_size or sizes.large, sizes.batch, shape=shape, frozen=frozen)
     return TrainConfig(model=sizes.model, stages=[stage], checkpoint_minutes=0.0, **settings)
 
 
@@ -139,15 +140,6 @@ def engine_and_bare(sizes: Sizes) -> Figures:
     with ready(config(sizes), sizes.steps) as bench:
         figures = rates(sizes, bench, {"bare images/s": bare_loop(bench), "engine images/s": bench.train})
         return figures | {"ratio": figures["engine images/s"] / figures["bare images/s"]}
-
-
-def freezing(sizes: Sizes) -> Figures:
-    """Time and memory of a step with the first layers frozen."""
-    with ready(config(sizes), sizes.steps) as bench:
-        trainer, px = bench.trainer, bench.epoch.stage.img_size
-        epoch = replace(bench.epoch, stage=replace(bench.epoch.stage, frozen=FROZEN))
-        text = freezing_report(trainer.run, trainer.state.model, epoch, sizes.batch, px, px)
-        return {f"{', '.join(FROZEN)} frozen:": text}
 
 
 def waits(sizes: Sizes, **settings: Any) -> Figures:
@@ -292,7 +284,11 @@ def rows_of(sizes: Sizes, args: argparse.Namespace, left: Callable[[], float]) -
         (f"{large}, from a pyramid", 50, lambda: pyramid(sizes, sizes.large)),
         (f"{small}, from a pyramid", 40, lambda: pyramid(sizes, sizes.small)),
         (f"timm's train.py, {large}, bf16, channels-last", 90, lambda: timm_train(sizes, args.peers, left())),
-        (f"{large}, freezing", 15, lambda: freezing(sizes)),
+        (
+            f"{large}, bf16, channels-last, {', '.join(FROZEN)} frozen",
+            20,
+            lambda: speed(sizes, frozen=FROZEN),
+        ),
         (f"{large}, rect, short side held", 30, lambda: speed(sizes, shape="rect", rect_area="short")),
         (f"{large}, rect, area held", 30, lambda: speed(sizes, shape="rect", rect_area="constant")),
         (f"{large}, bf16, channels-last, compile", 70, lambda: speed(sizes, compile=True)),

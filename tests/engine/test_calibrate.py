@@ -12,7 +12,15 @@ from common.run.checkpoint import Progress
 from common.run.progress import outlook
 from common.scheduling import Stage, make_plan
 from common.tools import receipt
-from tests.helpers import assert_same, last_checkpoint, make_images, run_training, stop_after, weights
+from tests.helpers import (
+    as_if_measured,
+    assert_same,
+    last_checkpoint,
+    make_images,
+    run_training,
+    stop_after,
+    weights,
+)
 from train_hybrid import HybridConfig
 from train_standard import StandardConfig
 
@@ -28,15 +36,14 @@ def data(tmp_path_factory):
 def young(monkeypatch, tmp_path):
     """Each run begins its own program, with a cache of its own, and draws no curves."""
     monkeypatch.setattr("common.run.records.write_plots", lambda folder: None)
+    monkeypatch.setattr("common.engine.measure.write_plots", lambda folder: None)
     monkeypatch.setattr("common.run.run.program_age_s", lambda: 1.0)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
 def plan_as_if(monkeypatch, seconds: float) -> None:
     """Let every step be measured to take so many seconds."""
-    monkeypatch.setattr(
-        "common.engine.calibrate._measure_stage", lambda *args: [seconds, 0.0, seconds, 0.0, 0.01]
-    )
+    monkeypatch.setattr("common.engine.measure.measure_stage", as_if_measured(seconds))
 
 
 def state(run) -> dict:
@@ -101,6 +108,7 @@ def test_interrupted_equals_uninterrupted(data, tmp_path, monkeypatch, capsys):
         stop_after(patch, 5)
         with suppress(SystemExit):
             run_training(HybridConfig, data, tmp_path, "parts", *flags)
+    planned = state(tmp_path / "parts")["progress"]["forecast"]["parts"]
     # Another machine: four times as slow, which is not asked again.
     plan_as_if(monkeypatch, 800)
     capsys.readouterr()
@@ -112,29 +120,24 @@ def test_interrupted_equals_uninterrupted(data, tmp_path, monkeypatch, capsys):
     assert state(parts)["config"]["stages_in_force"] == state(whole)["config"]["stages_in_force"]
     assert_same(weights(whole), weights(parts))
     paper = json.loads((parts / "receipt.json").read_text())
-    assert paper["forecast"]["minutes"]["train 2"] > 0
+    assert paper["forecast"]["minutes"] == {part: seconds / 60 for part, seconds in planned.items()}
+    assert paper["minutes"].keys() == planned.keys()
     receipt.main([str(parts)])
 
 
-def test_measuring_leaves_no_trace_and_a_dry_run_knows_it(data, tmp_path, monkeypatch, capsys):
-    """A real calibration; then the same run by hand, with the epochs that it planned."""
-    flags = (*FLAGS[:2], "--budget", "100s", "--dry_run")
-    monkeypatch.setattr("common.scheduling.budget.DRIFT", 0.0)
-    run_training(StandardConfig, data, tmp_path, "a", *flags)
-    first = capsys.readouterr().out
-    assert "ago" not in first
+def test_a_dry_run_measures_and_plans_and_writes_nothing(data, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("common.engine.calibrate.SHARE", 0.0)
+    monkeypatch.setattr("common.engine.doctor.STEPS_S", 0.0)
+    run_training(StandardConfig, data, tmp_path, "a", *FLAGS, "--dry_run")
+    said = capsys.readouterr().out
+    assert "budget 1:00:00: " in said
+    assert "pre-flight: 0 errors" in said
     assert not (tmp_path / "a").exists()
-    run_training(StandardConfig, data, tmp_path, "b", *flags)
-    second = capsys.readouterr().out
-    assert "calibrated 0:0" in second
-    (plan,) = [line for line in first.splitlines() if line.startswith("budget")]
-    assert plan in second
-    run_training(StandardConfig, data, tmp_path, "c", *flags, "--ema")
-    assert "ago" not in capsys.readouterr().out
+    assert not list((tmp_path / "cache").rglob("*.json"))
 
 
 def test_the_same_weights_as_without_a_budget(data, tmp_path, monkeypatch):
-    monkeypatch.setattr("common.engine.calibrate.MOST_STEPS", 4)
+    monkeypatch.setattr("common.engine.calibrate.SHARE", 0.0)
     monkeypatch.setattr(
         "common.scheduling.budget.Costs.step",
         lambda costs, stage, images: costs.measured[0]._replace(
@@ -155,9 +158,9 @@ def test_an_overrun_is_foreseen():
         "budget_s": 400.0,
         "parts": {"start": 10, "train 1": 80, "train 2": 160, "wait": 0, "evaluate": 0, "save": 0},
     }
-    run = SimpleNamespace(forecast=forecast, cfg=SimpleNamespace(usd_per_hour=36.0))
+    run = SimpleNamespace(cfg=SimpleNamespace(usd_per_hour=36.0))
     # The first stage is over, and took a third more than planned.
-    progress = Progress(step=8, seconds={"start": 10, "train 1": 100, "save": 6.7})
+    progress = Progress(step=8, seconds={"start": 10, "train 1": 100, "save": 6.7}, forecast=forecast)
     assert outlook(run, plan, progress) == "budget 6:40: 1:57 spent, about 3:33 to go, 3.30 USD in all"
     progress.seconds["train 1"] = 140
     said = outlook(run, plan, progress)

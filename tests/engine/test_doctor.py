@@ -9,22 +9,23 @@ import pytest
 import torch
 
 from common.engine import doctor
-from common.engine.doctor import StageCost, disk, duration, labels, pace
-from common.engine.fit import train_step
+from common.engine.doctor import disk, duration, labels, pace
 from common.run.records import wandb_mode
 from common.scheduling import Stage, make_plan
-from tests.engine.trainers import noise, small_trainer
+from common.scheduling.budget import Costs, Measured
 from tests.helpers import launch, make_images, run_training
 from train_progressive import ProgressiveConfig
 from train_standard import StandardConfig
 
-COST = StageCost(step_s=0.5, eval_s=3.0, loader_rate=64.0, first_loss=1.0, memory_mb=500.0)
+MEASURED = Measured(
+    32, "square", (), images=64, step_s=0.5, wait_s=0.5, evaluate_s=3.0, enter_s=1.0, error=0.0
+)
 
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     monkeypatch.setattr(doctor, "STEPS_S", 0.02)
-    monkeypatch.setattr(doctor, "LOADER_S", 0.02)
+    monkeypatch.setattr("common.engine.measure.write_plots", lambda folder: None)
 
 
 def lines(text: str) -> dict[str, str]:
@@ -104,20 +105,6 @@ def test_several_processes_print_once(tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
-def test_measuring_moves_no_weight(monkeypatch):
-    with small_trainer([Stage(epochs=2, img_size=16, batch_size=8)]) as t:
-        epoch = next(t.plan.epochs())
-        t.loader = SimpleNamespace(stream=lambda items: noise(t, epoch), workers=0)
-        monkeypatch.setattr(doctor, "time_evaluation", lambda *_: 1.0)
-        before = [parameter.clone() for parameter in t.state.model.parameters()]
-        cost = doctor.measure(t, epoch, train_step)
-        for old, new in zip(before, t.state.model.parameters(), strict=True):
-            torch.testing.assert_close(old, new, rtol=1e-6, atol=1e-6)
-        assert cost.step_s > 0
-        assert cost.loader_rate > 0
-        assert abs(cost.first_loss - math.log(4)) < 1
-
-
 @pytest.mark.parametrize(
     ("loss", "level", "words"),
     [
@@ -133,47 +120,41 @@ def test_the_first_loss(loss, level, words):
     assert words in finding.sentence
 
 
-def at_rest(workers: int = 2, device: str = "cuda", **cfg) -> SimpleNamespace:
+def at_rest(**cfg) -> SimpleNamespace:
     """What the verdicts read of a trainer: 2 stages of 3 and 1 epochs, 10 steps each, of 64 images of 640."""
     stages = [Stage(epochs=3, img_size=32, batch_size=64), Stage(epochs=1, img_size=64, batch_size=64)]
     settings = {"lr": 0.1, "lr_finder_iterations": 100, "keep_every": 0, "usd_per_hour": None} | cfg
     return SimpleNamespace(
         plan=make_plan(stages, 640, 1),
-        run=SimpleNamespace(
-            cfg=SimpleNamespace(**settings),
-            accelerator=SimpleNamespace(device=torch.device(device)),
-        ),
+        run=SimpleNamespace(cfg=SimpleNamespace(final_eval=False, **settings)),
         state=SimpleNamespace(progress=SimpleNamespace(epochs_done=0, peak_lr=0.0)),
-        loader=SimpleNamespace(workers=workers),
-        batches=SimpleNamespace(train=SimpleNamespace(prepared=False), val=range(320)),
+        batches=SimpleNamespace(train=SimpleNamespace(prepared=False)),
     )
 
 
 def test_the_loader_against_the_device():
-    # 64 images in half a second are 128/s; the loader gives 64.
-    finding = pace(at_rest(), 1, COST)
+    finding = pace(at_rest(), 1, MEASURED._replace(img_size=64))
     assert finding.level == "warning"
-    assert "stage 2, 64 px: training takes 128 images/s" in finding.sentence
-    assert "the loader starves the device: 0.5 x; raise --workers or prepare a pyramid" in finding.sentence
-    finding = pace(at_rest(), 0, StageCost(0.5, 3.0, 397.0, 1.0, 1.0))
+    assert "stage 2, 64 px: training takes 128 images/s, 0.5 s a step" in finding.sentence
+    assert "the loader starves the device, 50% of the time is waiting for it; raise" in finding.sentence
+    assert "--workers or prepare a pyramid" in finding.sentence
+    finding = pace(at_rest(), 0, MEASURED._replace(wait_s=0.1))
     assert finding.level == "ok"
-    assert "the loader keeps up: 3.1 x" in finding.sentence
+    assert "the loader keeps up, 17% of the time is waiting" in finding.sentence
 
 
 def test_the_time_of_a_run():
-    # An epoch trains for 5 s, evaluates for 3 s, and loads 640 and 320 images at 64/s in 10 s and 5 s.
-    assert (
-        duration(at_rest(), [COST, COST]) == "time: about 1:00 with evaluation (stage 1 0:45, stage 2 0:15)"
+    """An epoch trains for 10 s, waits and evaluates for 3 s, and saves for 1 s."""
+    costs = Costs((MEASURED, MEASURED._replace(img_size=64)), start_s=4.0, save_s=1.0)
+    assert duration(at_rest(), costs) == (
+        "time: about 1:03 with evaluation (start 0:04, compile 0:02, train 1 0:15, train 2 0:05, wait 0:20, "
+        "evaluate 0:12, save 0:05)"
     )
-    alone = "time: about 1:32 with evaluation (stage 1 1:09, stage 2 0:23)"
-    assert duration(at_rest(workers=0), [COST, COST]) == alone
-    assert duration(at_rest(device="cpu"), [COST, COST]) == alone
-    assert "about 1:50 with evaluation (stage 1 0:45, stage 2 0:15, LR finder 0:50)" in duration(
-        at_rest(lr="auto"), [COST, COST]
-    )
+    found = duration(at_rest(lr="auto", usd_per_hour=60.0), costs)
+    assert "about 2:43, 2.72 USD with evaluation (start 0:04, finder 1:40, " in found
     resumed = at_rest()
     resumed.state.progress.epochs_done = 2
-    assert "stage 1 0:15, stage 2 0:15" in duration(resumed, [COST, COST])
+    assert "train 1 0:05, train 2 0:05, wait 0:10, evaluate 0:06" in duration(resumed, costs)
 
 
 @pytest.mark.parametrize(("free_gb", "level"), [(10, "ok"), (1.5, "warning"), (0.5, "error")])

@@ -47,27 +47,9 @@ def test_a_trial_leaves_no_trace_whether_it_fits_or_not(fits, run, monkeypatch):
 
     monkeypatch.setattr(memory, "blank_step", step)
     stage = Stage(1, 32, 4, frozen=("conv1", "bn1"))
-    state = SimpleNamespace(model=model)
-    assert memory._fits(run, state, stage, 4, 32, 32) == fits
+    assert memory._fits(run, model, stage, 4, 32, 32) == fits
     assert same(before, traces(model))
     assert all(parameter.grad is None for parameter in model.parameters())
-
-
-def test_the_report_on_freezing_survives_what_would_not_fit_unfrozen(run, monkeypatch):
-    """A stage's batch may fit only because its layers are frozen."""
-    model = create_model("test_resnet", 3)
-    before = traces(model)
-
-    def step(run, model, *shape):
-        if all(parameter.requires_grad for parameter in model.parameters()):
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        return 0.1
-
-    monkeypatch.setattr(memory, "blank_step", step)
-    stage = Stage(1, 32, 4, frozen=("conv1", "bn1"))
-    epoch = EpochPlan(0, 0, stage, 0, 1, False, 4)
-    assert "would not fit" in memory.freezing_report(run, model, epoch, 4, 32, 32)
-    assert same(before, traces(model))
 
 
 def test_out_of_memory_names_what_to_change():

@@ -1,13 +1,14 @@
 import gzip
 import json
 import logging
+import re
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from common.engine import profiler
-from common.engine.profiler import TRACE_FILE, WARM_STEPS, idle_share, traced
+from common.engine.profiler import TRACE_FILE, WARM_STEPS, traced
 
 STEPS = range(3, 3 + WARM_STEPS + 6)
 
@@ -45,14 +46,13 @@ def test_steps_and_results_are_the_same_with_a_trace(tmp_path, caplog):
         watched = weights_after(run_in(tmp_path, 4), STEPS)
     assert watched[0] == plain[0] == list(STEPS)
     assert torch.equal(watched[1], plain[1])
-    # The costliest operations, each with its share.
-    table = caplog.messages[0].splitlines()
-    assert str(tmp_path / TRACE_FILE) in table[0]
-    assert len(table) == 2 + profiler.ROWS
-    assert any(line.startswith("aten::addmm") and line.split()[1] == "4" for line in table)
-    shares = [float(line.split()[-1].rstrip("%")) for line in table[2:]]
+    # The costliest operations, the most expensive first.
+    text = caplog.messages[0]
+    assert str(tmp_path / TRACE_FILE) in text.splitlines()[0]
+    shares = [float(share) for share in re.findall(r"^ +\S.*?  +([\d.]+)% ", text, re.MULTILINE)]
+    assert len(shares) == profiler.ROWS
     assert shares == sorted(shares, reverse=True)
-    assert 50 < sum(shares) < 101
+    assert re.search(r"^ +aten::addmm .* 4 *$", text, re.MULTILINE)
 
 
 def test_the_trace_holds_the_steps_after_the_warm_ones(tmp_path):
@@ -77,29 +77,14 @@ def test_an_epoch_shorter_than_the_trace_is_traced_as_far_as_it_goes(tmp_path):
     assert weights_after(run_in(tmp_path, 99), range(2))[0] == [0, 1]
 
 
-@pytest.mark.parametrize(
-    ("intervals", "share"),
-    [
-        ([(10, 20), (30, 40)], 1 / 3),
-        ([(30, 40), (10, 20)], 1 / 3),
-        ([(0, 10), (2, 4), (5, 20)], 0.0),
-        ([(0, 100), (10, 20), (150, 200)], 1 / 4),
-        ([], 1.0),
-    ],
-)
-def test_idle_share(intervals, share):
-    assert idle_share(intervals) == pytest.approx(share)
-
-
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_on_a_gpu_the_table_is_of_its_time_and_says_how_long_it_was_idle(tmp_path, caplog):
+def test_on_a_gpu_the_table_is_of_its_time(tmp_path, caplog):
     run = run_in(tmp_path, 4)
     run.accelerator.device = torch.device("cuda")
     values = torch.ones(2048, 2048, device="cuda")
     with caplog.at_level(logging.INFO, "traced"):
         for _ in traced(run, STEPS):
             values = (values @ values).clamp(0, 1)
-    table = caplog.messages[0].splitlines()
-    assert table[2].startswith("aten::mm")
-    assert 0 <= float(table[-1].split()[5].rstrip("%")) < 100
+    rows = [line.split()[0] for line in caplog.messages[0].splitlines() if line.strip()]
+    assert rows.index("aten::mm") < rows.index("aten::clamp")

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from common.tools import race
-from tests.helpers import ROOT, make_images
+from tests.helpers import ROOT, as_if_measured, make_images
 
 # Stands in for our scripts: an accuracy that follows from the strategy and the budget; the last is refused below a minute.
 SCRIPT = """
@@ -135,7 +135,7 @@ def test_our_scripts_know_their_commands(
         race.main([*flags, *more.split()])
     assert len(commands) == 4
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr("common.engine.calibrate._measure_stage", lambda *args: [0.1, 0.0, 0.1, 0.0, 0.01])
+    monkeypatch.setattr("common.engine.measure.measure_stage", as_if_measured(0.1))
     for words in commands:
         monkeypatch.setattr(sys, "argv", [*words[1:], "--dry_run", "--recipe", "listed"])
         runpy.run_path(words[1], run_name="__main__")

@@ -6,9 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from common.engine.doctor import StageCost
 from common.tools import yardstick
-from tests.helpers import ROOT, make_images
+from tests.helpers import ROOT, as_if_measured, make_images
 
 # Stands in for timm's train.py: an accuracy that follows from the rate, and work that takes CPU time.
 PEER = """
@@ -103,7 +102,7 @@ def test_our_scripts_know_their_commands(
         yardstick.main([*flags, "--seeds", "0"])
     ours = [command for command in commands if Path(command[1]).parent == ROOT]
     assert len(ours) == 4
-    monkeypatch.setattr("common.engine.doctor.measure", lambda *_: StageCost(0.1, 1.0, 100.0, 1.1, 1.0))
+    monkeypatch.setattr("common.engine.measure.measure_stage", as_if_measured(0.1))
     for command in ours:
         monkeypatch.setattr(sys, "argv", [*command[1:], "--dry_run"])
         runpy.run_path(command[1], run_name="__main__")

@@ -1,0 +1,149 @@
+"""What a run's stages take on this machine, tried for a few seconds each; the pre-flight and `--budget` forecast from it."""
+
+import time
+from collections.abc import Iterator
+from itertools import cycle, islice
+from pathlib import Path
+from statistics import fmean, stdev
+from tempfile import TemporaryDirectory
+
+import torch
+
+from common.data.loader import PREFETCH, Batch
+from common.engine.evaluate import one_view
+from common.engine.memory import out_of_memory_advice
+from common.engine.peak import TrainStep, endless_items
+from common.engine.trainer import Trainer
+from common.run import checkpoint
+from common.run.plots import write_plots
+from common.run.progress import peak_memory_mb
+from common.run.run import Run
+from common.scheduling import EpochPlan
+from common.scheduling.budget import Measured
+
+# Steps, or batches of an evaluation, that are timed at least.
+FEWEST = 2
+# Pixels of a timed micro-batch on a CPU, whose time grows with them; a GPU takes whole ones, of which it tells the memory.
+CPU_PIXELS = 16 * 224 * 224
+# So small that no weight moves; some optimizers divide by their rate.
+NO_RATE = 1e-9
+ONE_EPOCH = (
+    "epoch,stage,img_size,lr,momentum,train_loss,val_loss,train_top1,val_top1,val_top5,total_s\n"
+    "1,1,64,0.1,0.9,2,2,30,30,60,10\n"
+)
+
+
+def measure(t: Trainer, train_step: TrainStep, limit_s: float) -> list[Measured]:
+    """Train and evaluate each kind of stage of the plan for about `limit_s` seconds; a collective.
+
+    Weights stay, momentum and BatchNorm's statistics do not. Times are the slowest process's.
+    """
+    found: dict[tuple, Measured] = {}
+    for epoch in t.plan.epochs():
+        key = epoch.stage.img_size, epoch.stage.shape, epoch.stage.frozen, epoch.global_batch
+        if key not in found:
+            found[key] = measure_stage(t, epoch, train_step, limit_s)
+    return list(found.values())
+
+
+def measure_stage(t: Trainer, epoch: EpochPlan, train_step: TrainStep, limit_s: float) -> Measured:
+    """Time steps with the loader beside them, as in training, and an evaluation; on a CPU of smaller batches."""
+    run, stage, device = t.run, epoch.stage, t.run.accelerator.device
+    micro_batch, accumulation = t.plan.micro_batch(epoch.stage_index), t.plan.accumulation(epoch.stage_index)
+    most = micro_batch if device.type == "cuda" else max(1, CPU_PIXELS // stage.img_size**2)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    began = time.monotonic()
+    t.enter_stage(epoch)
+    t.begin_epoch(epoch)
+    # A resumed epoch's are not this batch's.
+    t.meter.sums.zero_()
+    enter_s = time.monotonic() - began
+    items = (item._replace(indices=item.indices[:most]) for item in endless_items(t, epoch))
+    stream = t.loader.stream(items)
+
+    def step() -> tuple[list[Batch], float]:
+        batches = list(islice(stream, accumulation))
+        began = time.monotonic()
+        train_step(t, epoch, NO_RATE, run.cfg.momentum, iter(batches))
+        if t.state.ema is not None:
+            t.state.ema.update(t.state.model, step=t.state.progress.step + 1)
+        return batches, _finished(device) - began
+
+    with out_of_memory_advice(epoch, micro_batch):
+        batches, _ = step()
+        images = sum(len(batch.labels) for batch in batches)
+        first_loss = float(t.meter.sums[0]) / images
+        _drain(t, stream)
+        seconds, waits, pixels = list[float](), list[float](), list[int]()
+        began = time.monotonic()
+        while len(seconds) < FEWEST or not run.votes.largest(int(time.monotonic() - began > limit_s))[0]:
+            batches, step_s = step()
+            seconds.append(step_s)
+            waits.append(sum(batch.wait_s for batch in batches))
+            pixels += [batch.item.height * batch.item.width for batch in batches]
+        evaluate_s = _evaluation(t, epoch, min(most, micro_batch), limit_s / 4)
+    t.meter.bar.close()
+    # Rectangular batches differ in size.
+    scale = fmean(item.height * item.width for item in t.batches.train_items(epoch)) / fmean(pixels)
+    error = stdev(seconds) / len(seconds) ** 0.5 / fmean(seconds)
+    times = slowest(run, scale * fmean(seconds), scale * fmean(waits), evaluate_s, enter_s, error)
+    kind = stage.img_size, stage.shape, stage.frozen, images
+    return Measured(*kind, *times)._replace(first_loss=first_loss, memory_mb=peak_memory_mb(device))
+
+
+def measure_save(t: Trainer) -> float:
+    """Seconds that an epoch's checkpoint and plots take from the training; a collective.
+
+    Copying the state does. Drawing goes on beside the training, but holds the interpreter's lock; hashing and writing do not.
+    """
+    with TemporaryDirectory() as folder:
+        (Path(folder) / "training_log.csv").write_text(ONE_EPOCH)
+        began = 0.0
+        # Once to warm up.
+        for _ in range(2):
+            began = time.monotonic()
+            checkpoint.capture(t.state, t.run.accelerator, {})
+            if t.run.is_main:
+                write_plots(Path(folder))
+        return slowest(t.run, time.monotonic() - began)[0]
+
+
+def _drain(t: Trainer, stream: Iterator[Batch]) -> None:
+    """Take the batches that lie ready, which would hide for a while how slow the loader is."""
+    for _ in islice(stream, t.loader.workers * PREFETCH):
+        pass
+
+
+@torch.inference_mode()
+def _evaluation(t: Trainer, epoch: EpochPlan, batch_size: int, limit_s: float) -> float:
+    """Seconds of an evaluation of this process's validation images, from a few batches of it."""
+    models = [t.state.model] if t.state.ema is None else [t.state.model, t.state.ema.module]
+    items = t.batches.eval_items(epoch.stage.img_size, batch_size)
+    stream, images, began = t.loader.stream(cycle(items)), 0, 0.0
+    for number, batch in enumerate(stream):
+        for model in models:
+            model.eval()
+            with t.run.accelerator.autocast():
+                one_view(model, t.augment.normalise(batch.images))
+        _finished(t.run.accelerator.device)
+        if number == 0:
+            _drain(t, stream)
+            began = time.monotonic()
+            continue
+        images += len(batch.labels)
+        if number >= FEWEST and time.monotonic() - began > limit_s:
+            break
+    return (time.monotonic() - began) * sum(len(item.indices) for item in items) / images
+
+
+def _finished(device: torch.device) -> float:
+    """The time at which the device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.monotonic()
+
+
+def slowest(run: Run, *values: float) -> list[float]:
+    """The largest of all processes, to a microsecond; a collective."""
+    return [value / 1e6 for value in run.votes.largest(*(round(1e6 * value) for value in values))]

@@ -1,0 +1,63 @@
+"""What stages take: no weight moves, the loader's pace is seen, and stages of a kind are measured once."""
+
+import math
+import time
+from itertools import cycle
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from common.engine import measure as measuring
+from common.engine.fit import train_step
+from common.engine.measure import measure, measure_stage
+from common.scheduling import Stage
+from tests.engine.trainers import noise, small_trainer
+
+STAGE = Stage(epochs=2, img_size=16, batch_size=8)
+
+
+def of_noise(t, wait_s=0.0, ready=0):
+    """A loader that is as slow as that after the first `ready` batches."""
+    epoch = next(t.plan.epochs())
+
+    def stream(items):
+        for number, batch in enumerate(cycle(noise(t, epoch))):
+            late = wait_s if number >= ready else 0.0
+            time.sleep(late)
+            yield batch._replace(wait_s=late)
+
+    return SimpleNamespace(stream=stream, workers=2)
+
+
+def test_no_weight_moves(monkeypatch):
+    monkeypatch.setattr(measuring, "_evaluation", lambda *_: 1.0)
+    with small_trainer([STAGE]) as t:
+        t.loader = of_noise(t)
+        # Of an epoch that is resumed.
+        t.state.progress.epoch_sums = [1000.0, 0.0]
+        before = [parameter.clone() for parameter in t.state.model.parameters()]
+        measured = measure_stage(t, next(t.plan.epochs()), train_step, 0.0)
+        for old, new in zip(before, t.state.model.parameters(), strict=True):
+            torch.testing.assert_close(old, new, rtol=1e-6, atol=1e-6)
+        assert measured[:4] == (16, "square", (), 8)
+        assert measured.step_s > 0
+        assert measured.evaluate_s == 1
+        assert abs(measured.first_loss - math.log(4)) < 1
+
+
+def test_batches_that_lie_ready_do_not_hide_a_slow_loader(monkeypatch):
+    monkeypatch.setattr(measuring, "_evaluation", lambda *_: 1.0)
+    with small_trainer([STAGE]) as t:
+        t.loader = of_noise(t, wait_s=0.01, ready=1 + 2 * measuring.PREFETCH)
+        measured = measure_stage(t, next(t.plan.epochs()), train_step, 0.0)
+        assert measured.wait_s == pytest.approx(0.01)
+
+
+def test_each_kind_of_stage_is_measured_once(monkeypatch):
+    measured = []
+    monkeypatch.setattr(measuring, "measure_stage", lambda t, epoch, *_: measured.append(epoch.stage))
+    stages = [STAGE, Stage(1, 16, 8, mixup=False), Stage(1, 16, 8, frozen=("conv1",)), Stage(1, 24, 8)]
+    with small_trainer(stages) as t:
+        measure(t, train_step, 0.0)
+    assert measured == [stages[0], *stages[2:]]
