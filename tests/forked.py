@@ -30,6 +30,8 @@ _server.set_forkserver_preload(
 
 def start(words: list[str], output: Path, environment: dict[str, str]) -> BaseProcess:
     """Begin `python <words>` on one thread; stdout and stderr go to the files `output`/stdout and `output`/stderr."""
+    for name in ("stdout", "stderr"):
+        (output / name).touch()
     process = _server.Process(target=_run, args=(words, output, environment))
     process.start()
     return process
@@ -37,7 +39,7 @@ def start(words: list[str], output: Path, environment: dict[str, str]) -> BasePr
 
 def _run(words: list[str], output: Path, environment: dict[str, str]) -> None:
     for number, name in ((1, "stdout"), (2, "stderr")):
-        os.dup2(os.open(output / name, os.O_WRONLY | os.O_APPEND | os.O_CREAT), number)
+        os.dup2(os.open(output / name, os.O_WRONLY | os.O_APPEND), number)
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(ROOT)
