@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import inspect
 import json
 import os
 import shutil
@@ -15,6 +16,7 @@ import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 
@@ -153,6 +155,13 @@ def own_accelerator() -> Iterator[None]:
         from accelerate.state import AcceleratorState
 
         AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def sources_read_once() -> Iterator[None]:
+    """Python parses a file anew for each class in it whose text is asked for, as each command line does for its help."""
+    with mock.patch("inspect.getsource", functools.cache(inspect.getsource)):
+        yield
 
 
 @pytest.fixture(scope="session")

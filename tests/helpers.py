@@ -2,11 +2,16 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
+import tempfile
+import time
 from collections.abc import Callable
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -19,6 +24,7 @@ from common.run.checkpoint import name_of
 from common.run.run import Run
 from common.scheduling import EpochPlan
 from common.scheduling.budget import Measured
+from tests import forked
 from train_rect import RectConfig
 
 ROOT = Path(__file__).parent.parent
@@ -54,10 +60,14 @@ def make_images(folder: Path, classes: int = 3, train: int = 24, val: int = 7) -
 
 
 def run_training(config_class: type[TrainConfig], data: Path, output: Path, name: str, *flags: str) -> Path:
-    """Train in this process; returns the run's folder. Raises SystemExit as a script would."""
+    """Train in this process; returns the run's folder. Raises SystemExit as a script would.
+
+    Its plots are made and not painted, which would take twice the time of the training: their files are empty.
+    """
     size = "--target_size" if config_class is RectConfig else "--img_size"
     args = ["--data_dir", str(data), "--output", str(output), "--run_name", name, *FAST, size, "32", *flags]
-    sys.modules[config_class.__module__].main(parse_args(config_class, "", args))
+    with mock.patch("common.run.plots.save", lambda axes, path: path.touch()):
+        sys.modules[config_class.__module__].main(parse_args(config_class, "", args))
     return output / name
 
 
@@ -106,18 +116,47 @@ def assert_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
         assert torch.equal(a[name], b[name]), name
 
 
-def launch(processes: int, script: str, *flags: str, timeout: float = 240) -> subprocess.CompletedProcess:
-    """Run a script of this project under torchrun with CPU processes."""
-    command = [sys.executable]
-    if processes > 1:
-        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
+def environment() -> dict[str, str]:
+    """This one's, for scripts of this project on one thread each and without a GPU."""
+    return {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
+
+
+def torchrun(processes: int, script: str, *flags: str, timeout: float = 240) -> subprocess.CompletedProcess:
+    """Run a script of this project under torchrun with CPU processes, all of them new."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     return subprocess.run(
         [*command, script, *flags],
-        env=env,
+        env=environment(),
         cwd=ROOT,
         capture_output=True,
         text=True,
         timeout=timeout,
         check=False,
     )
+
+
+def launch(processes: int, script: str, *flags: str, timeout: float = 240) -> subprocess.CompletedProcess:
+    """What torchrun does, in a fraction of its time: when one process fails, the others are stopped."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    world = {**address, "WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
+    deadline = time.monotonic() + timeout
+    with tempfile.TemporaryDirectory() as folder:
+        members = []
+        for rank in range(processes):
+            place = {**world, "RANK": str(rank), "LOCAL_RANK": str(rank)} if processes > 1 else {}
+            members.append(forked.start([script, *flags], Path(folder), environment() | place))
+        alive = members
+        while alive and not any(member.exitcode for member in members) and time.monotonic() < deadline:
+            wait([member.sentinel for member in alive], timeout=1)
+            alive = [member for member in members if member.is_alive()]
+        for member in alive:
+            member.terminate()
+        for member in alive:
+            member.join(30)
+            member.kill()
+        said = [(Path(folder) / name).read_text() for name in ("stdout", "stderr")]
+    assert time.monotonic() < deadline, said
+    code = next((member.exitcode for member in members if member.exitcode), 0)
+    return subprocess.CompletedProcess([script, *flags], code, *said)

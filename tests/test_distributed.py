@@ -166,8 +166,14 @@ def test_interrupted_equals_uninterrupted_on_two_processes(data, tmp_path):
         assert statistics[name][0].any()
 
 
-@pytest.mark.parametrize("script", ["train_rect.py", "train_hybrid.py"])
-def test_processes_with_unequal_numbers_of_evaluation_batches(script, data, tmp_path):
+@pytest.mark.parametrize(
+    ("script", "small"),
+    [
+        ("train_rect.py", ["--epochs", "1", "--target_size", "32", "--batch_size", "8"]),
+        ("train_hybrid.py", ["--debug"]),
+    ],
+)
+def test_processes_with_unequal_numbers_of_evaluation_batches(script, small, data, tmp_path):
     """Rectangular evaluation deals shapes out unequally, and nobody may wait for a batch that others do not have."""
     flags = [
         "--data_dir",
@@ -178,7 +184,7 @@ def test_processes_with_unequal_numbers_of_evaluation_batches(script, data, tmp_
         "test_resnet",
         "--trackers",
         "none",
-        "--debug",
+        *small,
     ]
     flags += ["--workers", "0", "--lr", "0.1", "--rect_val", "--run_name", "run", "--final_eval", "--ema"]
     done = launch(2, script, *flags, timeout=120)

@@ -111,7 +111,7 @@ def test_a_machine_dies_and_returns_and_then_one_is_left(machines, tmp_path):
         "--img_size",
         "32",
         "--epochs",
-        "40",
+        "16",
         "--save_freq_last",
         "1",
         "--recipe",
@@ -125,20 +125,20 @@ def test_a_machine_dies_and_returns_and_then_one_is_left(machines, tmp_path):
 
     machines[1].kill()
     lost_at = len(rows(run))
-    assert lost_at < 30
+    assert lost_at < 12
     machines[1].launch("train_standard.py", *args)
     wait_until(lambda: len(rows(run)) >= lost_at + 2)
 
     for machine in machines:  # now nobody comes back
         machine.kill()
     left_at = len(rows(run))
-    assert left_at < 40
+    assert left_at < 16
     alone = launch(1, "train_standard.py", *args)
     assert alone.returncode == 0, alone.stderr[-2000:]
 
     log = (run / "training_log.txt").read_text()
     assert log.count("resumed") == 2
-    assert [int(row["epoch"]) for row in rows(run)] == list(range(1, 41))
+    assert [int(row["epoch"]) for row in rows(run)] == list(range(1, 17))
     assert progress(run)["global_batches"] == [16]
     undisturbed = launch(1, "train_standard.py", *args, "--run_name", "whole", "--accumulation", "2")
     assert undisturbed.returncode == 0, undisturbed.stderr[-2000:]

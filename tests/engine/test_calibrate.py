@@ -9,6 +9,7 @@ import pytest
 
 from common.run import processes
 from common.run.checkpoint import Progress
+from common.run.plots import plot_receipt
 from common.run.progress import outlook
 from common.scheduling import Stage, make_plan
 from common.tools import receipt
@@ -63,6 +64,8 @@ def test_a_run_with_a_budget_ends_with_a_receipt_that_its_log_bears_out(data, tm
     assert paper["forecast"]["budget_minutes"] == 60
     assert paper["forecast"]["total_minutes"] <= 0.97 * 60
     assert set(paper["minutes"]) == set(paper["forecast"]["minutes"])
+    assert (run / "plots" / "receipt.png").exists()
+    plot_receipt(run)
     assert (run / "plots" / "receipt.png").stat().st_size > 10_000
     receipt.main([str(run)])
     assert "WRONG" not in capsys.readouterr().out

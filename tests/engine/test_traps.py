@@ -20,7 +20,7 @@ from common.run import start_run
 from common.run.processes import UNSUPPORTED
 from common.scheduling import Stage
 from tests.engine.trainers import Small, noise, rates_of, small_trainer
-from tests.helpers import launch, make_images, progress, run_training, stop_after, weights
+from tests.helpers import launch, make_images, progress, run_training, stop_after, torchrun, weights
 from train_standard import StandardConfig
 
 
@@ -373,7 +373,9 @@ def test_a_process_that_fails_ends_the_job_soon_with_its_own_sentence_first(case
     script = tmp_path / "broken.py"
     script.write_text("import common\n" + BREAK.format(**fields))
     flags = ["--data_dir", str(data), "--output", str(tmp_path), "--run_name", "run", *FLAGS.split()]
-    done = launch(2, str(script), *flags, timeout=120)
+    # One of them under torchrun itself, whose workers are new processes.
+    start = torchrun if case == "training" else launch
+    done = start(2, str(script), *flags, timeout=120)
     assert done.returncode != 0
     assert time.time() - float((tmp_path / "failed_at").read_text()) < 30
     complaints = [line for line in done.stderr.splitlines() if re.search("error|Error|ends because", line)]

@@ -4,8 +4,6 @@ import os
 import re
 import signal
 import socket
-import subprocess
-import sys
 import time
 
 import pytest
@@ -14,7 +12,8 @@ import yaml
 
 from common import UserError
 from common.run import s3 as storage
-from tests.helpers import ROOT, assert_same, launch, make_images, progress, run_training, stop_after, weights
+from tests import forked
+from tests.helpers import assert_same, launch, make_images, progress, run_training, stop_after, weights
 from train_standard import StandardConfig
 
 SMALL = ("--epochs", "2", "--batch_size", "16")
@@ -122,7 +121,6 @@ def test_logs_are_closed_after_a_run(data, tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_real_signal_saves_and_exits_with_75(data, tmp_path, number):
     args = [
-        sys.executable,
         "train_standard.py",
         "--data_dir",
         str(data),
@@ -144,15 +142,14 @@ def test_a_real_signal_saves_and_exits_with_75(data, tmp_path, number):
         "32",
     ]
     args += ["--epochs", "5000", "--batch_size", "8", "--recipe", "listed", "--mixed_precision", "no"]
-    process = subprocess.Popen(
-        args, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL
-    )
+    process = forked.start(args, tmp_path, dict(os.environ))
     log = tmp_path / "run" / "training_log.csv"
     deadline = time.monotonic() + 120
     while not (log.exists() and log.read_text().count("\n") > 2) and time.monotonic() < deadline:
         time.sleep(0.1)
-    process.send_signal(number)
-    assert process.wait(60) == 75
+    os.kill(process.pid, number)
+    process.join(60)
+    assert process.exitcode == 75
     with open(log) as file:
         assert (
             progress(tmp_path / "run")["epochs_done"] == sum(1 for _ in file) - 1

@@ -18,6 +18,7 @@ from timm.data import create_transform, resolve_model_data_config
 from common.config import RESUME_MAY_CHANGE, as_plain, parse_args
 from common.data.decode import decode_batch
 from common.data.order import BatchItem, View
+from common.run.plots import write_plots
 from common.tools import evaluate
 from common.tools import export as tool
 from common.tools.model_folder import TrainedModel
@@ -31,7 +32,10 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Seen at a share for which timm would cut off an odd number of pixels: 32 / 0.7 is 45."""
     images = make_images(tmp_path_factory.mktemp("photos"))
     flags = ["--epochs", "2", "--batch_size", "8", "--crop_pct", "0.7"]
-    return run_training(StandardConfig, images, tmp_path_factory.mktemp("runs"), "a", *flags)
+    run = run_training(StandardConfig, images, tmp_path_factory.mktemp("runs"), "a", *flags)
+    # The card shows some.
+    write_plots(run)
+    return run
 
 
 @pytest.fixture(scope="module")

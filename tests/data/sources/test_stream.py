@@ -3,8 +3,7 @@
 import io
 import json
 import logging
-import subprocess
-import sys
+import os
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,6 +20,7 @@ from common.data.sources import remote
 from common.data.sources import stream as streaming
 from common.data.sources.open import DataSettings, open_dataset
 from common.data.sources.stream import StreamSource, open_stream
+from tests import forked
 from tests.data.examples import make_loader
 
 VIEW = View((0.5, 1.0))
@@ -294,16 +294,18 @@ print(json.dumps([epoch_numbers(source, rank, 2), epoch_numbers(source, rank, 2,
 """
 
 
-def test_two_processes_see_every_image_once_and_resume_loses_none(shards, endpoint):
+def test_two_processes_see_every_image_once_and_resume_loses_none(shards, endpoint, tmp_path):
     url = upload(endpoint, shards, "streaming/two")
-    root = Path(__file__).parents[3]
-    processes = [
-        subprocess.Popen([sys.executable, "-c", PROCESS, url, str(rank)], stdout=subprocess.PIPE, cwd=root)
-        for rank in (0, 1)
-    ]
-    whole, before = zip(
-        *(json.loads(process.communicate(timeout=500)[0]) for process in processes), strict=True
-    )
+    script = tmp_path / "process.py"
+    script.write_text(PROCESS)
+    outputs = [tmp_path / "0", tmp_path / "1"]
+    processes = []
+    for rank, output in enumerate(outputs):
+        output.mkdir()
+        processes.append(forked.start([str(script), url, str(rank)], output, dict(os.environ)))
+    for process in processes:
+        process.join(500)
+    whole, before = zip(*(json.loads((output / "stdout").read_text()) for output in outputs), strict=True)
     after = epoch_numbers(open_stream(url, "train"), 0, 1, slice(3, None))  # goes on, with one process
     steps = [a + b for a, b in zip(*whole, strict=True)]
     assert len(steps) == 119 // 16
