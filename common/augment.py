@@ -124,7 +124,8 @@ class Augment:
         table = np.concatenate([flips, share, box, *holes], axis=1, dtype=np.float32)
         drawn = torch.from_numpy(table)
         if images.is_cuda:
-            drawn = drawn.pin_memory().to(images.device, non_blocking=True)
+            drawn = drawn.pin_memory()
+        drawn = drawn.to(images.device, non_blocking=images.is_cuda)
         flipped, lam, box, *holes = drawn.split([1, 1] + [4] * (1 + len(holes)), 1)
 
         if flips.any():

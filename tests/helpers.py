@@ -66,7 +66,12 @@ def run_training(config_class: type[TrainConfig], data: Path, output: Path, name
     """
     size = "--target_size" if config_class is RectConfig else "--img_size"
     args = ["--data_dir", str(data), "--output", str(output), "--run_name", name, *FAST, size, "32", *flags]
-    with mock.patch("common.run.plots.save", lambda axes, path: path.touch()):
+
+    def save(_: Any, path: Path) -> None:
+        path.parent.mkdir(exist_ok=True)
+        path.touch()
+
+    with mock.patch("common.run.plots.save", save):
         sys.modules[config_class.__module__].main(parse_args(config_class, "", args))
     return output / name
 

@@ -14,6 +14,7 @@ from common.data.sources.base import Source
 from common.engine.evaluate import GRID_EVALUATIONS
 from common.engine.measure import measure, measure_save, slowest
 from common.engine.peak import TrainStep
+from common.engine.probe import START_IMAGES
 from common.engine.setup import assembled
 from common.engine.trainer import Trainer
 from common.run.progress import clock
@@ -35,6 +36,9 @@ def within_budget(
         raise UserError("--budget decides the number of epochs; leave out --epochs, or --budget")
     began = time.monotonic()
     (start_s,) = slowest(run, began - run.started)
+    evaluations = cfg.final_eval * GRID_EVALUATIONS
+    if cfg.pretrained and facts.linear_head:
+        evaluations += min(len(train), START_IMAGES) / len(val)
 
     def plan(measured: Iterable[Measured], save_s: float) -> Outcome:
         (calibration_s,) = slowest(run, time.monotonic() - began)
@@ -45,7 +49,7 @@ def within_budget(
             facts,
             Costs(tuple(measured), start_s, calibration_s, save_s),
             budget_s,
-            evaluations=cfg.final_eval * GRID_EVALUATIONS,
+            evaluations=evaluations,
             streaming=train.group_rows is not None,
         )
 

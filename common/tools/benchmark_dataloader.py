@@ -199,7 +199,7 @@ def benchmark(options: argparse.Namespace) -> pd.DataFrame:
     originals = open_source(options.originals, "train") if options.originals else source
     loaders.setdefault(("ours", "originals"), ours(originals, options.batch_size))
     if isinstance(originals, FolderSource):
-        for name, start in others(originals.folder, options.batch_size).items():
+        for name, start in others(Path(originals.location), options.batch_size).items():
             loaders[name, "originals"] = start
     else:
         print("torchvision and timm are left out: they need --originals with a folder of class folders")

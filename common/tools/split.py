@@ -59,7 +59,7 @@ def plan_split(folder: Path, val_fraction: float, seed: int) -> dict[str, dict[s
         chosen = np.zeros(len(members), bool)
         chosen[rng.permutation(len(members))[:count]] = True
         for split, indices in (("train", members[~chosen]), ("val", members[chosen])):
-            paths = (Path(source.describe(int(index))).relative_to(source.folder) for index in indices)
+            paths = (Path(source.describe(int(index))).relative_to(source.location) for index in indices)
             plan[split][name] = [path.as_posix() for path in paths]
     return plan
 
