@@ -166,9 +166,7 @@ def _fit_head(recipe: Recipe, free: set[str], facts: Facts) -> None:
         return
     spared = sum(stage.epochs for stage in stages) - sum(stage.epochs for stage in rest)
     stages[:] = [replace(rest[0], epochs=rest[0].epochs + spared, lr_scale=None), *rest[1:]]
-    recipe.notes.append(
-        f"the head fitted to the weights' features, not trained for {spared} epochs (--head_epochs)"
-    )
+    recipe.notes.append(f"head fitted to the weights' features, {spared} more for all layers (--head_epochs)")
 
 
 def _fit_sizes(
