@@ -164,9 +164,12 @@ def _fit_head(recipe: Recipe, free: set[str], facts: Facts) -> None:
     rest = [stage for stage in stages if BACKBONE not in stage.frozen]
     if not rest or len(rest) == len(stages):
         return
-    spared = sum(stage.epochs for stage in stages) - sum(stage.epochs for stage in rest)
+    epochs = sum(stage.epochs for stage in stages)
+    spared = epochs - sum(stage.epochs for stage in rest)
     stages[:] = [replace(rest[0], epochs=rest[0].epochs + spared, lr_scale=None), *rest[1:]]
-    recipe.notes.append(f"head fitted to the weights' features, {spared} more for all layers (--head_epochs)")
+    recipe.notes.append(
+        f"the head is fitted to the weights' features, and {epochs} epochs train all layers (--head_epochs)"
+    )
 
 
 def _fit_sizes(
