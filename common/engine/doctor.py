@@ -181,7 +181,9 @@ def surroundings(t: Trainer) -> Iterator[Finding]:
             yield Finding("error", str(error))
         else:
             text = (
-                f"out of reach ({trouble}); training would go on and retry (--s3)" if trouble else "answers"
+                f"out of reach ({trouble}); training would go on and retry (--s3)"
+                if trouble
+                else "answers and takes writes"
             )
             yield Finding("warning" if trouble else "ok", f"S3: {cfg.s3} {text}")
     text = f"trackers: {cfg.trackers}"
@@ -199,7 +201,7 @@ def surroundings(t: Trainer) -> Iterator[Finding]:
 def verdicts(t: Trainer, costs: Costs) -> Iterator[Finding]:
     """What the measurements say; for the main process."""
     stages = costs.by_stage(t.plan)
-    yield labels(stages[0].first_loss, len(t.batches.train.classes))
+    yield labels(stages[0].first_loss, len(t.batches.train.classes), t.run.cfg.pretrained)
     for index, measured in enumerate(stages):
         yield pace(t, index, measured)
     yield memory(t, stages)
@@ -207,14 +209,17 @@ def verdicts(t: Trainer, costs: Costs) -> Iterator[Finding]:
     yield Finding("ok", duration(t, costs))
 
 
-def labels(loss: float, num_classes: int) -> Finding:
-    """Is the first loss what a network that knows nothing has, the logarithm of the number of classes?"""
+def labels(loss: float, num_classes: int, pretrained: bool) -> Finding:
+    """Is the first loss what a network that knows nothing has, the logarithm of the number of classes?
+
+    A new head on trained weights may be far above it: some networks begin with large random heads.
+    """
     chance = math.log(num_classes)
     text = f"first loss: {loss:.3g}, and by chance it is ln {num_classes} = {chance:.3g}"
     if not math.isfinite(loss):
         return Finding("error", f"{text}; check the images in --data_dir, or try --mixed_precision no")
     text += "; the weights know the classes already" if loss < 0.7 * chance else ""
-    return judged(loss > 1.5 * chance + 1, text, "check the classes in --data_dir, and what --weights names")
+    return judged(not pretrained and loss > 1.5 * chance + 1, text, "check the classes in --data_dir")
 
 
 def pace(t: Trainer, index: int, measured: Measured) -> Finding:
