@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     )
 
 # About a minute on two CPU cores.
-DEBUG_SCALE = {"epochs": 6, "img_size": 64, "batch_size": 64}
+DEBUG_EPOCHS, DEBUG_SIZE, DEBUG_BATCH = 6, 64, 64
 
 
 @dataclass
@@ -173,7 +173,12 @@ class TrainConfig(
             )
         stages = self.curriculum() if own else self.stages
         assert stages, f"{type(self).__name__} has no curriculum"
-        return scale_stages(stages, **DEBUG_SCALE) if self.debug else stages
+        if not self.debug:
+            return stages
+        largest = max(stages, key=lambda stage: stage.img_size)
+        epochs = min(sum(stage.epochs for stage in stages), DEBUG_EPOCHS)
+        size, batch = min(largest.img_size, DEBUG_SIZE), min(largest.batch_size, DEBUG_BATCH)
+        return scale_stages(stages, epochs, size, batch)
 
     def largest_size(self) -> int:
         """Of the stages, in pixels; a network that fits one size only is built for it."""

@@ -1,26 +1,34 @@
 """A run under a budget: measure what its stages take here, then plan the longest that fits."""
 
 import copy
+import dataclasses
+import json
 import logging
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
+import torch
+from accelerate.utils import broadcast_object_list
 from torch import nn
 
 from common import UserError
+from common.config import RecordSettings, as_plain
 from common.data.sources.base import Source
+from common.data.sources.cache import cache_folder, fingerprint_of
 from common.engine.evaluate import GRID_EVALUATIONS
 from common.engine.measure import measure, measure_save, slowest
 from common.engine.peak import TrainStep
 from common.engine.probe import START_IMAGES
 from common.engine.setup import assembled
 from common.engine.trainer import Trainer
+from common.run.checkpoint import write_durably
 from common.run.progress import clock
 from common.run.run import Run
 from common.scheduling import scale_stages
-from common.scheduling.budget import Costs, Measured, Outcome, plan_budget
+from common.scheduling.budget import BudgetSettings, Costs, Measured, Outcome, plan_budget
 from common.scheduling.recipe import Facts, Recipe, adapt
 
 # Epochs whose batches are measured first, and the share of the budget for the steps of those that are planned then.
@@ -34,39 +42,66 @@ def within_budget(
     cfg, budget_s, listed = run.cfg, run.cfg.budget_s(), run.cfg.stages_in_force()
     if "epochs" in cfg.given:
         raise UserError("--budget decides the number of epochs; leave out --epochs, or --budget")
-    began = time.monotonic()
-    (start_s,) = slowest(run, began - run.started)
     evaluations = cfg.final_eval * GRID_EVALUATIONS
     if cfg.pretrained and facts.linear_head:
         evaluations += min(len(train), START_IMAGES) / len(val)
+    began = time.monotonic()
+    (start_s,) = slowest(run, began - run.started)
 
-    def plan(measured: Iterable[Measured], save_s: float) -> Outcome:
+    def costs_of(measured: Iterable[Measured], save_s: float) -> Costs:
         (calibration_s,) = slowest(run, time.monotonic() - began)
+        return Costs(tuple(measured), start_s, calibration_s, save_s)
+
+    def plan(costs: Costs) -> Outcome:
+        streaming = train.group_rows is not None
         return plan_budget(
-            listed,
-            vars(cfg),
-            cfg.given,
-            facts,
-            Costs(tuple(measured), start_s, calibration_s, save_s),
-            budget_s,
-            evaluations=evaluations,
-            streaming=train.group_rows is not None,
+            listed, vars(cfg), cfg.given, facts, costs, budget_s, evaluations=evaluations, streaming=streaming
         )
 
-    recipe = adapt(scale_stages(listed, FIRST_LENGTH), vars(cfg), cfg.given, facts, cfg.recipe)
-    with _tried(run, recipe, model, train, val) as t:
-        first = measure(t, train_step, 0.0)
-    # The recipe's batches follow the length, so the first ones were a guess; between two that were measured lies a line.
-    recipe = plan(first, 0.0).whole.recipe
-    with _tried(run, recipe, model, train, val) as t:
-        planned = measure(t, train_step, SHARE * budget_s / len(recipe.stages))
-        save_s = measure_save(t)
-    # Of the same batch, the longer measurement.
-    outcome = plan({m[:4]: m for m in (*first, *planned)}.values(), save_s)
+    kept = _calibration_file(run, train, val)
+    # Another machine may have kept another calibration, or none.
+    (costs,) = broadcast_object_list([_read(run, kept) if cfg.dry_run and run.is_main else None])
+    if costs is None:
+        recipe = adapt(scale_stages(listed, FIRST_LENGTH), vars(cfg), cfg.given, facts, cfg.recipe)
+        with _tried(run, recipe, model, train, val) as t:
+            first = measure(t, train_step, 0.0)
+        # The recipe's batches follow the length, so the first ones were a guess; between two that were measured lies a line.
+        recipe = plan(costs_of(first, 0.0)).whole.recipe
+        with _tried(run, recipe, model, train, val) as t:
+            planned = measure(t, train_step, SHARE * budget_s / len(recipe.stages))
+            save_s = measure_save(t)
+        # Of the same batch, the longer measurement.
+        costs = costs_of({m[:4]: m for m in (*first, *planned)}.values(), save_s)
+        if run.is_main:
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            write_durably(kept, json.dumps({"time": time.time(), **costs._asdict()}).encode())
+    outcome = plan(costs)
     low, high = outcome.whole.interval_s()
     run.log.info("%s", _describe(run, outcome, budget_s))
     forecast = {"budget_s": budget_s, "low_s": low, "high_s": high, "parts": outcome.whole.parts}
     return outcome.whole.recipe, forecast
+
+
+def _calibration_file(run: Run, train: Source, val: Source) -> Path:
+    """Where the pre-flight finds what was measured with the same data, machine and settings, for any budget."""
+    cuda = run.accelerator.device.type == "cuda"
+    device = torch.cuda.get_device_name() if cuda else f"{torch.get_num_threads()} CPU threads"
+    machine = (device, run.accelerator.num_processes, run.accelerator.mixed_precision, torch.__version__)
+    idle = {f.name for kind in (RecordSettings, BudgetSettings) for f in dataclasses.fields(kind)}
+    settings = {name: value for name, value in as_plain(run.cfg).items() if name not in idle}
+    given = sorted(run.cfg.given - idle)
+    name = fingerprint_of(machine, settings, given, train.fingerprint, val.fingerprint)
+    return cache_folder() / "calibrations" / f"{name}.json"
+
+
+def _read(run: Run, path: Path) -> Costs | None:
+    """The calibration that was kept, if there is one."""
+    if not path.exists():
+        return None
+    kept = json.loads(path.read_text())
+    run.log.info("calibrated %s ago; a run calibrates anew", clock(time.time() - kept.pop("time")))
+    measured = (Measured(*values) for values in kept.pop("measured"))
+    return Costs(tuple(m._replace(frozen=tuple(m.frozen)) for m in measured), **kept)
 
 
 @contextmanager
