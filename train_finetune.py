@@ -21,7 +21,7 @@ from common.run import start_run
 from common.scheduling import BACKBONE, Stage
 
 if TYPE_CHECKING:
-    from jsonargparse.typing import ClosedUnitInterval, PositiveFloat, PositiveInt
+    from jsonargparse.typing import ClosedUnitInterval, PositiveInt
 
 
 @dataclass
@@ -41,8 +41,6 @@ class FinetuneConfig(TrainConfig):
     """Side of the image in pixels."""
     batch_size: PositiveInt = 1024
     """Images per process and optimizer step; cut down to a small dataset."""
-    body_lr_scale: PositiveFloat = 0.3
-    """Peak learning rate of the second stage relative to the head's."""
     mixup_share: ClosedUnitInterval = 0.9
     """Share of the second stage's epochs, from its first, that use MixUp/CutMix."""
     stage_wise: bool = True
@@ -51,19 +49,19 @@ class FinetuneConfig(TrainConfig):
     """Train the head alone, as a logistic regression on features that are made once: minutes, without a GPU."""
 
     def curriculum(self) -> list[Stage]:
+        size = {"img_size": self.img_size, "batch_size": self.batch_size}
+        if self.epochs == 1 and not self.head_epochs:
+            return [Stage(1, mixup=self.mixup_share, **size)]
         head_epochs = self.head_epochs or max(1, round(self.epochs / 10))
         if head_epochs >= self.epochs:
             raise UserError(f"--head_epochs {head_epochs} must be below --epochs {self.epochs}")
-        size = {"img_size": self.img_size, "batch_size": self.batch_size}
         return [
             Stage(head_epochs, mixup=False, frozen=(BACKBONE,), **size),
-            Stage(self.epochs - head_epochs, mixup=self.mixup_share, lr_scale=self.body_lr_scale, **size),
+            Stage(self.epochs - head_epochs, mixup=self.mixup_share, lr_scale=0.3, **size),
         ]
 
 
 def main(cfg: FinetuneConfig) -> None:
-    if not cfg.weights:
-        raise UserError("--weights is needed: a run folder, a weights file, or a timm pretrained tag")
     with start_run(cfg) as run:
         train, val = open_dataset(cfg)
         model, source = create_finetuned_model(
@@ -72,9 +70,7 @@ def main(cfg: FinetuneConfig) -> None:
         if cfg.probe:
             probe(run, model, train, val, source)
         else:
-            # The same classes keep the head that the weights have.
-            known = source is not None and source.classes == train.classes
-            fit(run, model, train, val, source, start=None if known else fit_head)
+            fit(run, model, train, val, source, start=fit_head)
 
 
 if __name__ == "__main__":

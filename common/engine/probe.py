@@ -38,20 +38,20 @@ TRAIN = 0
 BATCH = 128
 # Settings of a training in steps, which does not take place.
 TRAINING = (ScheduleSettings, OptimizerSettings, AugmentSettings)
-CURRICULUM = {"stages", "recipe", "epochs", "head_epochs", "body_lr_scale", "mixup_share", "accumulation"}
+CURRICULUM = {"stages", "recipe", "epochs", "head_epochs", "mixup_share", "accumulation"}
 OTHERS = {"clip_grad", "crop_scale", "final_eval", "patience", "sampler"}
 # Images that a head to start from is fitted to, at most: their features have to lie in memory.
 START_IMAGES = 50_000
 
 
 def fit_head(t: Trainer) -> None:
-    """Fit the head before the first step, unless the first stage trains it alone, or it is no single linear layer.
+    """Fit the head before the first step, unless it knows the classes, the first stage trains it alone, or it is no single linear layer.
 
     A collective: each process runs its share of the images through the backbone, and all fit the same head. What trains from there on
     distorts the features less than from a random head (LP-FT: Kumar et al., 2022).
     """
     head, train = linear_head(t.state.model), t.batches.train
-    if head is None or BACKBONE in t.plan.stages[0].frozen:
+    if head is None or t.knows_classes or BACKBONE in t.plan.stages[0].frozen:
         return
     t.run.log.info("fitting the head to the weights' features")
     images = subset(train.labels, min(1.0, START_IMAGES / len(train)), t.run.cfg.seed)

@@ -52,6 +52,8 @@ class Trainer:
     ) -> None:
         self.run, self.state, self.plan, self.batches, self.loader = run, state, plan, batches, loader
         cfg, classes = run.cfg, batches.train.classes
+        # Trained on these very classes, in this order, the weights bring a head along.
+        self.knows_classes = source is not None and source.classes == classes
         self.model_cfg = source or PretrainedCfg(architecture(cfg.model), [], 0)
         self.model_cfg = replace(self.model_cfg, architecture=architecture(cfg.model), classes=classes)
         mean, std = self.model_cfg.mean, self.model_cfg.std

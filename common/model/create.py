@@ -128,6 +128,8 @@ def create_finetuned_model(
     Raises:
         UserError: the weights cannot be found or read, or are another network's.
     """
+    if not weights:
+        raise UserError("--weights is needed: a run folder, a weights file, or a timm pretrained tag")
     model = create_model(name, len(classes), img_size, drop_path)
     state, source = _read_weights(name, weights, img_size)
     own = model.state_dict()

@@ -146,3 +146,40 @@ def test_a_dry_run_plans_from_the_calibration_that_was_kept(data, tmp_path, monk
     assert same_plan == plan
     assert "ago" not in dry_run("--weight_decay", "0.1")[0]
     assert not (tmp_path / "a").exists()
+
+
+def test_the_same_weights_as_without_a_budget(data, tmp_path, monkeypatch):
+    monkeypatch.setattr("common.engine.calibrate.SHARE", 0.0)
+    monkeypatch.setattr(
+        "common.scheduling.budget.Costs.step",
+        lambda costs, stage, images: costs.measured[0]._replace(
+            images=images, step_s=200.0, wait_s=0.0, evaluate_s=0.0, enter_s=0.0
+        ),
+    )
+    planned = run_training(StandardConfig, data, tmp_path, "planned", *FLAGS)
+    epochs = str(state(planned)["progress"]["epochs_done"])
+    by_hand = run_training(StandardConfig, data, tmp_path, "hand", "--batch_size", "16", "--epochs", epochs)
+    assert_same(weights(planned), weights(by_hand))
+    assert json.loads((by_hand / "receipt.json").read_text())["forecast"] is None
+    receipt.main([str(by_hand)])
+
+
+def test_an_overrun_is_foreseen():
+    plan = make_plan([Stage(2, 32, 16), Stage(2, 64, 16)], 64, 1)
+    forecast = {
+        "budget_s": 400.0,
+        "parts": {"start": 10, "train 1": 80, "train 2": 160, "wait": 0, "evaluate": 0, "save": 0},
+    }
+    run = SimpleNamespace(cfg=SimpleNamespace(usd_per_hour=36.0))
+    # The first stage is over, and took a third more than planned.
+    progress = Progress(step=8, seconds={"start": 10, "train 1": 100, "save": 6.7}, forecast=forecast)
+    assert outlook(run, plan, progress) == "budget 6:40: 1:57 spent, about 3:33 to go, 3.30 USD in all"
+    progress.seconds["train 1"] = 140
+    said = outlook(run, plan, progress)
+    assert (
+        "2:37 spent, about 4:53 to go, 4.50 USD in all\noverrun foreseen: 0:50 more than the budget" in said
+    )
+
+
+def test_the_age_of_this_program_is_known():
+    assert 0 < processes.program_age_s() < 3600
