@@ -8,7 +8,6 @@ import time
 from contextlib import closing, suppress
 
 import numpy as np
-import pyarrow as pa
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -157,6 +156,9 @@ def cached_features(t: Trainer, head: nn.Linear) -> Tensor:
     images = fingerprint_of(train.fingerprint, *(_hash_image(train, index, size) for index in read))
     view = (size, cfg.crop_pct, cfg.rect_val, cfg.rect_area, t.augment.mean, t.augment.std)
     key = fingerprint_of(cfg.model, weights, images, view, t.run.accelerator.mixed_precision)
+
+    # Needed for the cache alone.
+    import pyarrow as pa
 
     def make() -> pa.Table:
         flat = pa.array(extract(t, head, np.arange(len(train))).ravel())

@@ -5,6 +5,7 @@ import resource
 import shutil
 import signal
 import subprocess
+import threading
 import time
 from functools import partial
 from pathlib import Path
@@ -14,6 +15,7 @@ import datasets
 import numpy as np
 import pytest
 from PIL import Image, JpegImagePlugin
+from tqdm import tqdm
 
 from common import UserError
 from common.data.sources.open import open_source
@@ -259,6 +261,8 @@ def test_killed_at_ten_random_moments_it_comes_out_the_same(tmp_path: Path, monk
     while kills < 10:
         child = os.fork()
         if child == 0:
+            # A lock of its own: the one that it shares with this process it might take to its grave.
+            tqdm.set_lock(threading.RLock())
             prepare(str(tree), out, settings, workers=2)
             os._exit(0)
         time.sleep(rng.uniform(0.1, 1.0) * seconds)
