@@ -29,7 +29,6 @@ class FinetuneConfig(TrainConfig):
     """Length and size"""
 
     strategy = "finetune"
-    pretrained = True
 
     weights: str = ""
     """Start from these: a run or model folder, a .safetensors or .pth file, a timm pretrained tag, or "timm"."""

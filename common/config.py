@@ -127,8 +127,6 @@ class TrainConfig(
     """The curriculum"""
 
     strategy: ClassVar[str] = "train"
-    # Whether the model starts from trained weights.
-    pretrained: ClassVar[bool] = False
     # Names of the settings that the user gave, on the command line or in a file; not annotated, for it is none itself.
     given = frozenset[str]()
 
@@ -140,6 +138,11 @@ class TrainConfig(
     """Of everything random."""
     debug: bool = False
     """Shrink every stage, so that the whole curriculum runs in about a minute on two CPU cores."""
+
+    @property
+    def pretrained(self) -> bool:
+        """Whether the model starts from trained weights."""
+        return bool(vars(self).get("weights"))
 
     def curriculum(self) -> list[Stage]:
         """The strategy: each script's own list of stages; none here."""

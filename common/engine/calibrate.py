@@ -25,6 +25,7 @@ from common.engine.probe import START_IMAGES
 from common.engine.setup import assembled
 from common.engine.trainer import Trainer
 from common.run.checkpoint import write_durably
+from common.run.processes import rank0_errors
 from common.run.progress import clock
 from common.run.run import Run
 from common.scheduling import scale_stages
@@ -72,9 +73,10 @@ def within_budget(
             save_s = measure_save(t)
         # Of the same batch, the longer measurement.
         costs = costs_of({m[:4]: m for m in (*first, *planned)}.values(), save_s)
-        if run.is_main:
-            kept.parent.mkdir(parents=True, exist_ok=True)
-            write_durably(kept, json.dumps({"time": time.time(), **costs._asdict()}).encode())
+        with rank0_errors():
+            if run.is_main:
+                kept.parent.mkdir(parents=True, exist_ok=True)
+                write_durably(kept, json.dumps({"time": time.time(), **costs._asdict()}).encode())
     outcome = plan(costs)
     low, high = outcome.whole.interval_s()
     run.log.info("%s", _describe(run, outcome, budget_s))

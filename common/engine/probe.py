@@ -5,7 +5,7 @@ Fine-tuning starts from there, and `train_finetune.py --probe` ends there.
 
 import dataclasses
 import time
-from contextlib import closing, suppress
+from contextlib import suppress
 
 import numpy as np
 import torch
@@ -16,12 +16,11 @@ from tqdm import tqdm
 from common import UserError
 from common.augment import AugmentSettings
 from common.data.batches import Batches
-from common.data.loader import Loader
 from common.data.order import subset
 from common.data.sources.base import Source
 from common.data.sources.cache import cache_folder, derived, fingerprint_of
 from common.engine.recording import record
-from common.engine.setup import prepare_state, settle_plan
+from common.engine.setup import assembled
 from common.engine.trainer import Trainer
 from common.model.freezing import classifiers, linear_head, under
 from common.model.linear_head import choose_head
@@ -83,22 +82,15 @@ def probe(run: Run, model: nn.Module, train: Source, val: Source, source: Pretra
         last, epochs=1, batch_size=min(batch_size, len(train)), mixup=False, lr_scale=None
     )
     run.stages = run.stages or [stage]
-    state = prepare_state(run, model, train)
-    progress = state.progress
-    plan = settle_plan(run, state, train)
-    batches = Batches(plan, train, val, cfg, cfg.seed, 0, 1)
-    if cfg.dry_run:
-        print(
-            f"{len(train):,} training and {len(val):,} validation images at {stage.img_size} px, "
-            f"{len(train.classes)} classes, a head for {head.in_features} features"
-        )
-        return
-    run.begin(progress)
-    loader = Loader(
-        train, val, seed=cfg.seed, settings=cfg, device=accelerator.device, channels_last=cfg.channels_last
-    )
-    with closing(loader):
-        trainer = Trainer(run, state, plan, batches, loader, source)
+    with assembled(run, model, train, val, source) as trainer:
+        if cfg.dry_run:
+            print(
+                f"{len(train):,} training and {len(val):,} validation images at {stage.img_size} px, "
+                f"{len(train.classes)} classes, a head for {head.in_features} features"
+            )
+            return
+        progress, plan = trainer.state.progress, trainer.plan
+        run.begin(progress)
         trainer.stage_index = 0
         if progress.epochs_done:
             run.log.info("this run is complete")
@@ -108,8 +100,9 @@ def probe(run: Run, model: nn.Module, train: Source, val: Source, source: Pretra
             _set_head(trainer, head, features, train.labels)
             labels = torch.from_numpy(train.labels).to(accelerator.device)
             _count(trainer, head(features).detach(), labels)
-            items = batches.eval_items(epoch.stage.img_size, plan.micro_batch(0))
-            record(trainer, epoch, Rates(plan, cfg, 0.0), trainer.evaluate(epoch, loader.stream(items)))
+            items = trainer.batches.eval_items(epoch.stage.img_size, plan.micro_batch(0))
+            scores = trainer.evaluate(epoch, trainer.loader.stream(items))
+            record(trainer, epoch, Rates(plan, cfg, 0.0), scores)
     run.background.drain()
     run.log.info("%s", closing_block(run, progress))
     upload_model(accelerator, run.folder)
@@ -196,9 +189,14 @@ def extract(t: Trainer, head: nn.Linear, images: np.ndarray) -> np.ndarray:
     caught: list[Tensor] = []
     # Whatever the network is called inside, this is what its logits are made of.
     hook = head.register_forward_pre_hook(lambda _, inputs: caught.append(inputs[0]))
+    stream = t.loader.stream(items)
     with tqdm(total=len(images), desc="features", unit="img", disable=None, leave=False) as bar:
-        for batch in t.loader.stream(items):
+        # Processes may have different numbers of batches, and all have to ask equally often.
+        for _ in range(run.votes.largest(len(items))[0]):
             run.stop_if_asked()
+            batch = next(stream, None)
+            if batch is None:
+                continue
             with run.accelerator.autocast():
                 model.forward(t.augment.normalise(batch.images))
             features[place[batch.item.indices]] = caught.pop().float().cpu().numpy()

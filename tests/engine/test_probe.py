@@ -182,6 +182,24 @@ def test_what_it_cannot_do_is_refused(processes: int, last: nn.Module, says: str
         module.probe(run, model, None, None, None)  # type: ignore[arg-type]
 
 
+def test_processes_with_fewer_batches_ask_for_signals_as_often(
+    images: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+
+    def compare(t: Any) -> None:
+        monkeypatch.setattr(t.run.votes, "largest", lambda own: [own + 2])
+        monkeypatch.setattr(t.run, "stop_if_asked", lambda: asked.append(1))
+        features = module.extract(t, t.state.model.fc, np.arange(len(t.batches.train)))
+        monkeypatch.undo()
+        assert features.any(1).all()
+
+    monkeypatch.setattr(train_finetune, "fit_head", compare)
+    fine_tune(images, base, tmp_path)
+    # 72 images in batches of 24, and two rounds in which only others have one.
+    assert len(asked) == 3 + 2
+
+
 @pytest.mark.parametrize(
     ("frozen", "factor"), [([], lr_finder.KEEPING_WEIGHTS), (["backbone"], lr_finder.ABOVE_BLOW_UP)]
 )
