@@ -1,6 +1,7 @@
 """What a run's stages take on this machine, tried for a few seconds each; the pre-flight and `--budget` forecast from it."""
 
 import time
+from collections import deque
 from collections.abc import Iterator
 from itertools import cycle, islice
 from pathlib import Path
@@ -74,20 +75,19 @@ def measure_stage(t: Trainer, epoch: EpochPlan, train_step: TrainStep, limit_s: 
         batches, _ = step()
         images = sum(len(batch.labels) for batch in batches)
         first_loss = float(t.meter.sums[0]) / images
-        _drain(t, stream)
-        seconds, waits, pixels = list[float](), list[float](), list[int]()
+        seconds, pixels = list[float](), list[int]()
         began = time.monotonic()
         while len(seconds) < FEWEST or not run.votes.largest(int(time.monotonic() - began > limit_s))[0]:
             batches, step_s = step()
             seconds.append(step_s)
-            waits.append(sum(batch.wait_s for batch in batches))
             pixels += [batch.item.height * batch.item.width for batch in batches]
+        wait_s = _wait_s(t, stream, images, fmean(seconds))
         evaluate_s = _evaluation(t, epoch, min(most, micro_batch), limit_s / 4)
     t.meter.bar.close()
     # Rectangular batches differ in size.
     scale = fmean(item.height * item.width for item in t.batches.train_items(epoch)) / fmean(pixels)
     error = stdev(seconds) / len(seconds) ** 0.5 / fmean(seconds)
-    times = slowest(run, scale * fmean(seconds), scale * fmean(waits), evaluate_s, enter_s, error)
+    times = slowest(run, scale * fmean(seconds), scale * wait_s, evaluate_s, enter_s, error)
     kind = stage.img_size, stage.shape, stage.frozen, images
     return Measured(*kind, *times)._replace(first_loss=first_loss, memory_mb=peak_memory_mb(device))
 
@@ -109,10 +109,19 @@ def measure_save(t: Trainer) -> float:
         return slowest(t.run, time.monotonic() - began)[0]
 
 
-def _drain(t: Trainer, stream: Iterator[Batch]) -> None:
-    """Take the batches that lie ready, which would hide for a while how slow the loader is."""
-    for _ in islice(stream, t.loader.workers * PREFETCH):
-        pass
+def _wait_s(t: Trainer, stream: Iterator[Batch], images: int, computing_s: float) -> float:
+    """Seconds that a loader which is slower than the computing keeps it waiting, for so many images.
+
+    The loader is timed by itself, and last: behind the batches that lie ready, and hide for a while how slow it is. Were they taken
+    before the computing is timed, the workers would be making up for them meanwhile, on its cores.
+    """
+    workers = t.loader.workers
+    deque(islice(stream, workers * PREFETCH), maxlen=0)
+    began = time.monotonic()
+    loaded = sum(len(batch.labels) for batch in islice(stream, max(FEWEST, workers)))
+    loading_s = (time.monotonic() - began) * images / loaded
+    # Without workers, nothing is computed meanwhile.
+    return max(0.0, loading_s - computing_s) if workers else loading_s
 
 
 @torch.inference_mode()
@@ -120,21 +129,21 @@ def _evaluation(t: Trainer, epoch: EpochPlan, batch_size: int, limit_s: float) -
     """Seconds of an evaluation of this process's validation images, from a few batches of it."""
     models = [t.state.model] if t.state.ema is None else [t.state.model, t.state.ema.module]
     items = t.batches.eval_items(epoch.stage.img_size, batch_size)
-    stream, images, began = t.loader.stream(cycle(items)), 0, 0.0
+    stream, images, seconds = t.loader.stream(cycle(items)), 0, 0.0
     for number, batch in enumerate(stream):
+        began = time.monotonic()
         for model in models:
             model.eval()
             with t.run.accelerator.autocast():
                 one_view(model, t.augment.normalise(batch.images))
-        _finished(t.run.accelerator.device)
-        if number == 0:
-            _drain(t, stream)
-            began = time.monotonic()
-            continue
-        images += len(batch.labels)
-        if number >= FEWEST and time.monotonic() - began > limit_s:
+        # The first batch warms up.
+        if number:
+            images += len(batch.labels)
+            seconds += _finished(t.run.accelerator.device) - began
+        if number >= FEWEST and seconds > limit_s:
             break
-    return (time.monotonic() - began) * sum(len(item.indices) for item in items) / images
+    wait_s = _wait_s(t, stream, images, seconds)
+    return (seconds + wait_s) * sum(len(item.indices) for item in items) / images
 
 
 def _finished(device: torch.device) -> float:

@@ -17,17 +17,16 @@ from tests.engine.trainers import noise, small_trainer
 STAGE = Stage(epochs=2, img_size=16, batch_size=8)
 
 
-def of_noise(t, wait_s=0.0, ready=0):
+def of_noise(t, late_s=0.0, ready=0, workers=2):
     """A loader that is as slow as that after the first `ready` batches."""
     epoch = next(t.plan.epochs())
 
     def stream(items):
         for number, batch in enumerate(cycle(noise(t, epoch))):
-            late = wait_s if number >= ready else 0.0
-            time.sleep(late)
-            yield batch._replace(wait_s=late)
+            time.sleep(late_s if number >= ready else 0.0)
+            yield batch
 
-    return SimpleNamespace(stream=stream, workers=2)
+    return SimpleNamespace(stream=stream, workers=workers)
 
 
 def test_no_weight_moves(monkeypatch):
@@ -46,12 +45,24 @@ def test_no_weight_moves(monkeypatch):
         assert abs(measured.first_loss - math.log(4)) < 1
 
 
-def test_batches_that_lie_ready_do_not_hide_a_slow_loader(monkeypatch):
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_slow_loader_shows_behind_the_batches_that_lie_ready(monkeypatch, workers):
     monkeypatch.setattr(measuring, "_evaluation", lambda *_: 1.0)
     with small_trainer([STAGE]) as t:
-        t.loader = of_noise(t, wait_s=0.01, ready=1 + 2 * measuring.PREFETCH)
+        t.loader = of_noise(t, 0.2, ready=1 + measuring.FEWEST + workers * measuring.PREFETCH, workers=workers)
         measured = measure_stage(t, next(t.plan.epochs()), train_step, 0.0)
-        assert measured.wait_s == pytest.approx(0.01)
+        # With workers, it loads while the step computes.
+        assert measured.wait_s + bool(workers) * measured.step_s == pytest.approx(0.2, rel=0.1)
+
+
+def test_a_loader_that_keeps_up_costs_no_time(monkeypatch):
+    monkeypatch.setattr(measuring, "_evaluation", lambda *_: 1.0)
+    with small_trainer([STAGE]) as t:
+        t.loader = of_noise(t)
+        monkeypatch.setattr(measuring, "_finished", lambda device: time.monotonic() + 1)
+        measured = measure_stage(t, next(t.plan.epochs()), train_step, 0.0)
+        assert measured.wait_s == 0
+        assert measured.step_s == pytest.approx(1, abs=0.5)
 
 
 def test_each_kind_of_stage_is_measured_once(monkeypatch):
