@@ -267,21 +267,23 @@ WRONG = (TypeError, ValueError, yaml.YAMLError)
 
 
 def parse_args(config_class: type[Config], description: str, args: Sequence[str] | None = None) -> Config:
-    """The command line of a script: a flag per field, `--config FILE.yaml`, `--print_config`; of two, the later counts.
+    """The command line of a script: a flag per field, `--config FILE.yaml`, `--print_config`. A flag counts before a file, wherever
+    it stands, and of two flags or files the later.
 
     `--batch-size` stands for `--batch_size`, and `--debug` for `--debug true`.
 
     Raises:
         UserError: a flag is unknown or its value not of its type.
     """
-    types, defaults, given = types_of(config_class), as_plain(config_class()), {}
+    types, defaults = types_of(config_class), as_plain(config_class())
+    files, flags = dict[str, Any](), dict[str, Any]()
 
     class Read(argparse.Action):
         def __call__(self, parser: Any, namespace: Any, value: Any, option: Any = None) -> None:
             if self.dest == "config":
-                given.update(read_settings(types, _load(value), f"--config {value}"))
+                files.update(read_settings(types, _load(value), f"--config {value}"))
             else:
-                given.update(read_settings(types, {self.dest: value}))
+                flags.update(read_settings(types, {self.dest: value}))
 
     parser = argparse.ArgumentParser(
         description=description,
@@ -316,8 +318,8 @@ def parse_args(config_class: type[Config], description: str, args: Sequence[str]
         if word.startswith("--"):
             read_settings(types, {word[2:].partition("=")[0]: None})
         raise UserError(f"{word} follows no flag that takes it; every setting is a flag, such as --epochs 10")
-    cfg = config_class(**given)
-    cfg.given = frozenset(given)
+    cfg = config_class(**files | flags)
+    cfg.given = frozenset(files | flags)
     if options.print_config:
         print(yaml.safe_dump(as_plain(cfg), sort_keys=False))
         raise SystemExit(0)

@@ -1,10 +1,12 @@
 """Soak test: runs that are killed again and again must end like a run that was left alone.
 
     python -m tests.soak [--kills 20] [--terms 5] [--strategies standard hybrid]
+    python -m tests.soak --kills 5 --budget 60s
 
 Each strategy's curriculum runs in miniature on made-up images, undisturbed and disturbed: SIGKILL at random moments on one
 process, SIGTERM at random moments on two. Compared are the final weights and optimizer (bit for bit on one process),
-the CSV but for its times, and the samples of every step. `make soak`; some minutes, bounded.
+the CSV but for its times, and the samples of every step. `make soak`; some minutes, bounded. With `--budget`, the disturbed
+run plans itself, and the undisturbed one repeats its `config.yaml`.
 """
 
 import argparse
@@ -117,7 +119,11 @@ def disturb(args: list[str], kills: int, number: int, rng: random.Random, run: P
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
             raise SystemExit(f"{run.name} did not end within 120 s of signal {number}") from None
-        if number == signal.SIGTERM and list(run.glob("checkpoints/step_*")):
+        saved_before = list(run.glob("checkpoints/step_*"))
+        if "--budget" in args and not saved_before:
+            # It plans anew, and other steps.
+            run.with_name(f"{run.name}.samples-0").unlink(missing_ok=True)
+        if number == signal.SIGTERM and saved_before:
             saved = progress(run)["step"]
             done = max((step for _, step, _ in samples(run, 0)), default=-1) + 1
             assert saved >= done, f"{run.name}: saved {saved}, trained {done}"
@@ -156,6 +162,31 @@ def check(whole: Path, parts: Path, processes: int, exact: bool) -> None:
         assert [row["epoch"] for row in rows(whole)] == [row["epoch"] for row in rows(parts)]
 
 
+def check_budgeted(script: str, budget: str, kills: int, rng: random.Random, work: Path) -> None:
+    """A run that planned itself, killed again and again, against one that is given its plan and left alone."""
+    parts, whole = work / f"{script}-planned", work / f"{script}-given"
+    began = time.monotonic()
+    hits = disturb(
+        [*command(script, 1, work, parts.name), "--budget", budget], kills, signal.SIGKILL, rng, parts
+    )
+    finish(
+        [
+            sys.executable,
+            str(work / "probe.py"),
+            script,
+            "--run_name",
+            whole.name,
+            "--config",
+            str(parts / "config.yaml"),
+        ]
+    )
+    check(whole, parts, 1, exact=True)
+    print(
+        f"{script} in {budget}: {hits} x SIGKILL, {progress(parts)['step']} steps, identical, {time.monotonic() - began:.0f} s",
+        flush=True,
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -163,6 +194,7 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=20, help="SIGKILLs per strategy, one process")
     parser.add_argument("--terms", type=int, default=5, help="SIGTERMs per strategy, two processes")
     parser.add_argument("--strategies", nargs="+", default=list(STRATEGIES), choices=list(STRATEGIES))
+    parser.add_argument("--budget", help="of runs that plan themselves; then no others are tried")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     rng = random.Random(options.seed)
@@ -172,6 +204,9 @@ def main() -> None:
     if "train_finetune" in options.strategies:
         finish(command("train_standard", 1, work, "base"))
     for script in options.strategies:
+        if options.budget:
+            check_budgeted(script, options.budget, options.kills, rng, work)
+            continue
         for processes, number, wanted in (
             (1, signal.SIGKILL, options.kills),
             (2, signal.SIGTERM, options.terms),

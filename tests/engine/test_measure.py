@@ -49,7 +49,9 @@ def test_no_weight_moves(monkeypatch):
 def test_a_slow_loader_shows_behind_the_batches_that_lie_ready(monkeypatch, workers):
     monkeypatch.setattr(measuring, "_evaluation", lambda *_: 1.0)
     with small_trainer([STAGE]) as t:
-        t.loader = of_noise(t, 0.2, ready=1 + measuring.FEWEST + workers * measuring.PREFETCH, workers=workers)
+        t.loader = of_noise(
+            t, 0.2, ready=1 + measuring.FEWEST + workers * measuring.PREFETCH, workers=workers
+        )
         measured = measure_stage(t, next(t.plan.epochs()), train_step, 0.0)
         # With workers, it loads while the step computes.
         assert measured.wait_s + bool(workers) * measured.step_s == pytest.approx(0.2, rel=0.1)
