@@ -8,12 +8,12 @@ and the antialiased resize writes straight into the batch's own memory, so there
 import io
 import struct
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache
 from typing import NamedTuple
 
 import numpy as np
 import torch
-import torchvision.io
 from PIL import Image, ImageOps
 
 from common.data.order import BatchItem, View
@@ -22,8 +22,6 @@ from common.data.rng import CROP, uniforms
 MAX_PIXELS = 178_956_970  # Pillow's limit for a decompression bomb, held before anything is decoded
 TRIES = 10  # random boxes drawn until one fits the image, as in torchvision's RandomResizedCrop
 
-_RGB = torchvision.io.ImageReadMode.RGB.value
-_decode_jpeg = torch.ops.image.decode_jpeg  # torchvision.io.decode_jpeg less 4 us of Python
 _resize_into = torch.ops.aten._upsample_bilinear2d_aa.out  # F.interpolate(antialias=True), into memory we own
 
 # What the decoders raise for bytes that are not the image they claim to be.
@@ -226,8 +224,18 @@ def _decode(data: np.ndarray, fast: bool) -> torch.Tensor:
             raise DecodeError(_reason(error, data)) from error
 
 
+@cache
+def jpeg_decoder() -> Callable[[torch.Tensor], torch.Tensor]:
+    """torchvision's, from uint8 [n] to [3, H, W]; its import, which is as long as torch's, waits until an image is to be decoded."""
+    import torchvision.io
+
+    mode = torchvision.io.ImageReadMode.RGB.value
+    decode = torch.ops.image.decode_jpeg  # torchvision.io.decode_jpeg less 4 us of Python
+    return lambda encoded: decode(encoded, mode, True)
+
+
 def _torchvision(data: np.ndarray) -> torch.Tensor:
-    return _decode_jpeg(torch.from_numpy(data), _RGB, True)
+    return jpeg_decoder()(torch.from_numpy(data))
 
 
 def _pillow(data: np.ndarray) -> torch.Tensor:

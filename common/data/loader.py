@@ -27,7 +27,7 @@ from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from common import UserError
 from common.data.auto_augment import auto_augment
-from common.data.decode import DecodeError, decode_batch
+from common.data.decode import DecodeError, decode_batch, jpeg_decoder
 from common.data.order import BatchItem
 from common.data.slots import Slot, Slots
 from common.data.sources.base import Source
@@ -208,6 +208,8 @@ class Loader:
             generator=torch.Generator(),  # or each new iterator would draw from the one that dropout uses
         )
         self._streams = 0
+        # Before the workers fork, or each would import it.
+        jpeg_decoder()
 
     def stream(self, items: Iterable[BatchItem]) -> Iterator[Batch]:
         """Yield one batch per item, in order.
