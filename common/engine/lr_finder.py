@@ -16,12 +16,15 @@ from common.run.checkpoint import TrainState, rng_state, set_rng_state
 
 FEWEST = 15  # steps of a sweep; with fewer, noise decides
 DIVERGED = 4.0  # a sweep ends as soon as its smoothed loss is this many times its first
-# The suggestion, times the rate at which the loss begins to blow up. The sweep meets that rate without warm-up and at full momentum,
-# OneCycle after both; and too low costs more than too high: half of a good rate 2.5 to 5 points, twice none (docs/results.md).
-ABOVE_BLOW_UP = 1.25
-# The same where trained weights are to be kept, which rates that a fresh network bears wash out: 3 epochs at 1.1 times the blow-up left 23 %
-# of top-1 to ImageNet's weights, at a third of it 81, at a ninth 75 (docs/results.md).
-KEEPING_WEIGHTS = 1 / 3
+# A rise of the smoothed loss that counts: so many nats, and at most a tenth of the loss at the start. With BatchNorm a network may rise by half
+# a nat only before it collapses to guessing, however many classes there are. Where the rise begins, noise decides: twice the scatter.
+RISE = 0.25
+# The suggestion, times the rate of that rise. The sweep gets there without warm-up and at full momentum, OneCycle after both; and too low
+# costs more than too high: half of a good rate 2.5 to 5 points, twice none (docs/results.md).
+ABOVE_BLOW_UP = 2.0
+# The same where trained weights are to be kept, which rates that a fresh network bears wash out: 3 epochs at two thirds of the blow-up's rate
+# left 23 % of top-1 to ImageNet's weights, at a fifth of it 81, at a fifteenth 75 (docs/results.md).
+KEEPING_WEIGHTS = 1 / 5
 REPORT_S = 5.0  # between two lines of progress
 
 
@@ -106,7 +109,7 @@ def smooth(losses: list[float], iterations: int) -> list[float]:
 
 
 def rise_threshold(losses: list[float], smoothed: list[float], iterations: int) -> list[float]:
-    """The lowest smoothed loss so far plus a twentieth of the loss at the start, or plus 3.75 of its standard deviations.
+    """The lowest smoothed loss so far plus `RISE`, or plus 3.75 of the smoothed loss's standard deviations if they are more.
 
     They follow from the changes between neighbouring losses of the last quarter of the sweep (noise grows with the
     rate), or of all if these are larger. NaN in the first third, whose rates hardly move a weight: a rise is noise.
@@ -117,10 +120,11 @@ def rise_threshold(losses: list[float], smoothed: list[float], iterations: int) 
     overall = 1.4826 * median(map(abs, changes or [0.0]))
     # A change has twice the variance of a loss, the average with weight a = 10 / iterations has a / (2 - a) of it.
     share = math.sqrt(10 / (2 * iterations - 10) / 2)
+    counts = min(RISE, fmean(losses[:first]) / 10) if losses else RISE
     threshold = [math.nan] * min(first, len(losses))
     for step in range(first, len(losses)):
         recent = math.sqrt(fmean(change**2 for change in changes[max(0, step - 1 - window) : step - 1]))
-        rise = max(fmean(losses[:first]) / 20, 3.75 * share * max(overall, recent))
+        rise = max(counts, 3.75 * share * max(overall, recent))
         threshold.append(min(smoothed[first - 1 : step]) + rise)
     return threshold
 
@@ -128,10 +132,10 @@ def rise_threshold(losses: list[float], smoothed: list[float], iterations: int) 
 def find_blow_up(
     lrs: list[float], losses: list[float], smoothed: list[float], threshold: list[float], iterations: int
 ) -> tuple[float, str]:
-    """The rate at which the smoothed loss begins to blow up; or NaN and why there is none.
+    """The rate at which the smoothed loss rises above its threshold; or NaN and why there is none.
 
-    A rise above the threshold counts if most losses of the next fifteenth of the sweep keep it up; it began half as
-    high, or at the twentieth. The lowest point is no guide: the curve is flat there, and noise decides.
+    A rise counts if most losses of the next fifteenth of the sweep keep it up. Neither the lowest point nor where the rise began is a
+    guide: the curve is flat there, and noise decides.
     """
     first, kept = iterations // 3, max(2, iterations // 15)
     if not losses:
@@ -143,16 +147,15 @@ def find_blow_up(
     for step in range(first, len(losses)):
         high = sum(not loss <= threshold[step] for loss in onwards[step : step + kept])
         if smoothed[step] > threshold[step] and high > kept / 2:
-            start, lowest = fmean(losses[:first]), min(smoothed[first - 1 : step])
-            rise = threshold[step] - lowest
-            if rise > 0.4 * start:
-                return math.nan, f"noise hides what rises by less than {rise / start:.0%}"
-            begun = step
-            while begun > max(first, step - kept) and smoothed[begun - 1] > lowest + max(
-                start / 20, rise / 2
-            ):
-                begun -= 1
-            return (lrs[begun], "") if begun > first else (math.nan, "the loss rises too early in the sweep")
+            rise = (threshold[step] - min(smoothed[first - 1 : step])) / fmean(losses[:first])
+            if rise > 0.4:
+                return math.nan, f"noise hides what rises by less than {rise:.0%}"
+            if step == first:
+                return math.nan, "the loss rises too early in the sweep"
+            # Between the two steps, where a straight line over the rate's logarithm crosses.
+            before, after = smoothed[step - 1 : step + 1]
+            share = min(1.0, max(0.0, (threshold[step] - before) / (after - before)))
+            return lrs[step - 1] * (lrs[step] / lrs[step - 1]) ** share, ""
     blown_up = len(losses) <= first
     return (
         math.nan,

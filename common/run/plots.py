@@ -120,7 +120,7 @@ def plot_lr_finder(run_dir: Path) -> None:
         counts = np.isfinite(threshold)
         lowest = [np.nanmin(smoothed[counts.argmax() - 1 : step]) for step in np.flatnonzero(counts)]
         axes.fill_between(
-            lr[counts], lowest, threshold[counts], color=PALE, label="no rise: noise, or under 5 %"
+            lr[counts], lowest, threshold[counts], color=PALE, label="no rise: noise, or too small"
         )
         axes.plot(lr, threshold, color=GREY, linewidth=1, linestyle="--", label="threshold")
         axes.plot(lr[finite], smoothed[finite], color=BLUE, linewidth=2, label="smoothed")
