@@ -25,7 +25,7 @@ from common.model.pretrained_cfg import PretrainedCfg
 from common.run.processes import rank0_errors
 from common.run.progress import LOADER_BOUND, clock
 from common.run.records import wandb_mode
-from common.scheduling import Plan
+from common.scheduling import Plan, known_peak
 from common.scheduling.budget import Costs, Measured, seconds_by_part
 from common.scheduling.recipe import STEPS_PER_EPOCH
 
@@ -268,7 +268,8 @@ def duration(t: Trainer, costs: Costs) -> str:
     epochs = [0] * len(plan.stages)
     for epoch in plan.epochs(progress.epochs_done):
         epochs[epoch.stage_index] += 1
-    sweep = cfg.lr_finder_iterations if cfg.lr == "auto" and progress.peak_lr == 0 else 0
+    known = progress.peak_lr or known_peak(vars(cfg), plan.global_batches[0])
+    sweep = 0 if known else cfg.lr_finder_iterations
     parts = seconds_by_part(plan, costs, epochs, sweep, cfg.final_eval * GRID_EVALUATIONS)
     whole_s = sum(parts.values())
     price = f", {whole_s / 3600 * cfg.usd_per_hour:.2f} USD" if cfg.usd_per_hour else ""

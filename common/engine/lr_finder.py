@@ -22,9 +22,6 @@ RISE = 0.25
 # The suggestion, times the rate of that rise. The sweep gets there without warm-up and at full momentum, OneCycle after both; and too low
 # costs more than too high: half of a good rate 2.5 to 5 points, twice none (docs/results.md).
 ABOVE_BLOW_UP = 2.0
-# The same where trained weights are to be kept, which rates that a fresh network bears wash out: 3 epochs at two thirds of the blow-up's rate
-# left 23 % of top-1 to ImageNet's weights, at a fifth of it 81, at a fifteenth 75 (docs/results.md).
-KEEPING_WEIGHTS = 1 / 5
 REPORT_S = 5.0  # between two lines of progress
 
 

@@ -6,28 +6,24 @@ from itertools import chain, count
 
 from common.data.loader import Batch
 from common.data.order import BatchItem
-from common.engine.lr_finder import ABOVE_BLOW_UP, KEEPING_WEIGHTS, find_lr
+from common.engine.lr_finder import ABOVE_BLOW_UP, find_lr
 from common.engine.memory import out_of_memory_advice
 from common.engine.trainer import Trainer
 from common.run.plots import plot_lr_finder
 from common.run.processes import rank0_errors
 from common.run.records import draw
-from common.scheduling import BACKBONE, EpochPlan, Rates, resolve_lr
+from common.scheduling import BACKBONE, KEEPING_WEIGHTS, EpochPlan, Rates, known_peak, resolve_lr
 
 TrainStep = Callable[[Trainer, EpochPlan, float, float, Iterator[Batch]], None]
-# Per 256 images, when the finder's curve cannot be trusted: SGD's (Goyal et al., 2017), and the usual one of Adam and its like.
-FALLBACK_LR, ADAPTIVE_FALLBACK_LR = 0.1, 1e-3
+# Per 256 images, when the finder's curve cannot be trusted (Goyal et al., 2017).
+FALLBACK_LR = 0.1
 
 
 def settle_rates(t: Trainer, train_step: TrainStep) -> Rates:
     """Learning rates around the peak that was given, found now, or found before."""
     run, cfg, progress = t.run, t.run.cfg, t.state.progress
     if progress.peak_lr == 0:
-        progress.peak_lr = (
-            find_peak(t, train_step)
-            if cfg.lr == "auto"
-            else resolve_lr(cfg.lr, t.plan.global_batches[0], cfg.lr_scaling)
-        )
+        progress.peak_lr = known_peak(vars(cfg), t.plan.global_batches[0]) or find_peak(t, train_step)
     rates = Rates(t.plan, cfg, progress.peak_lr)
     highest = max(rates.peak(index) for index in range(len(t.plan.stages)))
     run.log.info("peak learning rate %.4g (--lr %s)", highest, cfg.lr)
@@ -59,8 +55,7 @@ def find_peak(t: Trainer, train_step: TrainStep) -> float:
         loss = run.accelerator.reduce(t.meter.sums - before, "sum")[0]
         return float(loss) / epoch.global_batch
 
-    base = FALLBACK_LR if "sgd" in cfg.optimizer else ADAPTIVE_FALLBACK_LR
-    fallback = resolve_lr(base, plan.global_batches[0], "linear")
+    fallback = resolve_lr(FALLBACK_LR, plan.global_batches[0], "linear")
     run.log.info("finding the learning rate: %d steps", cfg.lr_finder_iterations)
     with out_of_memory_advice(epoch, plan.micro_batch(0)):
         sweep = find_lr(

@@ -26,7 +26,7 @@ from common.run import checkpoint
 from common.run.checkpoint import Progress, TrainState
 from common.run.processes import rank0_errors
 from common.run.run import Run
-from common.scheduling import Plan, Rates, make_plan, resolve_lr
+from common.scheduling import Plan, Rates, known_peak, make_plan
 from common.scheduling.recipe import Facts, Recipe, adapt
 
 # Images whose headers tell how large the images are.
@@ -197,13 +197,12 @@ def check_sizes(run: Run, model: nn.Module, batches: Batches) -> None:
 def plan_table(cfg: TrainConfig, plan: Plan, batches: Batches) -> str:
     """The plan in words and numbers."""
     train, val = batches.train, batches.val
-    peak, note = 1.0, "relative to the LR finder's peak"
-    if cfg.lr != "auto":
-        peak, note = resolve_lr(cfg.lr, plan.global_batches[0], cfg.lr_scaling), "in force"
+    peak = known_peak(vars(cfg), plan.global_batches[0])
+    note = "in force" if peak else "relative to the LR finder's peak"
     processes = f"{plan.processes} process{'es' * (plan.processes > 1)}"
     parts = [
         f"{len(train):,} training and {len(val):,} validation images, {len(train.classes)} classes, {processes}",
-        Rates(plan, cfg, peak).table(),
+        Rates(plan, cfg, peak or 1.0).table(),
         batches.bucket_tables(),
         f"{plan.total_epochs} epochs, {plan.total_steps:,} optimizer steps, {plan.images_to_see:,} images to be seen; "
         f"learning rates are {note}",

@@ -1,11 +1,12 @@
 """The vocabulary of a curriculum, and what follows from it at every step."""
 
 from common.scheduling.plan import EpochPlan, Plan, make_plan
-from common.scheduling.rates import Rates, ScheduleSettings, resolve_lr
+from common.scheduling.rates import KEEPING_WEIGHTS, Rates, ScheduleSettings, known_peak, resolve_lr
 from common.scheduling.stages import BACKBONE, Stage, apportion, couple_strength, scale_stages
 
 __all__ = [
     "BACKBONE",
+    "KEEPING_WEIGHTS",
     "EpochPlan",
     "Plan",
     "Rates",
@@ -13,6 +14,7 @@ __all__ = [
     "Stage",
     "apportion",
     "couple_strength",
+    "known_peak",
     "make_plan",
     "resolve_lr",
     "scale_stages",

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from common import UserError
 from common.scheduling.plan import Plan, make_plan
+from common.scheduling.rates import known_peak
 from common.scheduling.recipe import FEWEST_IMAGES, STEPS_PER_EPOCH, Facts, Recipe, adapt
 from common.scheduling.stages import Stage, scale_stages
 
@@ -220,7 +221,7 @@ def _cost(
 ) -> Budgeted:
     plan = make_plan(recipe.stages, facts.images, facts.processes, settings["accumulation"])
     in_force = {**settings, **recipe.values}
-    sweep = in_force["lr_finder_iterations"] if in_force["lr"] == "auto" else 0
+    sweep = 0 if known_peak(in_force, plan.global_batches[0]) else in_force["lr_finder_iterations"]
     parts = seconds_by_part(plan, costs, [stage.epochs for stage in plan.stages], sweep, evaluations)
     errors = (parts[f"train {i + 1}"] * step.error for i, step in enumerate(costs.by_stage(plan)))
     return Budgeted(recipe, plan, parts, math.hypot(math.hypot(*errors) / sum(parts.values()), DRIFT))

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from common import UserError
 from common.scheduling.plan import Plan
@@ -14,6 +15,13 @@ if TYPE_CHECKING:
 
 # A base learning rate is per this many images (Goyal et al., 2017).
 LR_PER_IMAGES = 256
+# timm's names of the optimizers whose step grows with the gradient begin so.
+SGD_LIKE = ("sgd", "momentum", "nesterov", "lar", "nlar")
+# Peak of all others, per 256 images and by the square root of the batch (Malladi et al., 2022); ConvNeXt's 0.004 at 4,096 images lies on it.
+ADAPTIVE_LR = 1e-3
+# The peak of trained weights, which a fresh network's washes out, times what that would be. SGD, 3 epochs from ImageNet's weights: two thirds
+# of the rate at which the loss blows up left 23 % of top-1, a fifth of it 81, a fifteenth 75 (docs/results.md).
+KEEPING_WEIGHTS = 1 / 5
 # First / last learning rate.
 FINAL_DIV_FACTOR = 1e4
 # Share of a stage over which a cycle over the whole run glides from the previous stage's peak to its own.
@@ -25,7 +33,7 @@ class ScheduleSettings:
     """Learning rate"""
 
     lr: PositiveFloat | Literal["auto"] = "auto"
-    """Base learning rate per 256 images, or "auto" for the LR finder's suggestion as the peak."""
+    """Base learning rate per 256 images; auto = the peak that the LR finder suggests, for Adam and its like 0.001 x sqrt(global batch / 256)."""
     lr_scaling: Literal["linear", "none"] = "linear"
     """linear = multiply a numeric --lr by global batch / 256; none = take it as it is."""
     max_lr: PositiveFloat | None = None
@@ -52,6 +60,20 @@ class ScheduleSettings:
 def resolve_lr(base_lr: float, global_batch: int, lr_scaling: Literal["linear", "none"]) -> float:
     """A base learning rate per 256 images, scaled to a global batch (Goyal et al., 2017)."""
     return base_lr * global_batch / LR_PER_IMAGES if lr_scaling == "linear" else base_lr
+
+
+def known_peak(settings: Mapping[str, Any], global_batch: int) -> float | None:
+    """The peak of the learning rate, where no sweep has to find it: a given one, or an adaptive optimizer's.
+
+    Adam and its like move every weight by about the rate, whatever the gradient. Where that is too much the loss is back at guessing, and
+    does not explode: sweeps suggested 0.08 for a ViT and 0.57 for a ConvNeXt (docs/results.md).
+    """
+    if settings["lr"] != "auto":
+        return resolve_lr(settings["lr"], global_batch, settings["lr_scaling"])
+    if settings["optimizer"].startswith(SGD_LIKE):
+        return None
+    kept = KEEPING_WEIGHTS if settings.get("weights") else 1.0
+    return kept * ADAPTIVE_LR * math.sqrt(global_batch / LR_PER_IMAGES)
 
 
 def cosine_cycle(step: int, total: int, rise: float, start: float, peak: float, end: float) -> float:

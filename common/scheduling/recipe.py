@@ -10,6 +10,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+from common.scheduling.rates import known_peak
 from common.scheduling.stages import BACKBONE, Stage, apportion, couple_strength, in_patches
 
 # Levels of regularisation, and the epochs from which each holds. Mixing cost 9 points in 5 and in 12 epochs; ffcv-imagenet (16 to 88
@@ -235,7 +236,7 @@ def _fit_rates(recipe: Recipe, settings: Mapping[str, Any], free: set[str]) -> N
     # The limit belongs to the rule.
     if "lr" in free and settings["lr"] != "auto":
         recipe.values.update({"lr": "auto"} | ({"max_lr": None} if "max_lr" in free else {}))
-        recipe.notes.append(f"the LR finder's peak, not {settings['lr']} per 256 images (--lr)")
+        recipe.notes.append(f"a peak found here (--lr auto), not {settings['lr']} per 256 images")
         # Which is above the rate of the blow-up, and borne only after a warm-up at less momentum.
         cycle = {"pct_start": RISE, "momentum_swing": SWING}
         if changes := {
@@ -297,7 +298,7 @@ def _fit_horizons(recipe: Recipe, settings: Mapping[str, Any], free: set[str], f
         recipe.values["ema_decay"] = 1 - 1 / max(1.0, EMA_SHARE * steps)
         recipe.notes.append(f"EMA decay {recipe.values['ema_decay']:.4g}: {steps:,} steps (--ema_decay)")
     sweep = max(FINDER_STEPS, int(FINDER_SHARE * steps))
-    found = recipe.values.get("lr", settings["lr"]) == "auto"
-    if found and "lr_finder_iterations" in free and sweep < settings["lr_finder_iterations"]:
+    swept = known_peak({**settings, **recipe.values}, 1) is None
+    if swept and "lr_finder_iterations" in free and sweep < settings["lr_finder_iterations"]:
         recipe.values["lr_finder_iterations"] = sweep
         recipe.notes.append(f"a sweep of {sweep} of {steps:,} steps (--lr_finder_iterations)")

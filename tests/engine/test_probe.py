@@ -18,6 +18,7 @@ from common.engine import lr_finder
 from common.engine import probe as module
 from common.model.create import create_model
 from common.model.pretrained_cfg import PretrainedCfg
+from common.scheduling import KEEPING_WEIGHTS
 from common.tools import predict
 from tests.helpers import assert_same, make_images, weights
 from tests.model.models import write_model
@@ -201,7 +202,7 @@ def test_processes_with_fewer_batches_ask_for_signals_as_often(
 
 
 @pytest.mark.parametrize(
-    ("frozen", "factor"), [([], lr_finder.KEEPING_WEIGHTS), (["backbone"], lr_finder.ABOVE_BLOW_UP)]
+    ("frozen", "factor"), [([], KEEPING_WEIGHTS), (["backbone"], lr_finder.ABOVE_BLOW_UP)]
 )
 def test_trained_weights_get_a_rate_that_keeps_them(
     images: Path,

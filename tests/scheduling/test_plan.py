@@ -7,7 +7,15 @@ from hypothesis import strategies as st
 
 from common import UserError
 from common.config import parse_args
-from common.scheduling import Rates, ScheduleSettings, Stage, couple_strength, make_plan, resolve_lr
+from common.scheduling import (
+    Rates,
+    ScheduleSettings,
+    Stage,
+    couple_strength,
+    known_peak,
+    make_plan,
+    resolve_lr,
+)
 from common.scheduling.rates import cosine_cycle
 from train_hybrid import HybridConfig
 
@@ -69,6 +77,23 @@ def test_progressive_peaks_follow_the_batch_up_to_the_limit():
     base = resolve_lr(0.1, 4096, "linear")
     plan = plan_for(stages, images=10_000, peak=base, stage_wise=True, max_lr=0.4)
     assert [plan.peak(i) for i in range(3)] == pytest.approx([0.4, 0.4, 0.1])
+
+
+@pytest.mark.parametrize(
+    ("settings", "peak"),
+    [
+        ({"lr": 0.1}, 0.4),
+        ({"lr": 0.1, "lr_scaling": "none"}, 0.1),
+        ({}, None),
+        ({"optimizer": "nesterov"}, None),
+        ({"optimizer": "adamw"}, 2e-3),
+        ({"optimizer": "adamw", "weights": "runs/a"}, 4e-4),
+        ({"optimizer": "adamw", "lr": 1e-3, "weights": "runs/a"}, 4e-3),
+    ],
+)
+def test_only_sgd_needs_a_sweep(settings, peak):
+    known = known_peak({"lr": "auto", "lr_scaling": "linear", "optimizer": "sgd", **settings}, 1024)
+    assert known == (None if peak is None else pytest.approx(peak))
 
 
 def test_scales_multiply_the_global_cycle_and_never_jump_upward():
