@@ -125,7 +125,8 @@ def test_the_first_loss(loss, level, words):
 def at_rest(**cfg) -> SimpleNamespace:
     """What the verdicts read of a trainer: 2 stages of 3 and 1 epochs, 10 steps each, of 64 images of 640."""
     stages = [Stage(epochs=3, img_size=32, batch_size=64), Stage(epochs=1, img_size=64, batch_size=64)]
-    settings = {"lr": 0.1, "lr_finder_iterations": 100, "keep_every": 0, "usd_per_hour": None} | cfg
+    settings = {"lr": 0.1, "lr_scaling": "linear", "optimizer": "sgd", "lr_finder_iterations": 100}
+    settings |= {"keep_every": 0, "usd_per_hour": None} | cfg
     return SimpleNamespace(
         plan=make_plan(stages, 640, 1),
         run=SimpleNamespace(cfg=SimpleNamespace(final_eval=False, **settings)),
@@ -154,6 +155,7 @@ def test_the_time_of_a_run():
     )
     found = duration(at_rest(lr="auto", usd_per_hour=60.0), costs)
     assert "about 2:43, 2.72 USD with evaluation (start 0:04, finder 1:40, " in found
+    assert "finder" not in duration(at_rest(lr="auto", optimizer="adamw"), costs)
     resumed = at_rest()
     resumed.state.progress.epochs_done = 2
     assert "train 1 0:05, train 2 0:05, wait 0:10, evaluate 0:06" in duration(resumed, costs)
