@@ -130,7 +130,7 @@ def test_our_scripts_know_their_commands(
         job.ledger.write_text(json.dumps({"seconds": 1.0, "exit_code": 2, "why": "enough"}))
 
     monkeypatch.setattr(race, "run", collect)
-    more = "--budget 4h --img_size 32 --mixed_precision no --workers 0 --usd_per_hour 1"
+    more = "--budget 40h --img_size 32 --mixed_precision no --workers 0 --usd_per_hour 1"
     with pytest.raises(SystemExit):
         race.main([*flags, *more.split()])
     assert len(commands) == 4
