@@ -119,11 +119,11 @@ def disturb(args: list[str], kills: int, number: int, rng: random.Random, run: P
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
             raise SystemExit(f"{run.name} did not end within 120 s of signal {number}") from None
-        saved_before = list(run.glob("checkpoints/step_*"))
-        if "--budget" in args and not saved_before:
+        checkpoints = list(run.glob("checkpoints/step_*"))
+        if "--budget" in args and not checkpoints:
             # It plans anew, and other steps.
             run.with_name(f"{run.name}.samples-0").unlink(missing_ok=True)
-        if number == signal.SIGTERM and saved_before:
+        if number == signal.SIGTERM and checkpoints:
             saved = progress(run)["step"]
             done = max((step for _, step, _ in samples(run, 0)), default=-1) + 1
             assert saved >= done, f"{run.name}: saved {saved}, trained {done}"

@@ -29,6 +29,13 @@ def test_flags_yaml_and_defaults_meet(tmp_path):
     assert (cfg.epochs, cfg.lr, cfg.debug, cfg.batch_size) == (7, "auto", True, 512)
 
 
+def test_a_flag_counts_before_a_file_that_follows_it(tmp_path):
+    (tmp_path / "c.yaml").write_text("run_name: old\nlr: 0.3\n")
+    cfg = parse_args(StandardConfig, "", ["--run_name", "new", "--config", str(tmp_path / "c.yaml")])
+    assert (cfg.run_name, cfg.lr) == ("new", 0.3)
+    assert cfg.given == {"run_name", "lr"}
+
+
 @pytest.mark.parametrize(
     ("words", "name", "value"),
     [

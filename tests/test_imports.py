@@ -1,6 +1,8 @@
 """Each room of common/ imports only from rooms below it, nothing imports tools, and no strategy has a name there."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -55,3 +57,9 @@ def test_no_strategy_is_named(path):
         assert not [
             name for name in ("progressive", "hybrid", "train_rect", "train_standard") if name in text
         ]
+
+
+def test_torchvision_waits_until_an_image_is_decoded() -> None:
+    """Its import is as long as torch's, and `--help` and refusals need none of it."""
+    program = "import train_standard, sys; sys.exit('torchvision' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], cwd=ROOT).returncode == 0

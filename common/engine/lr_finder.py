@@ -17,7 +17,7 @@ from common.run.checkpoint import TrainState, rng_state, set_rng_state
 FEWEST = 15  # steps of a sweep; with fewer, noise decides
 DIVERGED = 4.0  # a sweep ends as soon as its smoothed loss is this many times its first
 # A rise of the smoothed loss that counts: so many nats, and at most a tenth of the loss at the start. With BatchNorm a network may rise by half
-# a nat only before it collapses to guessing, however many classes there are. Where the rise begins, noise decides: twice the scatter.
+# a nat only before it collapses to guessing, however many classes there are. Where the rise begins scatters half as much again.
 RISE = 0.25
 # The suggestion, times the rate of that rise. The sweep gets there without warm-up and at full momentum, OneCycle after both; and too low
 # costs more than too high: half of a good rate 2.5 to 5 points, twice none (docs/results.md).
@@ -151,7 +151,7 @@ def find_blow_up(
                 return math.nan, "the loss rises too early in the sweep"
             # Between the two steps, where a straight line over the rate's logarithm crosses.
             before, after = smoothed[step - 1 : step + 1]
-            share = min(1.0, max(0.0, (threshold[step] - before) / (after - before)))
+            share = (threshold[step] - before) / (after - before) if before < threshold[step] else 0.0
             return lrs[step - 1] * (lrs[step] / lrs[step - 1]) ** share, ""
     blown_up = len(losses) <= first
     return (

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
 # A base learning rate is per this many images (Goyal et al., 2017).
 LR_PER_IMAGES = 256
-# timm's names of the optimizers whose step grows with the gradient begin so.
-SGD_LIKE = ("sgd", "momentum", "nesterov", "lar", "nlar")
+# In timm's names of SGD in all its forms, those with a rate for each layer included.
+SGD_LIKE = ("sgd", "momentum", "nesterov", "lars", "larc")
 # Peak of all others, per 256 images and by the square root of the batch (Malladi et al., 2022); ConvNeXt's 0.004 at 4,096 images lies on it.
 ADAPTIVE_LR = 1e-3
 # The peak of trained weights, which a fresh network's washes out, times what that would be. SGD, 3 epochs from ImageNet's weights: two thirds
@@ -70,7 +70,7 @@ def known_peak(settings: Mapping[str, Any], global_batch: int) -> float | None:
     """
     if settings["lr"] != "auto":
         return resolve_lr(settings["lr"], global_batch, settings["lr_scaling"])
-    if settings["optimizer"].startswith(SGD_LIKE):
+    if any(name in settings["optimizer"] for name in SGD_LIKE):
         return None
     kept = KEEPING_WEIGHTS if settings.get("weights") else 1.0
     return kept * ADAPTIVE_LR * math.sqrt(global_batch / LR_PER_IMAGES)

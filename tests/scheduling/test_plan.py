@@ -86,6 +86,8 @@ def test_progressive_peaks_follow_the_batch_up_to_the_limit():
         ({"lr": 0.1, "lr_scaling": "none"}, 0.1),
         ({}, None),
         ({"optimizer": "nesterov"}, None),
+        ({"optimizer": "csgdw"}, None),
+        ({"optimizer": "nlars"}, None),
         ({"optimizer": "adamw"}, 2e-3),
         ({"optimizer": "adamw", "weights": "runs/a"}, 4e-4),
         ({"optimizer": "adamw", "lr": 1e-3, "weights": "runs/a"}, 4e-3),
