@@ -5,7 +5,7 @@ import dataclasses
 import json
 import logging
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -29,11 +29,19 @@ from common.run.processes import rank0_errors
 from common.run.progress import clock
 from common.run.run import Run
 from common.scheduling import scale_stages
-from common.scheduling.budget import BudgetSettings, Costs, Measured, Outcome, plan_budget
+from common.scheduling.budget import (
+    DRIFT,
+    BudgetSettings,
+    Costs,
+    Measured,
+    Outcome,
+    in_agreement,
+    plan_budget,
+)
 from common.scheduling.recipe import Facts, Recipe, adapt
 
-# Epochs whose batches are measured first, and the share of the budget for the steps of those that are planned then.
-FIRST_LENGTH, SHARE = 12, 0.015
+# Epochs whose batches are measured first, before those that are planned then; and the share of the budget for the steps of either.
+FIRST_LENGTH, SHARE = 12, 0.0075
 
 
 def within_budget(
@@ -49,9 +57,9 @@ def within_budget(
     began = time.monotonic()
     (start_s,) = slowest(run, began - run.started)
 
-    def costs_of(measured: Iterable[Measured], save_s: float) -> Costs:
+    def costs_of(measured: tuple[Measured, ...], save_s: float = 0.0, drift: float = DRIFT) -> Costs:
         (calibration_s,) = slowest(run, time.monotonic() - began)
-        return Costs(tuple(measured), start_s, calibration_s, save_s)
+        return Costs(measured, start_s, calibration_s, save_s, drift)
 
     def plan(costs: Costs) -> Outcome:
         streaming = train.group_rows is not None
@@ -63,23 +71,24 @@ def within_budget(
     # Another machine may have kept another calibration, or none.
     (costs,) = broadcast_object_list([_read(run, kept) if cfg.dry_run and run.is_main else None])
     if costs is None:
+        limit_s = SHARE * budget_s
         recipe = adapt(scale_stages(listed, FIRST_LENGTH), vars(cfg), cfg.given, facts, cfg.recipe)
         with _tried(run, recipe, model, train, val) as t:
-            first = measure(t, train_step, 0.0)
+            first = measure(t, train_step, limit_s / len(recipe.stages))
         # The recipe's batches follow the length, so the first ones were a guess; between two that were measured lies a line.
-        recipe = plan(costs_of(first, 0.0)).whole.recipe
+        recipe = plan(costs_of(first)).whole.recipe
         with _tried(run, recipe, model, train, val) as t:
-            planned = measure(t, train_step, SHARE * budget_s / len(recipe.stages))
+            again = measure(t, train_step, limit_s / len(recipe.stages))
             save_s = measure_save(t)
-        # Of the same batch, the longer measurement.
-        costs = costs_of({m[:4]: m for m in (*first, *planned)}.values(), save_s)
+        steps, drift = in_agreement(first, again)
+        costs = costs_of(steps, save_s, drift)
         with rank0_errors():
             if run.is_main:
                 kept.parent.mkdir(parents=True, exist_ok=True)
                 write_durably(kept, json.dumps({"time": time.time(), **costs._asdict()}).encode())
     outcome = plan(costs)
     low, high = outcome.whole.interval_s()
-    run.log.info("%s", _describe(run, outcome, budget_s))
+    run.log.info("%s", _describe(run, outcome, costs.drift, budget_s))
     forecast = {"budget_s": budget_s, "low_s": low, "high_s": high, "parts": outcome.whole.parts}
     return outcome.whole.recipe, forecast
 
@@ -128,7 +137,7 @@ def _tried(run: Run, recipe: Recipe, model: nn.Module, train: Source, val: Sourc
     accelerator._optimizers.clear()
 
 
-def _describe(run: Run, outcome: Outcome, budget_s: float) -> str:
+def _describe(run: Run, outcome: Outcome, drift: float, budget_s: float) -> str:
     """The plan's length and forecast, and what other budgets would buy."""
     whole, rate = outcome.whole, run.cfg.usd_per_hour
 
@@ -147,6 +156,6 @@ def _describe(run: Run, outcome: Outcome, budget_s: float) -> str:
         f"budget {clock(budget_s)}{price(budget_s)}: {whole.plan.total_epochs} epochs {epochs}, forecast {clock(whole.total_s)}"
         f"{price(whole.total_s)}; 90 % interval {clock(low)} to {clock(high)}; {', '.join(others)}\n"
         f"  minutes by part: {parts}\n"
-        f"  calibration {measured:.1f} s, {measured / budget_s:.1%} of the budget; an evaluation after every epoch is "
+        f"  calibration {measured:.1f} s, {measured / budget_s:.1%} of the budget; drift of the machine's speed {drift:.1%}; an evaluation after every epoch is "
         f"{whole.parts['evaluate'] / whole.total_s:.0%} of the run"
     )

@@ -10,6 +10,7 @@ import math
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from statistics import fmean
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from common import UserError
@@ -21,9 +22,7 @@ from common.scheduling.stages import Stage, scale_stages
 if TYPE_CHECKING:
     from jsonargparse.typing import PositiveFloat
 
-# Share of the budget that is planned: the rest is for what a forecast does not see.
-PLANNED = 0.97
-# One standard deviation of a machine's speed over a run, relative, beside the error of the measurement. Assumed.
+# Least drift of a machine's speed from its calibration to the mean of a run: one standard deviation, relative. Assumed.
 DRIFT = 0.02
 Z_90 = 1.645
 # Lengths are tried up to this many times the budget: a longer run may have larger, cheaper batches.
@@ -69,7 +68,7 @@ class Measured(NamedTuple):
     first_loss: float = math.nan  # mean of the first batch, as the weights are
     memory_mb: float = 0.0  # most that the main process has held: the GPU's, if it has one
 
-    def serves(self, stage: Stage) -> bool:
+    def serves(self, stage: Stage | Measured) -> bool:
         return (self.img_size, self.shape, self.frozen) == (stage.img_size, stage.shape, stage.frozen)
 
 
@@ -80,13 +79,14 @@ class Costs(NamedTuple):
     start_s: float  # from the program's start, without calibrating
     calibration_s: float = 0.0
     save_s: float = 0.0  # what a checkpoint and the plots of an epoch take from the training
+    drift: float = DRIFT  # of the machine's speed: one standard deviation, relative
 
     def by_stage(self, plan: Plan) -> list[Measured]:
         """What is known of a plan's stages, at their batches."""
         batches = zip(plan.stages, plan.global_batches, strict=True)
         return [self.step(stage, batch // plan.processes) for stage, batch in batches]
 
-    def step(self, stage: Stage, images: int) -> Measured:
+    def step(self, stage: Stage | Measured, images: int) -> Measured:
         """What is known of a stage, for so many images per process and step: on the line through the two nearest batches."""
         known = [m for m in self.measured if m.serves(stage)]
         if not known:
@@ -113,16 +113,29 @@ class Budgeted(NamedTuple):
     recipe: Recipe
     plan: Plan
     parts: dict[str, float]  # seconds by part
-    error: float  # of the sum, one standard deviation, relative
+    deviation_s: float  # of the sum, one standard deviation
 
     @property
     def total_s(self) -> float:
         return sum(self.parts.values())
 
     def interval_s(self) -> tuple[float, float]:
-        """Holds nine of ten runs, if the machine stays as it was."""
-        spread = Z_90 * self.error * self.total_s
+        """Holds nine of ten runs, if the machine goes on drifting as it did."""
+        spread = Z_90 * self.deviation_s
         return self.total_s - spread, self.total_s + spread
+
+
+def in_agreement(first: Sequence[Measured], again: Sequence[Measured]) -> tuple[tuple[Measured, ...], float]:
+    """Two rounds of measurements as one, and the drift of the machine's speed that they tell.
+
+    Steps of one round follow each other, and the speed of a shared machine changes more slowly than they do: their own scatter does not
+    show it. A round is one observation; of two, half the difference is the standard error of the mean.
+    """
+    before = Costs(tuple(first), start_s=0.0)
+    pairs = [(before.step(m, m.images).step_s, m.step_s) for m in again]
+    drift = math.sqrt(fmean(((a - b) / (a + b)) ** 2 for a, b in pairs))
+    means = [m._replace(step_s=(a + b) / 2) for m, (a, b) in zip(again, pairs, strict=True)]
+    return tuple({m[:4]: m for m in (*first, *means)}.values()), max(DRIFT, drift)
 
 
 class Outcome(NamedTuple):
@@ -144,7 +157,7 @@ def plan_budget(
     evaluations: float = 0.0,
     streaming: bool = False,
 ) -> Outcome:
-    """The longest run that fits, with the default recipe of its length.
+    """The longest run that ends within the budget at the late end of its interval, with the default recipe of its length.
 
     Args:
         listed: the stages, whose proportions stay.
@@ -162,9 +175,9 @@ def plan_budget(
         runs.append(_cost(recipe, settings, facts, costs, evaluations))
         if runs[-1].total_s > 2 * BEYOND * budget_s:
             break
-    half, whole, double = (_longest(runs, PLANNED * share * budget_s) for share in (0.5, 1.0, 2.0))
+    half, whole, double = (_longest(runs, share * budget_s) for share in (0.5, 1.0, 2.0))
     if whole is None:
-        needed = math.ceil(min(run.total_s for run in runs) / PLANNED)
+        needed = math.ceil(min(run.interval_s()[1] for run in runs))
         price = settings["usd_per_hour"]
         dollars = f" or {math.ceil(needed / 36 * price) / 100:.2f}usd" if price else ""
         raise UserError(
@@ -177,9 +190,10 @@ def _longest(runs: Sequence[Budgeted], limit_s: float) -> Budgeted | None:
     """The last that fits, of those before one that is far beyond: a larger limit never gets a shorter run."""
     longest = None
     for run in runs:
-        if run.total_s > BEYOND * limit_s / PLANNED:
+        _, late_s = run.interval_s()
+        if late_s > BEYOND * limit_s:
             break
-        if run.total_s <= limit_s:
+        if late_s <= limit_s:
             longest = run
     return longest
 
@@ -224,7 +238,8 @@ def _cost(
     sweep = 0 if known_peak(in_force, plan.global_batches[0]) else in_force["lr_finder_iterations"]
     parts = seconds_by_part(plan, costs, [stage.epochs for stage in plan.stages], sweep, evaluations)
     errors = (parts[f"train {i + 1}"] * step.error for i, step in enumerate(costs.by_stage(plan)))
-    return Budgeted(recipe, plan, parts, math.hypot(math.hypot(*errors) / sum(parts.values()), DRIFT))
+    to_come = sum(parts.values()) - parts["start"] - parts["calibration"]
+    return Budgeted(recipe, plan, parts, math.hypot(*errors, costs.drift * to_come))
 
 
 def seconds_by_part(
