@@ -5,7 +5,7 @@ import dataclasses
 import json
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,7 @@ from common.scheduling.budget import (
 )
 from common.scheduling.recipe import Facts, Recipe, adapt
 
-# Epochs whose batches are measured first, before those that are planned then; and the share of the budget for the steps of either.
+# Epochs whose batches are measured first, and the share of the budget for the steps of each round over those that are planned then.
 FIRST_LENGTH, SHARE = 12, 0.0075
 
 
@@ -57,9 +57,9 @@ def within_budget(
     began = time.monotonic()
     (start_s,) = slowest(run, began - run.started)
 
-    def costs_of(measured: tuple[Measured, ...], save_s: float = 0.0, drift: float = DRIFT) -> Costs:
+    def costs_of(measured: Iterable[Measured], save_s: float = 0.0, drift: float = DRIFT) -> Costs:
         (calibration_s,) = slowest(run, time.monotonic() - began)
-        return Costs(measured, start_s, calibration_s, save_s, drift)
+        return Costs(tuple(measured), start_s, calibration_s, save_s, drift)
 
     def plan(costs: Costs) -> Outcome:
         streaming = train.group_rows is not None
@@ -71,17 +71,17 @@ def within_budget(
     # Another machine may have kept another calibration, or none.
     (costs,) = broadcast_object_list([_read(run, kept) if cfg.dry_run and run.is_main else None])
     if costs is None:
-        limit_s = SHARE * budget_s
         recipe = adapt(scale_stages(listed, FIRST_LENGTH), vars(cfg), cfg.given, facts, cfg.recipe)
         with _tried(run, recipe, model, train, val) as t:
-            first = measure(t, train_step, limit_s / len(recipe.stages))
+            rough = measure(t, train_step, 0.0)
         # The recipe's batches follow the length, so the first ones were a guess; between two that were measured lies a line.
-        recipe = plan(costs_of(first)).whole.recipe
+        recipe = plan(costs_of(rough)).whole.recipe
         with _tried(run, recipe, model, train, val) as t:
-            again = measure(t, train_step, limit_s / len(recipe.stages))
+            rounds = [measure(t, train_step, SHARE * budget_s / len(recipe.stages)) for _ in range(2)]
             save_s = measure_save(t)
-        steps, drift = in_agreement(first, again)
-        costs = costs_of(steps, save_s, drift)
+        steps, drift = in_agreement(*rounds)
+        # Of the same batch, the longer measurement.
+        costs = costs_of({m[:4]: m for m in (*rough, *steps)}.values(), save_s, drift)
         with rank0_errors():
             if run.is_main:
                 kept.parent.mkdir(parents=True, exist_ok=True)

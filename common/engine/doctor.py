@@ -68,7 +68,7 @@ def preflight(t: Trainer, train_step: TrainStep, source: PretrainedCfg | None) -
             tell(checks(t, source))
             if any(finding.level == "error" for finding in found):
                 conclude(found)
-    costs = Costs(measure(t, train_step, STEPS_S), start_s, save_s=measure_save(t))
+    costs = Costs(tuple(measure(t, train_step, STEPS_S)), start_s, save_s=measure_save(t))
     with rank0_errors():
         if run.is_main:
             tell(verdicts(t, costs))

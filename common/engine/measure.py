@@ -34,7 +34,7 @@ ONE_EPOCH = (
 )
 
 
-def measure(t: Trainer, train_step: TrainStep, limit_s: float) -> tuple[Measured, ...]:
+def measure(t: Trainer, train_step: TrainStep, limit_s: float) -> list[Measured]:
     """Train and evaluate each kind of stage of the plan for about `limit_s` seconds; a collective.
 
     Weights stay, momentum and BatchNorm's statistics do not. Times are the slowest process's.
@@ -44,7 +44,7 @@ def measure(t: Trainer, train_step: TrainStep, limit_s: float) -> tuple[Measured
         key = epoch.stage.img_size, epoch.stage.shape, epoch.stage.frozen, epoch.global_batch
         if key not in found:
             found[key] = measure_stage(t, epoch, train_step, limit_s)
-    return tuple(found.values())
+    return list(found.values())
 
 
 def measure_stage(t: Trainer, epoch: EpochPlan, train_step: TrainStep, limit_s: float) -> Measured:

@@ -27,6 +27,8 @@ DRIFT = 0.02
 Z_90 = 1.645
 # Lengths are tried up to this many times the budget: a longer run may have larger, cheaper batches.
 BEYOND = 2.0
+# What both rounds of a calibration tell; entering a stage is quicker the second time.
+TWICE = ("step_s", "wait_s", "evaluate_s")
 UNITS = {"s": 1.0, "min": 60.0, "h": 3600.0}
 
 
@@ -68,7 +70,7 @@ class Measured(NamedTuple):
     first_loss: float = math.nan  # mean of the first batch, as the weights are
     memory_mb: float = 0.0  # most that the main process has held: the GPU's, if it has one
 
-    def serves(self, stage: Stage | Measured) -> bool:
+    def serves(self, stage: Stage) -> bool:
         return (self.img_size, self.shape, self.frozen) == (stage.img_size, stage.shape, stage.frozen)
 
 
@@ -86,14 +88,14 @@ class Costs(NamedTuple):
         batches = zip(plan.stages, plan.global_batches, strict=True)
         return [self.step(stage, batch // plan.processes) for stage, batch in batches]
 
-    def step(self, stage: Stage | Measured, images: int) -> Measured:
+    def step(self, stage: Stage, images: int) -> Measured:
         """What is known of a stage, for so many images per process and step: on the line through the two nearest batches."""
         known = [m for m in self.measured if m.serves(stage)]
         if not known:
             # Until it is measured: an image costs as much as its pixels.
             near = min(self.measured, key=lambda m: abs(m.img_size - stage.img_size))
             pixels = (stage.img_size / near.img_size) ** 2
-            scaled = {name: pixels * getattr(near, name) for name in ("step_s", "wait_s", "evaluate_s")}
+            scaled = {name: pixels * getattr(near, name) for name in TWICE}
             known = [near._replace(**scaled)]
         known.sort(key=lambda m: (abs(m.images - images), m.images))
         nearest = known[0]
@@ -125,17 +127,18 @@ class Budgeted(NamedTuple):
         return self.total_s - spread, self.total_s + spread
 
 
-def in_agreement(first: Sequence[Measured], again: Sequence[Measured]) -> tuple[tuple[Measured, ...], float]:
-    """Two rounds of measurements as one, and the drift of the machine's speed that they tell.
+def in_agreement(first: Sequence[Measured], again: Sequence[Measured]) -> tuple[list[Measured], float]:
+    """Two rounds over the same stages as one, and the drift of the machine's speed that they tell.
 
     Steps of one round follow each other, and the speed of a shared machine changes more slowly than they do: their own scatter does not
     show it. A round is one observation; of two, half the difference is the standard error of the mean.
     """
-    before = Costs(tuple(first), start_s=0.0)
-    pairs = [(before.step(m, m.images).step_s, m.step_s) for m in again]
-    drift = math.sqrt(fmean(((a - b) / (a + b)) ** 2 for a, b in pairs))
-    means = [m._replace(step_s=(a + b) / 2) for m, (a, b) in zip(again, pairs, strict=True)]
-    return tuple({m[:4]: m for m in (*first, *means)}.values()), max(DRIFT, drift)
+    pairs = list(zip(first, again, strict=True))
+    means = [
+        a._replace(**{name: (getattr(a, name) + getattr(b, name)) / 2 for name in TWICE}) for a, b in pairs
+    ]
+    gaps = [(a.step_s - b.step_s) / (a.step_s + b.step_s) for a, b in pairs]
+    return means, max(DRIFT, math.sqrt(fmean(gap**2 for gap in gaps)))
 
 
 class Outcome(NamedTuple):
