@@ -156,6 +156,6 @@ def _describe(run: Run, outcome: Outcome, drift: float, budget_s: float) -> str:
         f"budget {clock(budget_s)}{price(budget_s)}: {whole.plan.total_epochs} epochs {epochs}, forecast {clock(whole.total_s)}"
         f"{price(whole.total_s)}; 90 % interval {clock(low)} to {clock(high)}; {', '.join(others)}\n"
         f"  minutes by part: {parts}\n"
-        f"  calibration {measured:.1f} s, {measured / budget_s:.1%} of the budget; drift of the machine's speed {drift:.1%}; an evaluation after every epoch is "
-        f"{whole.parts['evaluate'] / whole.total_s:.0%} of the run"
+        f"  calibration {measured:.1f} s, {measured / budget_s:.1%} of the budget; the machine's speed is taken to drift by {drift:.1%}; "
+        f"an evaluation after every epoch is {whole.parts['evaluate'] / whole.total_s:.0%} of the run"
     )

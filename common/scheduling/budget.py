@@ -27,8 +27,8 @@ DRIFT = 0.02
 Z_90 = 1.645
 # Lengths are tried up to this many times the budget: a longer run may have larger, cheaper batches.
 BEYOND = 2.0
-# What both rounds of a calibration tell; entering a stage is quicker the second time.
-TWICE = ("step_s", "wait_s", "evaluate_s")
+# Of what is measured of a stage, the times that recur and grow with its images; entering it is done once, and is quicker the second time.
+RECURRING = ("step_s", "wait_s", "evaluate_s")
 UNITS = {"s": 1.0, "min": 60.0, "h": 3600.0}
 
 
@@ -95,7 +95,7 @@ class Costs(NamedTuple):
             # Until it is measured: an image costs as much as its pixels.
             near = min(self.measured, key=lambda m: abs(m.img_size - stage.img_size))
             pixels = (stage.img_size / near.img_size) ** 2
-            scaled = {name: pixels * getattr(near, name) for name in TWICE}
+            scaled = {name: pixels * getattr(near, name) for name in RECURRING}
             known = [near._replace(**scaled)]
         known.sort(key=lambda m: (abs(m.images - images), m.images))
         nearest = known[0]
@@ -127,6 +127,14 @@ class Budgeted(NamedTuple):
         return self.total_s - spread, self.total_s + spread
 
 
+class Outcome(NamedTuple):
+    """What the budget buys, and what half and twice of it would; None where it buys nothing."""
+
+    half: Budgeted | None
+    whole: Budgeted
+    double: Budgeted | None
+
+
 def in_agreement(first: Sequence[Measured], again: Sequence[Measured]) -> tuple[list[Measured], float]:
     """Two rounds over the same stages as one, and the drift of the machine's speed that they tell.
 
@@ -135,18 +143,11 @@ def in_agreement(first: Sequence[Measured], again: Sequence[Measured]) -> tuple[
     """
     pairs = list(zip(first, again, strict=True))
     means = [
-        a._replace(**{name: (getattr(a, name) + getattr(b, name)) / 2 for name in TWICE}) for a, b in pairs
+        a._replace(**{name: (getattr(a, name) + getattr(b, name)) / 2 for name in RECURRING})
+        for a, b in pairs
     ]
     gaps = [(a.step_s - b.step_s) / (a.step_s + b.step_s) for a, b in pairs]
     return means, max(DRIFT, math.sqrt(fmean(gap**2 for gap in gaps)))
-
-
-class Outcome(NamedTuple):
-    """What the budget buys, and what half and twice of it would; None where it buys nothing."""
-
-    half: Budgeted | None
-    whole: Budgeted
-    double: Budgeted | None
 
 
 def plan_budget(
