@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from common import UserError
-from common.config import TrainConfig, run_script
+from common.config import OneSizeConfig, run_script
 from common.data import open_dataset
 from common.engine import fit
 from common.engine.probe import fit_head, probe
@@ -25,23 +25,17 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class FinetuneConfig(TrainConfig):
-    """Length and size"""
+class FinetuneConfig(OneSizeConfig):
+    """Weights and head"""
 
     strategy = "finetune"
 
     weights: str = ""
     """Start from these: a run or model folder, a .safetensors or .pth file, a timm pretrained tag, or "timm"."""
     epochs: PositiveInt = 50
-    """Passes over the training set, the head's included."""
     head_epochs: PositiveInt | None = None
-    """Of these, how many train the head alone, everything else frozen; null = a tenth, or none where it is fitted at once."""
-    img_size: PositiveInt = 224
-    """Side of the image in pixels."""
+    """Of the epochs, those that train the head alone, all else frozen; null = a tenth, or none where it is fitted at once."""
     batch_size: PositiveInt = 1024
-    """Images per process and optimizer step; cut down to a small dataset."""
-    mixup_share: ClosedUnitInterval = 0.9
-    """Share of the second stage's epochs, from its first, that use MixUp/CutMix."""
     stage_wise: bool = True
     layer_decay: ClosedUnitInterval | None = 0.8
     probe: bool = False

@@ -13,7 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from common.config import TrainConfig, run_script
+from common.config import OneSizeConfig, run_script
 from common.data import open_dataset
 from common.engine import fit
 from common.model import create_model
@@ -25,19 +25,13 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class StandardConfig(TrainConfig):
-    """Length and size"""
-
+class StandardConfig(OneSizeConfig):
     strategy = "standard"
 
     epochs: PositiveInt = 60
-    """Passes over the training set."""
     img_size: PositiveInt = 224
-    """Side of the image in pixels."""
     batch_size: PositiveInt = 512
-    """Images per process and optimizer step."""
     mixup_share: ClosedUnitInterval = 0.9
-    """Share of the epochs, from the first, that use MixUp/CutMix."""
 
     def curriculum(self) -> list[Stage]:
         return [Stage(self.epochs, self.img_size, self.batch_size, mixup=self.mixup_share)]

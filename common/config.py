@@ -189,6 +189,20 @@ class TrainConfig(
 
 
 @dataclass
+class OneSizeConfig(TrainConfig):
+    """Length and size"""
+
+    epochs: PositiveInt = 60
+    """Passes over the training set."""
+    img_size: PositiveInt = 224
+    """Side of the image in pixels."""
+    batch_size: PositiveInt = 512
+    """Images per process and optimizer step; cut down to a small dataset."""
+    mixup_share: ClosedUnitInterval = 0.9
+    """Share of the epochs in which all layers train, from the first of them, that use MixUp/CutMix."""
+
+
+@dataclass
 class CurriculumConfig(TrainConfig):
     """Length and size"""
 
