@@ -103,6 +103,8 @@ class RecordSettings:
     """Some of wandb,tensorboard,trackio, or none. W&B is online when logged in, unless WANDB_MODE says otherwise."""
     print_freq: PositiveFloat = 30.0
     """Seconds between progress lines when there is no terminal."""
+    eval_every: PositiveInt = 1
+    """Epochs between evaluations; the last epoch always has one. --budget makes them rarer where they take over a tenth."""
     patience: NonNegativeInt = 0
     """Epochs in a row without a new best top-1 after which the run ends; 0 = never."""
     final_eval: bool = False

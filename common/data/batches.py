@@ -98,7 +98,8 @@ class Batches:
         """Everything from a position to the end of the run, so that the workers never wait at an epoch's end."""
         for epoch in self.plan.epochs(start_epoch):
             yield from self.train_items(epoch, start_step)
-            yield from self.eval_items(epoch.stage.img_size, self.plan.micro_batch(epoch.stage_index))
+            if epoch.evaluated:
+                yield from self.eval_items(epoch.stage.img_size, self.plan.micro_batch(epoch.stage_index))
 
     def train_items(self, epoch: EpochPlan, start_step: int = 0) -> Iterator[BatchItem]:
         """This process's micro-batches of an epoch, from optimizer step `start_step` of the run."""

@@ -54,12 +54,6 @@ def within_budget(
     evaluations = cfg.final_eval * GRID_EVALUATIONS
     if cfg.pretrained and facts.linear_head:
         evaluations += min(len(train), START_IMAGES) / len(val)
-    began = time.monotonic()
-    (start_s,) = slowest(run, began - run.started)
-
-    def costs_of(measured: Iterable[Measured], save_s: float = 0.0, drift: float = DRIFT) -> Costs:
-        (calibration_s,) = slowest(run, time.monotonic() - began)
-        return Costs(tuple(measured), start_s, calibration_s, save_s, drift)
 
     def plan(costs: Costs) -> Outcome:
         streaming = train.group_rows is not None
@@ -73,7 +67,15 @@ def within_budget(
     if costs is None:
         recipe = adapt(scale_stages(listed, FIRST_LENGTH), vars(cfg), cfg.given, facts, cfg.recipe)
         with _tried(run, recipe, model, train, val) as t:
+            # To put a run together takes long the first time only, and every run pays it.
+            began = time.monotonic()
             rough = measure(t, train_step, 0.0)
+        (start_s,) = slowest(run, began - run.started)
+
+        def costs_of(measured: Iterable[Measured], save_s: float = 0.0, drift: float = DRIFT) -> Costs:
+            (calibration_s,) = slowest(run, time.monotonic() - began)
+            return Costs(tuple(measured), start_s, calibration_s, save_s, drift)
+
         # The recipe's batches follow the length, so the first ones were a guess; between two that were measured lies a line.
         recipe = plan(costs_of(rough)).whole.recipe
         with _tried(run, recipe, model, train, val) as t:
@@ -157,5 +159,5 @@ def _describe(run: Run, outcome: Outcome, drift: float, budget_s: float) -> str:
         f"{price(whole.total_s)}; 90 % interval {clock(low)} to {clock(high)}; {', '.join(others)}\n"
         f"  minutes by part: {parts}\n"
         f"  calibration {measured:.1f} s, {measured / budget_s:.1%} of the budget; the machine's speed is taken to drift by {drift:.1%}; "
-        f"an evaluation after every epoch is {whole.parts['evaluate'] / whole.total_s:.0%} of the run"
+        f"evaluations are {whole.parts['evaluate'] / whole.total_s:.0%} of the run"
     )

@@ -265,12 +265,9 @@ def disk(t: Trainer) -> Finding:
 def duration(t: Trainer, costs: Costs) -> str:
     """Time of the run that is left, and of its parts."""
     plan, cfg, progress = t.plan, t.run.cfg, t.state.progress
-    epochs = [0] * len(plan.stages)
-    for epoch in plan.epochs(progress.epochs_done):
-        epochs[epoch.stage_index] += 1
     known = progress.peak_lr or known_peak(vars(cfg), plan.global_batches[0])
     sweep = 0 if known else cfg.lr_finder_iterations
-    parts = seconds_by_part(plan, costs, epochs, sweep, cfg.final_eval * GRID_EVALUATIONS)
+    parts = seconds_by_part(plan, costs, sweep, cfg.final_eval * GRID_EVALUATIONS, progress.epochs_done)
     whole_s = sum(parts.values())
     price = f", {whole_s / 3600 * cfg.usd_per_hour:.2f} USD" if cfg.usd_per_hour else ""
     said = ", ".join(f"{part} {clock(seconds)}" for part, seconds in parts.items() if round(seconds))

@@ -62,11 +62,11 @@ def train_epochs(t: Trainer, rates: Rates) -> None:
     stream = t.loader.stream(t.batches.run_items(progress.epochs_done, progress.step))
     try:
         for epoch in t.plan.epochs(progress.epochs_done):
-            if out_of_patience(run.cfg.patience, progress):
+            if out_of_patience(run.cfg, progress):
                 break
             t.enter_stage(epoch)
             train_epoch(t, epoch, rates, stream)
-            record(t, epoch, rates, t.evaluate(epoch, stream))
+            record(t, epoch, rates, t.evaluate(epoch, stream) if epoch.evaluated else [])
     except Interrupted:
         save(t)
         run.background.drain()

@@ -1,6 +1,7 @@
 """After an epoch: a line for people, a row for programs, and a checkpoint to go on from."""
 
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import accumulate
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
-from common.config import as_plain
+from common.config import TrainConfig, as_plain
 from common.engine.evaluate import Score
 from common.engine.trainer import Trainer
 from common.run import checkpoint
@@ -56,23 +57,35 @@ def finish(t: Trainer, *, trained: bool) -> None:
     run.sync()
 
 
-def out_of_patience(patience: int, progress: Progress) -> bool:
-    """Whether the run ends here; the same on all processes, since all have the same scores."""
-    return 0 < patience <= progress.epochs_done - progress.best_epoch
+def out_of_patience(cfg: TrainConfig, progress: Progress) -> bool:
+    """Whether the run ends here, after an evaluation; the same on all processes, since all have the same scores."""
+    waited = progress.epochs_done - progress.best_epoch
+    return 0 < cfg.patience <= waited and progress.epochs_done % cfg.eval_every == 0
+
+
+def validation(scores: Sequence[Score]) -> dict[str, float | str]:
+    """The log's columns of an evaluation of the raw weights and of their average, if there is one; blank without an evaluation."""
+    raw, ema = [*scores, None, None][:2]
+    return {
+        "val_loss": raw.loss if raw else "",
+        "val_top1": raw.top1 if raw else "",
+        "val_top5": raw.top5 if raw else "",
+        "val_balanced": raw.balanced if raw else "",
+        "ema_top1": ema.top1 if ema else "",
+    }
 
 
 def record(t: Trainer, epoch: EpochPlan, rates: Rates, scores: list[Score]) -> None:
-    """Write an epoch down, then save what has to be saved; a collective."""
+    """Write an epoch down, with its scores if it was evaluated, then save what has to be saved; a collective."""
     run, progress, meter = t.run, t.state.progress, t.meter
     last_step = epoch.first_step + epoch.steps - 1
     loss, hits = run.accelerator.reduce(meter.sums, "sum").tolist()
     images = epoch.steps * epoch.global_batch
-    raw, *ema = scores
-    best = max(scores, key=lambda score: score.top1)
-    improved = best.top1 > progress.best_top1
-    if improved:
-        progress.best_top1, progress.best_epoch = best.top1, epoch.index + 1
-        progress.best_step, progress.best_is_ema = progress.step, best.top1 > raw.top1
+    better = [score for score in scores if score.top1 > progress.best_top1]
+    new_best = max(better, key=lambda score: score.top1, default=None)
+    if new_best:
+        progress.best_top1, progress.best_epoch = new_best.top1, epoch.index + 1
+        progress.best_step, progress.best_is_ema = progress.step, new_best.top1 > scores[0].top1
     progress.epochs_done, progress.epoch_sums = epoch.index + 1, [0.0, 0.0]
     progress.wall_s = time.monotonic() - t.started
     # A checkpoint of the epoch's end holds nothing of the next.
@@ -86,11 +99,7 @@ def record(t: Trainer, epoch: EpochPlan, rates: Rates, scores: list[Score]) -> N
         "momentum": rates.momentum(last_step),
         "train_loss": loss / images,
         "train_top1": 100 * hits / images,
-        "val_loss": raw.loss,
-        "val_top1": raw.top1,
-        "val_top5": raw.top5,
-        "val_balanced": raw.balanced,
-        "ema_top1": ema[0].top1 if ema else "",
+        **validation(scores),
         "images_per_s": meter.images_per_s,
         "data_wait": meter.data_wait,
         "memory_mb": peak_memory_mb(run.accelerator.device),
@@ -102,14 +111,14 @@ def record(t: Trainer, epoch: EpochPlan, rates: Rates, scores: list[Score]) -> N
     with rank0_errors():
         if run.is_main:
             run.records.add(row)
-            if improved:
-                run.records.write_classes(t.model_cfg.classes, best.class_images, best.class_hits)
+            if new_best:
+                run.records.write_classes(t.model_cfg.classes, new_best.class_images, new_best.class_hits)
             shown = {name: value for name, value in row.items() if value != ""}
             run.accelerator.log(shown, step=progress.step)
     run.log.info("%s", meter.line(row, progress))
-    is_last = progress.epochs_done == t.plan.total_epochs or out_of_patience(run.cfg.patience, progress)
+    is_last = progress.epochs_done == t.plan.total_epochs or out_of_patience(run.cfg, progress)
     numbered = run.cfg.keep_every and progress.epochs_done % run.cfg.keep_every == 0
-    if improved or numbered or is_last or progress.epochs_done % run.cfg.save_freq_last == 0:
+    if new_best or numbered or is_last or progress.epochs_done % run.cfg.save_freq_last == 0:
         save(t)
     if run.is_main:
         # Only now: a checkpoint waits for all work that was given before it.

@@ -170,6 +170,7 @@ def settle_plan(run: Run, state: TrainState, train: Source) -> Plan:
         run.accelerator.num_processes,
         cfg.accumulation,
         state.progress.global_batches,
+        cfg.eval_every,
     )
     if cfg.auto_batch:
         plan = fit_memory(run, state, plan, train)

@@ -113,10 +113,15 @@ class Meter:
 
     def line(self, row: dict[str, Any], progress: Progress) -> str:
         """The epoch in one line, and a warning when the loader was what limited it."""
-        ema = f" (EMA {row['ema_top1']:.2f})" if row["ema_top1"] != "" else ""
+        scored = ""
+        if self.epoch.evaluated:
+            ema = f" (EMA {row['ema_top1']:.2f})" if row["ema_top1"] != "" else ""
+            scored = (
+                f" → val {row['val_loss']:.3f}  top-1 {row['val_top1']:.2f}{ema}  top-5 {row['val_top5']:.2f}"
+                f"  best {progress.best_top1:.2f}"
+            )
         text = (
-            f"epoch {row['epoch']}/{self.plan.total_epochs}  {row['img_size']} px  loss {row['train_loss']:.3f} → val {row['val_loss']:.3f}"
-            f"  top-1 {row['val_top1']:.2f}{ema}  top-5 {row['val_top5']:.2f}  best {progress.best_top1:.2f}"
+            f"epoch {row['epoch']}/{self.plan.total_epochs}  {row['img_size']} px  loss {row['train_loss']:.3f}{scored}"
             f"  {row['images_per_s']:.0f} images/s  waited {row['data_wait']:.0%}  {row['epoch_s']:.1f} s"
             f"  ETA {clock(self.eta_s())}"
         )
@@ -135,7 +140,10 @@ def outlook(run: Run, plan: Plan, progress: Progress) -> str:
         steps = plan.stage_steps(index)
         done.append(min(max(step / steps, 0.0), 1.0))
         step -= steps
-    end_s = expected_end_s(progress.forecast["parts"], progress.seconds, done)
+    # An evaluation costs as its pixels do.
+    pixels = [epoch.stage.img_size**2 * epoch.evaluated for epoch in plan.epochs()]
+    evaluated = sum(pixels[: progress.epochs_done]) / sum(pixels)
+    end_s = expected_end_s(progress.forecast["parts"], progress.seconds, done, evaluated)
     spent_s, budget_s = sum(progress.seconds.values()), progress.forecast["budget_s"]
     text = f"budget {clock(budget_s)}: {clock(spent_s)} spent, about {clock(end_s - spent_s)} to go"
     if run.cfg.usd_per_hour:

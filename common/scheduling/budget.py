@@ -27,6 +27,8 @@ DRIFT = 0.02
 Z_90 = 1.645
 # Lengths are tried up to this many times the budget: a longer run may have larger, cheaper batches.
 BEYOND = 2.0
+# Share of the run that its evaluations may take before they become rarer.
+EVALUATION_SHARE = 0.1
 # Of what is measured of a stage, the times that recur and grow with its images; entering it is done once, and is quicker the second time.
 RECURRING = ("step_s", "wait_s", "evaluate_s")
 UNITS = {"s": 1.0, "min": 60.0, "h": 3600.0}
@@ -176,7 +178,7 @@ def plan_budget(
     runs: list[Budgeted] = []
     for share, stages in _lengths(listed, 1.0 if streaming else _smallest_share(listed, settings, facts)):
         recipe = _recipe(share, stages, settings, given, facts)
-        runs.append(_cost(recipe, settings, facts, costs, evaluations))
+        runs.append(_cost(recipe, settings, given, facts, costs, evaluations))
         if runs[-1].total_s > 2 * BEYOND * budget_s:
             break
     half, whole, double = (_longest(runs, share * budget_s) for share in (0.5, 1.0, 2.0))
@@ -235,31 +237,49 @@ def _recipe(
 
 
 def _cost(
-    recipe: Recipe, settings: Mapping[str, Any], facts: Facts, costs: Costs, evaluations: float
+    recipe: Recipe,
+    settings: Mapping[str, Any],
+    given: Collection[str],
+    facts: Facts,
+    costs: Costs,
+    evaluations: float,
 ) -> Budgeted:
-    plan = make_plan(recipe.stages, facts.images, facts.processes, settings["accumulation"])
+    """What a run takes, with as many evaluations between its epochs as their share allows."""
     in_force = {**settings, **recipe.values}
+    plan = make_plan(recipe.stages, facts.images, facts.processes, settings["accumulation"])
+    plan = replace(plan, eval_every=settings["eval_every"])
     sweep = 0 if known_peak(in_force, plan.global_batches[0]) else in_force["lr_finder_iterations"]
-    parts = seconds_by_part(plan, costs, [stage.epochs for stage in plan.stages], sweep, evaluations)
+    parts = seconds_by_part(plan, costs, sweep, evaluations)
+    if "eval_every" not in given:
+        while (
+            parts["evaluate"] > EVALUATION_SHARE * sum(parts.values()) and plan.eval_every < plan.total_epochs
+        ):
+            plan = replace(plan, eval_every=plan.eval_every + 1)
+            parts = seconds_by_part(plan, costs, sweep, evaluations)
+    if plan.eval_every > settings["eval_every"]:
+        note = f"an evaluation after every {plan.eval_every} epochs: more would be over a tenth of the run (--eval_every)"
+        values = {**recipe.values, "eval_every": plan.eval_every}
+        recipe = Recipe(recipe.stages, values, [*recipe.notes, note])
     errors = (parts[f"train {i + 1}"] * step.error for i, step in enumerate(costs.by_stage(plan)))
     to_come = sum(parts.values()) - parts["start"] - parts["calibration"]
     return Budgeted(recipe, plan, parts, math.hypot(*errors, costs.drift * to_come))
 
 
 def seconds_by_part(
-    plan: Plan, costs: Costs, epochs: Sequence[int], sweep: int, evaluations: float
+    plan: Plan, costs: Costs, sweep: int, evaluations: float, done: int = 0
 ) -> dict[str, float]:
     """What a run takes, by part: "train 1" is the first stage's.
 
     Args:
-        epochs: that are left, by stage.
         sweep: steps of the LR finder.
-        evaluations: at the end, beside one after each epoch, in evaluations of the last stage.
+        evaluations: at the end, beside those after epochs, in evaluations of the last stage.
+        done: epochs of the run that are over.
     """
     stages = costs.by_stage(plan)
+    epochs, evaluated = zip(*plan.epochs_left(done), strict=True)
     steps = [count * plan.steps_per_epoch(i) for i, count in enumerate(epochs)]
     training = {f"train {i + 1}": n * m.step_s for i, (n, m) in enumerate(zip(steps, stages, strict=True))}
-    evaluating = sum(n * m.evaluate_s for n, m in zip(epochs, stages, strict=True))
+    evaluating = sum(n * m.evaluate_s for n, m in zip(evaluated, stages, strict=True))
     return {
         "start": costs.start_s,
         "calibration": costs.calibration_s,
@@ -273,19 +293,25 @@ def seconds_by_part(
     }
 
 
-def expected_end_s(forecast: Mapping[str, float], spent: Mapping[str, float], done: Sequence[float]) -> float:
+def expected_end_s(
+    forecast: Mapping[str, float], spent: Mapping[str, float], done: Sequence[float], evaluated: float
+) -> float:
     """When a run that is under way will end, in seconds since its start, at the pace that it had so far.
 
     Args:
         forecast: seconds by part, of the whole run.
         spent: the same, until now.
         done: share of each stage's steps that are over.
+        evaluated: share of the evaluations' time that should be.
     """
     training = [f"train {i + 1}" for i in range(len(done))]
-    beside = ("wait", "evaluate", "save")
+    beside = ("wait", "save")
     over = sum(forecast[part] * share for part, share in zip(training, done, strict=True))
     trained = sum(forecast[part] for part in training)
     whole = trained + sum(forecast[part] for part in beside)
-    planned = over / trained * whole
-    pace = sum(spent.get(part, 0.0) for part in (*training, *beside)) / planned if planned else 1.0
+    planned = over / trained * whole + evaluated * forecast["evaluate"]
+    whole += forecast["evaluate"]
+    pace = (
+        sum(spent.get(part, 0.0) for part in (*training, *beside, "evaluate")) / planned if planned else 1.0
+    )
     return sum(spent.values()) + (whole - planned) * pace

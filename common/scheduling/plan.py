@@ -21,6 +21,7 @@ class EpochPlan:
     first_step: int  # optimizer step of the run at which it begins
     steps: int
     mix: bool
+    evaluated: bool
     global_batch: int
 
 
@@ -33,12 +34,14 @@ class Plan:
         num_images: size of the training set.
         processes: processes that train together.
         global_batches: images per optimizer step, by stage; they stay when a run moves to another number of processes.
+        eval_every: epochs from one evaluation to the next; the last epoch has one in any case.
     """
 
     stages: tuple[Stage, ...]
     num_images: int
     processes: int
     global_batches: tuple[int, ...]
+    eval_every: int = 1
 
     def __post_init__(self) -> None:
         for number, (stage, batch) in enumerate(zip(self.stages, self.global_batches, strict=True), 1):
@@ -109,10 +112,21 @@ class Plan:
                         first_step=first_step,
                         steps=steps,
                         mix=epoch_in_stage < mixed_epochs,
+                        evaluated=(index + 1) % self.eval_every == 0 or index + 1 == self.total_epochs,
                         global_batch=self.global_batches[stage_index],
                     )
                 index += 1
                 first_step += steps
+
+    def epochs_left(self, done: int = 0) -> list[tuple[int, int]]:
+        """By stage: the epochs to come when so many of the run's are over, and how many of them are evaluated."""
+        left, end = [], 0
+        for stage in self.stages:
+            end += stage.epochs
+            begin = min(max(end - stage.epochs, done), end)
+            also_last = end == self.total_epochs > begin and end % self.eval_every > 0
+            left.append((end - begin, end // self.eval_every - begin // self.eval_every + also_last))
+        return left
 
     def locate(self, step: int) -> tuple[int, int]:
         """Stage of an optimizer step, and the step's place in it."""
@@ -150,6 +164,7 @@ def make_plan(
     processes: int,
     accumulation: int = 1,
     global_batches: Sequence[int] = (),
+    eval_every: int = 1,
 ) -> Plan:
     """Lay stages out; a batch larger than the stage's images is cut down to them.
 
@@ -161,4 +176,4 @@ def make_plan(
             min(stage.batch_size, max(1, limit)) * processes * accumulation
             for stage, limit in zip(stages, limits, strict=True)
         ]
-    return Plan(tuple(stages), num_images, processes, tuple(global_batches))
+    return Plan(tuple(stages), num_images, processes, tuple(global_batches), eval_every)

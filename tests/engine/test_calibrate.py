@@ -55,11 +55,13 @@ def test_a_run_with_a_budget_ends_with_a_receipt_that_its_log_bears_out(data, tm
     plan_as_if(monkeypatch, 200)
     run = run_training(StandardConfig, data, tmp_path, "a", *FLAGS, "--usd_per_hour", "3.6")
     said = capsys.readouterr().out
-    assert "budget 1:00:00, 3.60 USD: 3 epochs [3], forecast 5" in said
+    assert "budget 1:00:00, 3.60 USD: 4 epochs [4], forecast 5" in said
     assert "twice of it" in said
+    # Evaluations that were measured to take a fifth of the run.
+    assert "adapted: an evaluation after every 4 epochs" in said
     paper = json.loads((run / "receipt.json").read_text())
-    assert paper["epochs"] == 3
-    assert paper["images_seen"] == 3 * 64
+    assert paper["epochs"] == 4
+    assert paper["images_seen"] == 4 * 64
     assert paper["price_usd"] == pytest.approx(paper["total_minutes"] / 60 * 3.6)
     assert paper["forecast"]["budget_minutes"] == 60
     assert paper["forecast"]["total_minutes"] < paper["forecast"]["interval_90_minutes"][1] <= 60

@@ -20,6 +20,7 @@ from common.engine.trainer import Trainer
 from common.model.loss import LOSSES
 from common.run.checkpoint import name_of, newest_whole
 from common.run.run import Run
+from common.tools import receipt
 from tests.helpers import assert_same, make_images, progress, run_training, stop_after, weights
 from train_finetune import FinetuneConfig
 from train_hybrid import HybridConfig
@@ -362,6 +363,21 @@ def test_patience_ends_a_run_whole_and_more_of_it_lets_the_run_go_on(data, tmp_p
     whole = run_training(StandardConfig, data, tmp_path, "whole", *flags)
     assert without_times(run) == without_times(whole)
     assert_same(weights(run), weights(whole))
+
+
+def test_epochs_without_an_evaluation_train_alike_and_leave_its_columns_blank(data, tmp_path):
+    flags = ("--epochs", "5", "--batch_size", "16", "--ema", "true")
+    every = run_training(StandardConfig, data, tmp_path, "every", *flags)
+    third = run_training(StandardConfig, data, tmp_path, "third", *flags, "--eval_every", "3")
+    assert_same(weights(every), weights(third))
+    scores = ("val_loss", "val_top1", "val_top5", "val_balanced", "ema_top1")
+    for number, (row, whole) in enumerate(zip(rows(third), rows(every), strict=True), 1):
+        expected = {name: whole[name] if number in (3, 5) else "" for name in scores}
+        assert {name: row[name] for name in scores} == expected
+        assert row["train_loss"] == whole["train_loss"]
+    assert progress(third)["best_epoch"] in (3, 5)
+    assert (third / "plots" / "accuracy_live.png").exists()
+    receipt.main([str(third)])
 
 
 def test_every_class_of_the_best_epoch_is_in_a_file(tmp_path):

@@ -1,5 +1,6 @@
 import dataclasses
 import re
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -15,6 +16,7 @@ from common.scheduling.budget import (
     expected_end_s,
     in_agreement,
     plan_budget,
+    seconds_by_part,
 )
 from common.scheduling.recipe import Facts, adapt
 from train_hybrid import STAGES, HybridConfig
@@ -179,6 +181,21 @@ def test_two_rounds_tell_the_drift_and_share_their_mean():
     assert in_agreement(first, first) == (list(first), DRIFT)
 
 
+def test_evaluations_that_would_cost_more_than_a_tenth_become_rarer():
+    costly = costs_of(STAGES, evaluate_s=5.0)
+    rare = buy(STAGES, costly, 900).whole
+    every = buy(STAGES, costly, 900, given=("eval_every",)).whole
+    assert rare.parts["evaluate"] <= 0.1 * rare.total_s
+    assert every.parts["evaluate"] > 0.1 * every.total_s
+    assert rare.recipe.values["eval_every"] == rare.plan.eval_every > 1 == every.plan.eval_every
+    assert rare.plan.total_epochs > every.plan.total_epochs
+    assert "--eval_every" in rare.recipe.notes[-1]
+    # No rarer than that takes.
+    more = seconds_by_part(replace(rare.plan, eval_every=rare.plan.eval_every - 1), costly, 0, 0.0)
+    assert more["evaluate"] > 0.1 * rare.total_s
+    assert "eval_every" not in buy(STAGES, costs_of(STAGES, evaluate_s=0.1), 900).whole.recipe.values
+
+
 def test_a_machine_that_drifts_is_given_less_to_do():
     steady = costs_of(STAGES)
     restless = steady._replace(drift=0.1)
@@ -201,8 +218,11 @@ def test_batches_between_measured_ones_lie_on_their_line():
 
 def test_the_end_is_foreseen_from_the_pace_so_far():
     forecast = {"start": 10, "train 1": 100, "train 2": 200, "wait": 0, "evaluate": 30, "save": 0}
-    on_time = expected_end_s(forecast, {"start": 10, "train 1": 100, "evaluate": 10}, [1.0, 0.0])
+    on_time = expected_end_s(forecast, {"start": 10, "train 1": 100, "evaluate": 10}, [1.0, 0.0], 1 / 3)
     assert on_time == pytest.approx(340)
-    late = expected_end_s(forecast, {"start": 10, "train 1": 150, "evaluate": 15}, [1.0, 0.0])
+    late = expected_end_s(forecast, {"start": 10, "train 1": 150, "evaluate": 15}, [1.0, 0.0], 1 / 3)
     assert late == pytest.approx(10 + 330 * 1.5)
-    assert expected_end_s(forecast, {"start": 20}, [0.0, 0.0]) == pytest.approx(350)
+    # All evaluations are still to come.
+    rare = expected_end_s(forecast, {"start": 10, "train 1": 150}, [1.0, 0.0], 0.0)
+    assert rare == pytest.approx(10 + 330 * 1.5)
+    assert expected_end_s(forecast, {"start": 20}, [0.0, 0.0], 0.0) == pytest.approx(350)

@@ -154,6 +154,19 @@ def test_epochs_are_whole_numbers_of_steps_and_can_be_entered_anywhere():
     assert plan.images_to_see == 6 * 300 + 5 * 100
 
 
+@pytest.mark.parametrize("done", range(9))
+@pytest.mark.parametrize("eval_every", [1, 2, 3, 8, 20])
+def test_every_so_many_epochs_and_the_last_are_evaluated(eval_every, done):
+    stages = [Stage(3, 32, 10), Stage(1, 32, 10), Stage(4, 32, 10)]
+    plan = make_plan(stages, 100, 1, eval_every=eval_every)
+    evaluated = [epoch.index + 1 for epoch in plan.epochs() if epoch.evaluated]
+    assert evaluated == sorted({*range(eval_every, 9, eval_every), 8})
+    to_come = list(plan.epochs(done))
+    for index, counts in enumerate(plan.epochs_left(done)):
+        mine = [epoch for epoch in to_come if epoch.stage_index == index]
+        assert counts == (len(mine), sum(epoch.evaluated for epoch in mine))
+
+
 def test_a_batch_larger_than_the_data_is_cut_down():
     assert plan_for([Stage(1, batch_size=4096)], images=100, processes=2).global_batches == (100,)
 
