@@ -37,7 +37,7 @@ BATCH = 128
 # Settings of a training in steps, which does not take place.
 TRAINING = (ScheduleSettings, OptimizerSettings, AugmentSettings)
 CURRICULUM = {"stages", "recipe", "epochs", "head_epochs", "mixup_share", "accumulation"}
-OTHERS = {"clip_grad", "crop_scale", "final_eval", "patience", "sampler"}
+OTHERS = {"clip_grad", "crop_scale", "eval_every", "final_eval", "patience", "sampler"}
 # Images that a head to start from is fitted to, at most: their features have to lie in memory.
 START_IMAGES = 50_000
 

@@ -70,6 +70,7 @@ class Trainer:
         self.not_finite = torch.zeros((), dtype=torch.int64, device=run.accelerator.device)
         self.recent: deque = deque(maxlen=2 * NAN_PATIENCE)
         self.started = time.monotonic() - state.progress.wall_s
+        self.energy_before = state.progress.energy_j
         self.lapped = run.started
         self.lap("start")
         if run.cfg.compile:
@@ -78,10 +79,14 @@ class Trainer:
             state.model.compile(dynamic=False)
 
     def lap(self, part: str) -> None:
-        """Count the time since the last lap as a part's of the run."""
+        """Count the time since the last lap as a part's of the run, and what has been drawn until now."""
         seconds, now = self.state.progress.seconds, time.monotonic()
         seconds[part] = seconds.get(part, 0.0) + now - self.lapped
         self.lapped = now
+        self.state.progress.energy_j = {
+            kind: self.energy_before.get(kind, 0.0) + joules
+            for kind, joules in self.run.energy.joules().items()
+        }
 
     def lap_training(self, waited: float = 0.0) -> None:
         """The same for the present stage's steps; `waited` of the time, seconds, went by waiting for data."""

@@ -69,6 +69,8 @@ class Progress:
     wandb_id: str = ""
     seconds: dict[str, float] = field(default_factory=dict)
     """of wall time by part of the run: "start", "finder", "train 1" ..., "wait", "evaluate", "save" """
+    energy_j: dict[str, float] = field(default_factory=dict)
+    """joules of the main process's machine, by "cpu" and "gpu"; NaN = not all was counted"""
     forecast: dict[str, Any] = field(default_factory=dict)
     """of a run with --budget: `budget_s`, `low_s`, `high_s`, and `parts`, seconds as above; otherwise empty"""
 

@@ -48,8 +48,7 @@ def write_receipt(run: Run, progress: Progress, val_images: int) -> str:
         "images_seen": progress.images_seen,
         "val_images": val_images,
         **accuracy(rows, val_images),
-        # No counter of the machine's is read.
-        "energy_wh": None,
+        "energy_wh": {k: None if math.isnan(j) else j / 3600 for k, j in progress.energy_j.items()},
         "hardware": _hardware(run),
         "software": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
         "commit": _commit(),

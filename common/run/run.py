@@ -17,6 +17,7 @@ from accelerate.utils import set_seed
 from common import UserError
 from common.config import TrainConfig
 from common.run.checkpoint import Progress
+from common.run.energy import EnergyMeter
 from common.run.folder import claim_folder, create_folder
 from common.run.processes import (
     Interrupted,
@@ -73,6 +74,7 @@ class Run:
         set_seed(cfg.seed)
         self.votes = Votes(state.num_processes)
         self.signals = Signals()
+        self.energy = EnergyMeter(gpus=self.accelerator.device.type == "cuda")
         self.background = Background()
         self.records = Records(self.folder, self.background)
         self.mirror: Any = None
