@@ -118,6 +118,18 @@ def test_every_epoch_has_enough_steps(name, processes, images):
         assert stage.batch_size >= FEWEST_IMAGES
 
 
+@pytest.mark.parametrize(
+    ("epochs", "images", "free", "in_budget"),
+    [(3, 3000, 16, 32), (1, 3000, 8, 32), (1, 600, 8, 16), (12, 3000, 64, 64)],
+)
+def test_a_budget_buys_images_rather_than_steps_of_small_batches(epochs, images, free, in_budget):
+    facts = dataclasses.replace(SMALL, images=images)
+    assert every(adapted("standard", facts, epochs=epochs), "batch_size") == {free}
+    cfg = dataclasses.replace(CONFIGS["standard"], epochs=epochs)
+    recipe = adapt(cfg.curriculum(), settings_of(cfg) | {"budget": "3min"}, {"budget"}, facts)
+    assert every(recipe, "batch_size") == {in_budget}
+
+
 @settings(deadline=None, max_examples=60)
 @given(
     name=st.sampled_from(list(CONFIGS)),
