@@ -229,7 +229,7 @@ class CurriculumConfig(TrainConfig):
 RESUME_MAY_CHANGE = (
     {f.name for kind in (RecordSettings, SpeedSettings) for f in dataclasses.fields(kind)}
     | {"data_dir", "workers", "usd_per_hour"}
-) - {"mixed_precision", "accumulation", "clip_grad"}
+) - {"mixed_precision", "accumulation", "clip_grad", "eval_every"}
 
 
 def as_plain(cfg: Any) -> dict[str, Any]:

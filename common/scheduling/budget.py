@@ -246,19 +246,25 @@ def _cost(
 ) -> Budgeted:
     """What a run takes, with as many evaluations between its epochs as their share allows."""
     in_force = {**settings, **recipe.values}
-    plan = make_plan(recipe.stages, facts.images, facts.processes, settings["accumulation"])
-    plan = replace(plan, eval_every=settings["eval_every"])
+    rarely = settings["eval_every"]
+    plan = make_plan(
+        recipe.stages, facts.images, facts.processes, settings["accumulation"], eval_every=rarely
+    )
     sweep = 0 if known_peak(in_force, plan.global_batches[0]) else in_force["lr_finder_iterations"]
     parts = seconds_by_part(plan, costs, sweep, evaluations)
-    if "eval_every" not in given:
-        while (
-            parts["evaluate"] > EVALUATION_SHARE * sum(parts.values()) and plan.eval_every < plan.total_epochs
-        ):
-            plan = replace(plan, eval_every=plan.eval_every + 1)
-            parts = seconds_by_part(plan, costs, sweep, evaluations)
-    if plan.eval_every > settings["eval_every"]:
-        note = f"an evaluation after every {plan.eval_every} epochs: more would be over a tenth of the run (--eval_every)"
-        values = {**recipe.values, "eval_every": plan.eval_every}
+    while (
+        "eval_every" not in given
+        and rarely < plan.total_epochs
+        and parts["evaluate"] > EVALUATION_SHARE * sum(parts.values())
+    ):
+        rarely += 1
+        plan = replace(plan, eval_every=rarely)
+        parts = seconds_by_part(plan, costs, sweep, evaluations)
+    if rarely > settings["eval_every"]:
+        note = (
+            f"an evaluation after every {rarely} epochs: more would be over a tenth of the run (--eval_every)"
+        )
+        values = {**recipe.values, "eval_every": rarely}
         recipe = Recipe(recipe.stages, values, [*recipe.notes, note])
     errors = (parts[f"train {i + 1}"] * step.error for i, step in enumerate(costs.by_stage(plan)))
     to_come = sum(parts.values()) - parts["start"] - parts["calibration"]
