@@ -176,10 +176,10 @@ def test_no_stage_goes_below_the_batch_that_was_asked_for():
     ("name", "img_size", "sizes"),
     [
         ("progressive", 64, [32, 48, 64]),
-        ("progressive", 96, [32, 64, 96]),
-        ("progressive", 128, [48, 80, 128]),
-        ("progressive", 224, [80, 144, 224]),
-        ("hybrid", 96, [32, 64, 96, 96]),
+        ("progressive", 96, [32, 48, 64, 80, 96]),
+        ("progressive", 128, [48, 64, 80, 96, 128]),
+        ("progressive", 224, [80, 112, 144, 192, 224]),
+        ("hybrid", 96, [32, 48, 64, 80, 96, 96]),
         ("hybrid", 48, [32, 32, 48, 48]),
         ("progressive", 24, [24, 24, 24]),
     ],
@@ -222,12 +222,13 @@ def test_a_short_curriculum_has_one_cycle_and_the_finders_rate():
 @pytest.mark.parametrize(
     ("name", "epochs", "lengths"),
     [
-        ("hybrid", 12, [4, 4, 2, 2]),
+        ("hybrid", 12, [2, 2, 2, 3, 1, 2]),
         ("hybrid", 8, [2, 3, 2, 1]),
-        ("hybrid", 49, [16, 16, 10, 7]),
+        ("hybrid", 49, [9, 10, 10, 10, 6, 4]),
         ("hybrid", 50, [9, 9, 19, 13]),
-        ("progressive", 12, [4, 4, 4]),
-        ("expert", 12, [4, 4, 1, 1, 1, 1]),
+        ("progressive", 12, [2, 2, 2, 3, 3]),
+        ("progressive", 9, [3, 3, 3]),
+        ("expert", 12, [2, 2, 2, 2, 1, 1, 1, 1]),
         ("standard", 12, [12]),
     ],
 )
@@ -264,7 +265,7 @@ def test_rectangles_settle_after_squares_in_a_short_run():
 
 def test_strength_follows_the_size():
     recipe = adapted("progressive", epochs=12, img_size=96)
-    assert [stage.strength for stage in recipe.stages] == pytest.approx([1 / 3, 2 / 3, 1])
+    assert [stage.strength for stage in recipe.stages] == pytest.approx([1 / 3, 1 / 2, 2 / 3, 5 / 6, 1])
 
 
 def test_fine_tuning_keeps_its_two_cycles_and_a_tenth_for_the_head():
