@@ -72,7 +72,8 @@ def measure_stage(t: Trainer, epoch: EpochPlan, train_step: TrainStep, limit_s: 
         return batches, _finished(device) - began
 
     with out_of_memory_advice(epoch, micro_batch):
-        batches, _ = step()
+        # Warms up, and chooses the fastest kernels.
+        batches, first_s = step()
         images = sum(len(batch.labels) for batch in batches)
         first_loss = float(t.meter.sums[0]) / images
         seconds, pixels = list[float](), list[int]()
@@ -87,6 +88,7 @@ def measure_stage(t: Trainer, epoch: EpochPlan, train_step: TrainStep, limit_s: 
     # Rectangular batches differ in size.
     scale = fmean(item.height * item.width for item in t.batches.train_items(epoch)) / fmean(pixels)
     error = stdev(seconds) / len(seconds) ** 0.5 / fmean(seconds)
+    enter_s += max(0.0, first_s - fmean(seconds))
     times = slowest(run, scale * fmean(seconds), scale * wait_s, evaluate_s, enter_s, error)
     kind = stage.img_size, stage.shape, stage.frozen, images
     return Measured(*kind, *times)._replace(first_loss=first_loss, memory_mb=peak_memory_mb(device))

@@ -67,7 +67,7 @@ class Measured(NamedTuple):
     step_s: float  # computing
     wait_s: float  # waiting for the loader
     evaluate_s: float  # the whole validation set
-    enter_s: float  # entering the stage: compiling, and warming up
+    enter_s: float  # entering the stage: compiling, and what its first step takes longer
     error: float  # relative standard error of `step_s`
     first_loss: float = math.nan  # mean of the first batch, as the weights are
     memory_mb: float = 0.0  # most that the main process has held: the GPU's, if it has one
