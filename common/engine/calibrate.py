@@ -69,7 +69,9 @@ def within_budget(
         with _tried(run, recipe, model, train, val) as t:
             # To put a run together takes long the first time only, and every run pays it.
             began = time.monotonic()
-            rough = measure(t, train_step, 0.0)
+            # Between the first size and the last, time is guessed from the pixels.
+            epochs = list(t.plan.epochs())
+            rough = measure(t, train_step, 0.0, (epochs[0], epochs[-1]))
         (start_s,) = slowest(run, began - run.started)
 
         def costs_of(measured: Iterable[Measured], save_s: float = 0.0, drift: float = DRIFT) -> Costs:

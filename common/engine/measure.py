@@ -2,7 +2,7 @@
 
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import cycle, islice
 from pathlib import Path
 from statistics import fmean, stdev
@@ -34,13 +34,15 @@ ONE_EPOCH = (
 )
 
 
-def measure(t: Trainer, train_step: TrainStep, limit_s: float) -> list[Measured]:
-    """Train and evaluate each kind of stage of the plan for about `limit_s` seconds; a collective.
+def measure(
+    t: Trainer, train_step: TrainStep, limit_s: float, epochs: Iterable[EpochPlan] | None = None
+) -> list[Measured]:
+    """Train and evaluate each kind of stage of these epochs, or of the plan, for about `limit_s` seconds; a collective.
 
     Weights stay, momentum and BatchNorm's statistics do not. Times are the slowest process's.
     """
     found: dict[tuple, Measured] = {}
-    for epoch in t.plan.epochs():
+    for epoch in epochs or t.plan.epochs():
         key = epoch.stage.img_size, epoch.stage.shape, epoch.stage.frozen, epoch.global_batch
         if key not in found:
             found[key] = measure_stage(t, epoch, train_step, limit_s)

@@ -10,7 +10,6 @@ import math
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from statistics import fmean
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from common import UserError
@@ -94,8 +93,8 @@ class Costs(NamedTuple):
         """What is known of a stage, for so many images per process and step: on the line through the two nearest batches."""
         known = [m for m in self.measured if m.serves(stage)]
         if not known:
-            # Until it is measured: an image costs as much as its pixels.
-            near = min(self.measured, key=lambda m: abs(m.img_size - stage.img_size))
+            # Until it is measured: an image costs as its pixels do, which holds best among large ones.
+            near = min(self.measured, key=lambda m: (abs(m.img_size - stage.img_size), -m.img_size))
             pixels = (stage.img_size / near.img_size) ** 2
             scaled = {name: pixels * getattr(near, name) for name in RECURRING}
             known = [near._replace(**scaled)]
@@ -143,13 +142,16 @@ def in_agreement(first: Sequence[Measured], again: Sequence[Measured]) -> tuple[
     Steps of one round follow each other, and the speed of a shared machine changes more slowly than they do: their own scatter does not
     show it. A round is one observation; of two, half the difference is the standard error of the mean.
     """
-    pairs = list(zip(first, again, strict=True))
     means = [
-        a._replace(**{name: (getattr(a, name) + getattr(b, name)) / 2 for name in RECURRING})
-        for a, b in pairs
+        a._replace(
+            error=math.hypot(a.error, b.error) / 2,
+            **{name: (getattr(a, name) + getattr(b, name)) / 2 for name in RECURRING},
+        )
+        for a, b in zip(first, again, strict=True)
     ]
-    gaps = [(a.step_s - b.step_s) / (a.step_s + b.step_s) for a, b in pairs]
-    return means, max(DRIFT, math.sqrt(fmean(gap**2 for gap in gaps)))
+    # What all stages have in common: one stage's own scatter is in its error.
+    one, other = (sum(m.step_s for m in rounds) for rounds in (first, again))
+    return means, max(DRIFT, abs(one - other) / (one + other))
 
 
 def plan_budget(

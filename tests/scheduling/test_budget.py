@@ -176,9 +176,14 @@ def test_two_rounds_tell_the_drift_and_share_their_mean():
     )
     again = (first[0]._replace(step_s=1.5, wait_s=0.2, enter_s=0.0), first[1])
     steps, drift = in_agreement(first, again)
-    assert drift == pytest.approx((0.2**2 / 2) ** 0.5)
-    assert steps == [first[0]._replace(step_s=1.25, wait_s=pytest.approx(0.15)), first[1]]
-    assert in_agreement(first, first) == (list(first), DRIFT)
+    # The stages together took 2.0 and 2.5 s.
+    assert drift == pytest.approx(0.25 / 2.25)
+    halved = pytest.approx(0.01 / 2**0.5)
+    assert steps == [
+        first[0]._replace(step_s=1.25, wait_s=pytest.approx(0.15), error=halved),
+        first[1]._replace(error=halved),
+    ]
+    assert in_agreement(first, first)[1] == DRIFT
 
 
 def test_evaluations_that_would_cost_more_than_a_tenth_become_rarer():
@@ -226,3 +231,11 @@ def test_the_end_is_foreseen_from_the_pace_so_far():
     rare = expected_end_s(forecast, {"start": 10, "train 1": 150}, [1.0, 0.0], 0.0)
     assert rare == pytest.approx(10 + 330 * 1.5)
     assert expected_end_s(forecast, {"start": 20}, [0.0, 0.0], 0.0) == pytest.approx(350)
+
+
+def test_a_size_that_was_not_measured_costs_as_its_pixels_do():
+    small = Measured(32, "square", (), 32, 0.2, 0.1, 1.0, 0.0, 0.0)
+    large = small._replace(img_size=96, step_s=0.9)
+    guessed = Costs((small, large), 0, 0, 0).step(Stage(1, 64), 32)
+    assert guessed.step_s == pytest.approx(0.9 * 4 / 9)
+    assert guessed.wait_s == pytest.approx(0.1 * 4 / 9)
