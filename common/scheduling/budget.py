@@ -259,7 +259,8 @@ def _cost(
         and rarely < plan.total_epochs
         and parts["evaluate"] > EVALUATION_SHARE * sum(parts.values())
     ):
-        rarely += 1
+        # In steps of a tenth where it is large: a plan is made of many such runs.
+        rarely = min(rarely + max(1, rarely // 10), plan.total_epochs)
         plan = replace(plan, eval_every=rarely)
         parts = seconds_by_part(plan, costs, sweep, evaluations)
     if rarely > settings["eval_every"]:
