@@ -365,6 +365,15 @@ def test_patience_ends_a_run_whole_and_more_of_it_lets_the_run_go_on(data, tmp_p
     assert_same(weights(run), weights(whole))
 
 
+def test_patience_waits_for_an_evaluation(data, tmp_path, monkeypatch):
+    evaluate = Trainer.evaluate
+    monkeypatch.setattr(Trainer, "evaluate", lambda *args: [replace(evaluate(*args)[0], top1=50.0)])
+    flags = ("--epochs", "6", "--batch_size", "16", "--eval_every", "2", "--patience", "1")
+    run = run_training(StandardConfig, data, tmp_path, "run", *flags)
+    assert json.loads((run / "summary.json").read_text())["epochs"] == 4
+    assert [bool(row["val_top1"]) for row in rows(run)] == [False, True, False, True]
+
+
 def test_epochs_without_an_evaluation_train_alike_and_leave_its_columns_blank(data, tmp_path):
     flags = ("--epochs", "5", "--batch_size", "16", "--ema", "true")
     every = run_training(StandardConfig, data, tmp_path, "every", *flags)
