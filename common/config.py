@@ -239,7 +239,8 @@ def as_plain(cfg: Any) -> dict[str, Any]:
 
 def repeatable(cfg: TrainConfig, stages: Sequence[Stage]) -> dict[str, Any]:
     """Settings that train these stages again, given as --config; those that they were made from are left out."""
-    left_out = cfg.read_by_curriculum() | {"budget"}
+    # Stages that a budget has lengthened would be shrunk again.
+    left_out = cfg.read_by_curriculum() | {"budget", "debug"}
     kept = {name: value for name, value in as_plain(cfg).items() if name not in left_out}
     return {**kept, "stages": [as_plain(stage) for stage in stages]}
 

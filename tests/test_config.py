@@ -2,12 +2,13 @@
 
 import shutil
 import sys
+from dataclasses import replace
 
 import pytest
 import yaml
 
 from common import UserError
-from common.config import as_plain, parse_args, run_script
+from common.config import as_plain, parse_args, repeatable, run_script
 from common.scheduling import Stage, scale_stages
 from tests.helpers import last_checkpoint, make_images, run_training
 from train_hybrid import EXPERT_STAGES, HybridConfig
@@ -260,3 +261,11 @@ def test_dry_run_trains_nothing(data, tmp_path, capsys):
     text = capsys.readouterr().out
     assert "optimizer steps" in text
     assert not (tmp_path / "dry").exists()
+
+
+def test_what_a_budget_made_of_a_debug_run_is_not_shrunk_again(tmp_path):
+    cfg = parse_args(StandardConfig, "", ["--debug", "--budget", "2min"])
+    planned = [replace(stage, epochs=18) for stage in cfg.stages_in_force()]
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(repeatable(cfg, planned)))
+    again = parse_args(StandardConfig, "", ["--config", str(tmp_path / "config.yaml")])
+    assert again.stages_in_force() == planned
