@@ -222,12 +222,12 @@ def test_a_short_curriculum_has_one_cycle_and_the_finders_rate():
 @pytest.mark.parametrize(
     ("name", "epochs", "lengths"),
     [
-        ("hybrid", 12, [2, 2, 2, 3, 1, 2]),
+        ("hybrid", 12, [2, 2, 2, 2, 2, 2]),
         ("hybrid", 8, [2, 3, 2, 1]),
-        ("hybrid", 49, [9, 10, 10, 10, 6, 4]),
+        ("hybrid", 49, [8, 8, 8, 8, 10, 7]),
         ("hybrid", 50, [9, 9, 19, 13]),
-        ("progressive", 12, [2, 2, 2, 3, 3]),
-        ("progressive", 9, [3, 3, 3]),
+        ("progressive", 12, [2, 2, 2, 2, 4]),
+        ("progressive", 11, [3, 4, 4]),
         ("expert", 12, [2, 2, 2, 2, 1, 1, 1, 1]),
         ("standard", 12, [12]),
     ],
