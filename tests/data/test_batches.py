@@ -21,7 +21,12 @@ def plan(*stages: Stage, accumulation: int = 2, world: int = 1) -> SimpleNamespa
     """One epoch of two steps per stage."""
     epochs = [
         SimpleNamespace(
-            index=index, stage_index=index, stage=stage, first_step=2 * index, global_batch=stage.batch_size
+            index=index,
+            stage_index=index,
+            stage=stage,
+            first_step=2 * index,
+            evaluated=True,
+            global_batch=stage.batch_size,
         )
         for index, stage in enumerate(stages)
     ]

@@ -53,7 +53,7 @@ def test_a_trial_leaves_no_trace_whether_it_fits_or_not(fits, run, monkeypatch):
 
 
 def test_out_of_memory_names_what_to_change():
-    epoch = EpochPlan(0, 2, Stage(1, 96, 64), 0, 1, False, 64)
+    epoch = EpochPlan(0, 2, Stage(1, 96, 64), 0, 1, mix=False, evaluated=True, global_batch=64)
     with (
         pytest.raises(UserError, match=r"stage 3 at 96 px with 16 images .* --batch_size"),
         memory.out_of_memory_advice(epoch, 16),
