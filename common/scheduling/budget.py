@@ -314,13 +314,11 @@ def expected_end_s(
         evaluated: share of the evaluations' time that should be.
     """
     training = [f"train {i + 1}" for i in range(len(done))]
-    beside = ("wait", "save")
     over = sum(forecast[part] * share for part, share in zip(training, done, strict=True))
     trained = sum(forecast[part] for part in training)
-    whole = trained + sum(forecast[part] for part in beside)
-    planned = over / trained * whole + evaluated * forecast["evaluate"]
-    whole += forecast["evaluate"]
-    pace = (
-        sum(spent.get(part, 0.0) for part in (*training, *beside, "evaluate")) / planned if planned else 1.0
-    )
+    beside = forecast["wait"] + forecast["save"]
+    whole = trained + beside + forecast["evaluate"]
+    planned = over * (1 + beside / trained) + evaluated * forecast["evaluate"]
+    taken = sum(spent.get(part, 0.0) for part in (*training, "wait", "save", "evaluate"))
+    pace = taken / planned if planned else 1.0
     return sum(spent.values()) + (whole - planned) * pace
