@@ -26,12 +26,12 @@ import torch
 from tests.helpers import ROOT, make_images, progress, weights
 
 PROBE = """
-import importlib, json, os, sys
+import json, os, sys
 import common.run.run as run_module
+from common.engine.trainer import Trainer
 from common.config import run_script
-fit = importlib.import_module("common.engine.fit")
 run_module.LOOK_S = 0.0
-original = fit.train_step
+original = Trainer.train_step
 def train_step(t, epoch, lr, momentum, stream):
     original(t, epoch, lr, momentum, stream)
     if t.state.progress.peak_lr:  # not while the LR finder sweeps
@@ -40,7 +40,7 @@ def train_step(t, epoch, lr, momentum, stream):
         line = json.dumps([epoch.index, t.state.progress.step, ids])
         with open(f"{t.run.folder}.samples-{os.environ.get('RANK', '0')}", "a") as file:
             file.write(line + chr(10))
-fit.train_step = train_step
+Trainer.train_step = train_step
 script = __import__(sys.argv.pop(1))
 config = next(c for n, c in vars(script).items() if n.endswith("Config") and c.__module__ == script.__name__)
 run_script(script.main, config, "")

@@ -11,20 +11,20 @@ from tests.helpers import FAST, assert_same, launch, make_images, progress, weig
 PROBE = """
 import importlib, json, os, sys
 import common.run.run as run_module
+from common.engine.trainer import Trainer
 from common.config import parse_args
 from train_standard import StandardConfig, main
 
-fit = importlib.import_module("common.engine.fit")
 run_module.LOOK_S = 0.0
 seen = []
-original = fit.train_step
+original = Trainer.train_step
 def train_step(t, epoch, lr, momentum, stream):
     before = t.meter.sums.clone()
     original(t, epoch, lr, momentum, stream)
     micro = t.plan.accumulation(epoch.stage_index)
     ids = [i for _, batch in list(t.recent)[-micro:] for i in batch.tolist()]
     seen.append((epoch.index, lr, ids, (t.meter.sums - before).tolist()))
-fit.train_step = train_step
+Trainer.train_step = train_step
 if "--bn_eval" in sys.argv:
     sys.argv.remove("--bn_eval")
     importlib.import_module("common.engine.trainer").train_mode = lambda model, frozen: model.eval()
@@ -37,19 +37,19 @@ finally:
 """
 # Breaks one optimizer step of process 1.
 BREAK = """
-import importlib, os, signal
+import os, signal
 import common.run.run as run_module
+from common.engine.trainer import Trainer
 from common.config import run_script
 from train_standard import StandardConfig, main
 
-fit = importlib.import_module("common.engine.fit")
 run_module.LOOK_S = 0.0
-original = fit.train_step
+original = Trainer.train_step
 def train_step(t, *args):
     if os.environ["RANK"] == "1" and t.state.progress.step == 2:
         {what}
     return original(t, *args)
-fit.train_step = train_step
+Trainer.train_step = train_step
 run_script(main, StandardConfig, "")
 """
 FLAGS = [*FAST, "--img_size", "32", "--epochs", "2"]

@@ -20,7 +20,6 @@ from common.data.sources.base import Source
 from common.data.sources.cache import cache_folder, fingerprint_of
 from common.engine.evaluate import GRID_EVALUATIONS
 from common.engine.measure import measure, measure_save, slowest
-from common.engine.peak import TrainStep
 from common.engine.probe import START_IMAGES
 from common.engine.setup import assembled
 from common.engine.trainer import Trainer
@@ -45,7 +44,7 @@ FIRST_LENGTH, SHARE = 12, 0.0075
 
 
 def within_budget(
-    run: Run, model: nn.Module, train: Source, val: Source, train_step: TrainStep, facts: Facts
+    run: Run, model: nn.Module, train: Source, val: Source, facts: Facts
 ) -> tuple[Recipe, dict[str, Any]]:
     """Stages and settings of the longest run that fits into `--budget`, and `Progress.forecast`. A collective."""
     cfg, budget_s, listed = run.cfg, run.cfg.budget_s(), run.cfg.stages_in_force()
@@ -71,7 +70,7 @@ def within_budget(
             began = time.monotonic()
             # Between the first size and the last, time is guessed from the pixels.
             epochs = list(t.plan.epochs())
-            rough = measure(t, train_step, 0.0, (epochs[0], epochs[-1]))
+            rough = measure(t, 0.0, (epochs[0], epochs[-1]))
         (start_s,) = slowest(run, began - run.started)
 
         def costs_of(measured: Iterable[Measured], save_s: float = 0.0, drift: float = DRIFT) -> Costs:
@@ -81,7 +80,7 @@ def within_budget(
         # The recipe's batches follow the length, so the first ones were a guess; between two that were measured lies a line.
         recipe = plan(costs_of(rough)).whole.recipe
         with _tried(run, recipe, model, train, val) as t:
-            rounds = [measure(t, train_step, SHARE * budget_s / len(recipe.stages)) for _ in range(2)]
+            rounds = [measure(t, SHARE * budget_s / len(recipe.stages)) for _ in range(2)]
             save_s = measure_save(t)
         steps, drift = in_agreement(*rounds)
         # Of the same batch, the longer measurement.

@@ -17,7 +17,6 @@ from common.data.order import BatchItem, View
 from common.data.sources.base import Source
 from common.engine.evaluate import GRID_EVALUATIONS
 from common.engine.measure import measure, measure_save
-from common.engine.peak import TrainStep
 from common.engine.recording import KEEP_CHECKPOINTS
 from common.engine.setup import plan_table
 from common.engine.trainer import Trainer
@@ -48,7 +47,7 @@ def judged(bad: bool, text: str, remedy: str) -> Finding:
     return Finding("warning", f"{text}; {remedy}") if bad else Finding("ok", text)
 
 
-def preflight(t: Trainer, train_step: TrainStep, source: PretrainedCfg | None) -> None:
+def preflight(t: Trainer, source: PretrainedCfg | None) -> None:
     """Print the plan, what was found, and what the run will cost; nothing is written. A collective.
 
     Raises:
@@ -68,7 +67,7 @@ def preflight(t: Trainer, train_step: TrainStep, source: PretrainedCfg | None) -
             tell(checks(t, source))
             if any(finding.level == "error" for finding in found):
                 conclude(found)
-    costs = Costs(tuple(measure(t, train_step, STEPS_S)), start_s, save_s=measure_save(t))
+    costs = Costs(tuple(measure(t, STEPS_S)), start_s, save_s=measure_save(t))
     with rank0_errors():
         if run.is_main:
             tell(verdicts(t, costs))

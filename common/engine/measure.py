@@ -13,7 +13,7 @@ import torch
 from common.data.loader import PREFETCH, Batch
 from common.engine.evaluate import one_view
 from common.engine.memory import out_of_memory_advice
-from common.engine.peak import TrainStep, endless_items
+from common.engine.peak import endless_items
 from common.engine.trainer import Trainer
 from common.run import checkpoint
 from common.run.plots import write_plots
@@ -34,9 +34,7 @@ ONE_EPOCH = (
 )
 
 
-def measure(
-    t: Trainer, train_step: TrainStep, limit_s: float, epochs: Iterable[EpochPlan] | None = None
-) -> list[Measured]:
+def measure(t: Trainer, limit_s: float, epochs: Iterable[EpochPlan] | None = None) -> list[Measured]:
     """Train and evaluate each kind of stage of these epochs, or of the plan, for about `limit_s` seconds; a collective.
 
     Weights stay, momentum and BatchNorm's statistics do not. Times are the slowest process's.
@@ -45,11 +43,11 @@ def measure(
     for epoch in epochs or t.plan.epochs():
         key = epoch.stage.img_size, epoch.stage.shape, epoch.stage.frozen, epoch.global_batch
         if key not in found:
-            found[key] = measure_stage(t, epoch, train_step, limit_s)
+            found[key] = measure_stage(t, epoch, limit_s)
     return list(found.values())
 
 
-def measure_stage(t: Trainer, epoch: EpochPlan, train_step: TrainStep, limit_s: float) -> Measured:
+def measure_stage(t: Trainer, epoch: EpochPlan, limit_s: float) -> Measured:
     """Time steps with the loader beside them, as in training, and an evaluation; on a CPU of smaller batches."""
     run, stage, device = t.run, epoch.stage, t.run.accelerator.device
     micro_batch, accumulation = t.plan.micro_batch(epoch.stage_index), t.plan.accumulation(epoch.stage_index)
@@ -68,9 +66,7 @@ def measure_stage(t: Trainer, epoch: EpochPlan, train_step: TrainStep, limit_s: 
     def step() -> tuple[list[Batch], float]:
         batches = list(islice(stream, accumulation))
         began = time.monotonic()
-        train_step(t, epoch, NO_RATE, run.cfg.momentum, iter(batches))
-        if t.state.ema is not None:
-            t.state.ema.update(t.state.model, step=t.state.progress.step + 1)
+        t.train_step(epoch, NO_RATE, run.cfg.momentum, iter(batches))
         return batches, _finished(device) - began
 
     with out_of_memory_advice(epoch, micro_batch):

@@ -1,10 +1,9 @@
 """The peak of the learning rate: given, found by a sweep over the first stage's batches, or found before."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from itertools import chain, count
 
-from common.data.loader import Batch
 from common.data.order import BatchItem
 from common.engine.lr_finder import ABOVE_BLOW_UP, find_lr
 from common.engine.memory import out_of_memory_advice
@@ -14,16 +13,15 @@ from common.run.processes import rank0_errors
 from common.run.records import draw
 from common.scheduling import BACKBONE, KEEPING_WEIGHTS, EpochPlan, Rates, known_peak, resolve_lr
 
-TrainStep = Callable[[Trainer, EpochPlan, float, float, Iterator[Batch]], None]
 # Per 256 images, when the finder's curve cannot be trusted (Goyal et al., 2017).
 FALLBACK_LR = 0.1
 
 
-def settle_rates(t: Trainer, train_step: TrainStep) -> Rates:
+def settle_rates(t: Trainer) -> Rates:
     """Learning rates around the peak that was given, found now, or found before."""
     run, cfg, progress = t.run, t.run.cfg, t.state.progress
     if progress.peak_lr == 0:
-        progress.peak_lr = known_peak(vars(cfg), t.plan.global_batches[0]) or find_peak(t, train_step)
+        progress.peak_lr = known_peak(vars(cfg), t.plan.global_batches[0]) or find_peak(t)
     rates = Rates(t.plan, cfg, progress.peak_lr)
     highest = max(rates.peak(index) for index in range(len(t.plan.stages)))
     run.log.info("peak learning rate %.4g (--lr %s)", highest, cfg.lr)
@@ -40,7 +38,7 @@ def endless_items(t: Trainer, epoch: EpochPlan) -> Iterator[BatchItem]:
     return chain.from_iterable(map(t.batches.train_items, passes))
 
 
-def find_peak(t: Trainer, train_step: TrainStep) -> float:
+def find_peak(t: Trainer) -> float:
     """Sweep the learning rate over the first stage's batches; the training state is as before afterwards."""
     run, cfg, plan = t.run, t.run.cfg, t.plan
     epoch = next(plan.epochs())
@@ -51,7 +49,7 @@ def find_peak(t: Trainer, train_step: TrainStep) -> float:
     def step(lr: float) -> float:
         run.stop_if_asked()
         before = t.meter.sums.clone()
-        train_step(t, epoch, lr, cfg.momentum, stream)
+        t.train_step(epoch, lr, cfg.momentum, stream)
         loss = run.accelerator.reduce(t.meter.sums - before, "sum")[0]
         return float(loss) / epoch.global_batch
 

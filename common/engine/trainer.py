@@ -1,4 +1,4 @@
-"""What the steps of a run share: entering a stage, looking up, and evaluating."""
+"""A run's model, optimizer and data: entering a stage, taking a step, looking up, and evaluating."""
 
 import json
 import time
@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import islice
 
 import torch
 from torch import nn
@@ -140,6 +141,30 @@ class Trainer:
         train_mode(self.state.model, epoch.stage.frozen)
         self.meter = Meter(self.run, self.plan, epoch, self.state.progress, self.not_finite)
 
+    def train_step(self, epoch: EpochPlan, lr: float, momentum: float, stream: Iterator[Batch]) -> None:
+        """One optimizer step on the next micro-batches of the stream."""
+        accelerator, clip_grad, state = self.run.accelerator, self.run.cfg.clip_grad, self.state
+        set_rates(self.optimizer, lr, momentum)
+        for batch in islice(stream, accelerator.gradient_accumulation_steps):
+            with accelerator.accumulate(self.net):
+                images, targets = self.augment(
+                    batch.images, batch.labels, batch.item, mix=epoch.mix, strength=epoch.stage.strength
+                )
+                # Autocast in, float32 out: prepare_model saw to it.
+                logits = self.net(images)
+                loss = self.loss(logits, targets)
+                # Scales for fp16, and divides by the accumulation.
+                accelerator.backward(loss)
+                if clip_grad and accelerator.sync_gradients:
+                    accelerator.clip_grad_norm_(self.net.parameters(), clip_grad)
+                with self.counting_skips():
+                    self.optimizer.step()
+                self.optimizer.zero_grad()
+            self.meter.add(loss.detach(), logits.detach(), targets, batch.wait_s)
+            self.recent.append((state.progress.step, batch.item.indices))
+        if state.ema is not None:
+            state.ema.update(state.model, step=state.progress.step + 1)
+
     @contextmanager
     def counting_skips(self) -> Iterator[None]:
         """Count the steps that fp16's scaling leaves out, on the device.
@@ -193,3 +218,16 @@ class Trainer:
         )
         self.lap("evaluate")
         return scores
+
+
+def set_rates(optimizer: torch.optim.Optimizer, lr: float, momentum: float) -> None:
+    """Set every group's learning rate, and its momentum or first beta.
+
+    By hand: `AcceleratedScheduler` steps once for every process, and a rate that is asked for by step needs no state.
+    """
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["lr_scale"]
+        if "momentum" in group:
+            group["momentum"] = momentum
+        elif "betas" in group:
+            group["betas"] = (momentum, *group["betas"][1:])

@@ -45,7 +45,6 @@ from common.config import TrainConfig
 from common.data import open_dataset
 from common.data.loader import Loader, available_workers
 from common.engine import fit
-from common.engine.fit import train_step
 from common.model import create_model
 from common.run import start_run
 from common.run.checkpoint import write_durably
@@ -154,8 +153,7 @@ def waits(sizes: Sizes, **settings: Any) -> Figures:
             if torch.cuda.is_available():
                 torch.cuda.set_sync_debug_mode("warn")
             for step in range(UNWATCHED_STEPS):
-                train_step(t, bench.epoch, bench.rates.lr(step), bench.rates.momentum(step), stream)
-                t.state.ema.update(t.state.model, step=step + 1)
+                t.train_step(bench.epoch, bench.rates.lr(step), bench.rates.momentum(step), stream)
                 t.meter.tick()
     places = Counter(f"{Path(w.filename).name}:{w.lineno}" for w in caught if "synchroniz" in str(w.message))
     if places:

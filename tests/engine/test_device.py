@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 from common.augment import Augment, AugmentSettings, _affine
 from common.data.loader import Batch
 from common.engine.evaluate import evaluate
-from common.engine.fit import train_epoch, train_step
+from common.engine.fit import train_epoch
 from common.engine.trainer import Trainer
 from common.run.progress import Meter
 from common.scheduling import Stage
@@ -66,10 +66,8 @@ def counted(t: Trainer, steps: int) -> Counter[str]:
         with watch:
             for _ in range(steps):
                 step = t.state.progress.step
-                train_step(t, epoch, rates.lr(step), rates.momentum(step), stream)
+                t.train_step(epoch, rates.lr(step), rates.momentum(step), stream)
                 t.state.progress.step += 1
-                if t.state.ema is not None:
-                    t.state.ema.update(t.state.model, step=t.state.progress.step)
                 t.meter.tick()
     return watched.calls
 

@@ -276,7 +276,7 @@ def test_out_of_memory_names_the_flag(data, tmp_path, monkeypatch, capsys):
     def explode(*args):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(fit_module, "train_step", explode)
+    monkeypatch.setattr(Trainer, "train_step", explode)
     with pytest.raises(SystemExit):
         run_training(StandardConfig, data, tmp_path, "run", *STANDARD)
     assert "--batch_size" in capsys.readouterr().err

@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from common.engine import measure as measuring
-from common.engine.fit import train_step
 from common.engine.measure import measure, measure_stage
 from common.scheduling import Stage
 from tests.engine.trainers import noise, small_trainer
@@ -36,7 +35,7 @@ def test_no_weight_moves(monkeypatch):
         # Of an epoch that is resumed.
         t.state.progress.epoch_sums = [1000.0, 0.0]
         before = [parameter.clone() for parameter in t.state.model.parameters()]
-        measured = measure_stage(t, next(t.plan.epochs()), train_step, 0.0)
+        measured = measure_stage(t, next(t.plan.epochs()), 0.0)
         for old, new in zip(before, t.state.model.parameters(), strict=True):
             torch.testing.assert_close(old, new, rtol=1e-6, atol=1e-6)
         assert measured[:4] == (16, "square", (), 8)
@@ -52,7 +51,7 @@ def test_a_slow_loader_shows_behind_the_batches_that_lie_ready(monkeypatch, work
         t.loader = of_noise(
             t, 0.2, ready=1 + measuring.FEWEST + workers * measuring.PREFETCH, workers=workers
         )
-        measured = measure_stage(t, next(t.plan.epochs()), train_step, 0.0)
+        measured = measure_stage(t, next(t.plan.epochs()), 0.0)
         # With workers, it loads while the step computes.
         assert measured.wait_s + bool(workers) * measured.step_s == pytest.approx(0.2, rel=0.1)
 
@@ -62,7 +61,7 @@ def test_a_loader_that_keeps_up_costs_no_time(monkeypatch):
     with small_trainer([STAGE]) as t:
         t.loader = of_noise(t)
         monkeypatch.setattr(measuring, "_finished", lambda device: time.monotonic() + 1)
-        measured = measure_stage(t, next(t.plan.epochs()), train_step, 0.0)
+        measured = measure_stage(t, next(t.plan.epochs()), 0.0)
         assert measured.wait_s == 0
         assert measured.step_s == pytest.approx(1, abs=0.5)
 
@@ -72,5 +71,5 @@ def test_each_kind_of_stage_is_measured_once(monkeypatch):
     monkeypatch.setattr(measuring, "measure_stage", lambda t, epoch, *_: measured.append(epoch.stage))
     stages = [STAGE, Stage(1, 16, 8, mixup=False), Stage(1, 16, 8, frozen=("conv1",)), Stage(1, 24, 8)]
     with small_trainer(stages) as t:
-        measure(t, train_step, 0.0)
+        measure(t, 0.0)
     assert measured == [stages[0], *stages[2:]]

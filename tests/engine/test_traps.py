@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from common.config import TrainConfig
 from common.engine import trainer
-from common.engine.fit import train_epoch, train_step
+from common.engine.fit import train_epoch
 from common.run import start_run
 from common.run.processes import UNSUPPORTED
 from common.scheduling import Stage
@@ -38,7 +38,7 @@ def steps_of(t, epoch, stream, **settings):
     t.enter_stage(epoch)
     t.begin_epoch(epoch)
     for _ in range(epoch.steps):
-        train_step(t, epoch, settings.get("lr", 0.1), settings.get("momentum", 0.9), stream)
+        t.train_step(epoch, settings.get("lr", 0.1), settings.get("momentum", 0.9), stream)
         t.state.progress.step += 1
 
 
@@ -98,7 +98,7 @@ def test_gradients_are_the_mean_over_the_window():
         t.state.optimizer.register_step_pre_hook(
             lambda *_: seen.append([p.grad.clone() for p in model.parameters()])
         )
-        train_step(t, epoch, 0.1, 0.9, iter(batches))
+        t.train_step(epoch, 0.1, 0.9, iter(batches))
         (gradients,) = seen
         for mine, theirs in zip(gradients, twin.parameters(), strict=True):
             torch.testing.assert_close(mine, theirs.grad / 4)
@@ -174,7 +174,7 @@ def test_skipped_steps_are_counted_with_a_fused_optimizer(accumulation):
             before = [p.detach().clone() for p in model.parameters()]
             factor = torch.inf if step in overflows else 1.0
             hook = model.fc.weight.register_hook(lambda gradient, factor=factor: gradient * factor)
-            train_step(t, epoch, 0.1, 0.9, stream)
+            t.train_step(epoch, 0.1, 0.9, stream)
             hook.remove()
             moved = any(not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
             assert moved == (step not in overflows), step
@@ -236,7 +236,7 @@ def test_gradients_are_clipped_at_the_end_of_a_window():
             t.enter_stage(epoch)
             t.begin_epoch(epoch)
             before = [p.detach().clone() for p in t.state.model.parameters()]
-            train_step(t, epoch, 1.0, 0.0, noise(t, epoch))
+            t.train_step(epoch, 1.0, 0.0, noise(t, epoch))
             after = t.state.model.parameters()
             moves.append(torch.cat([(b - a).flatten() for a, b in zip(after, before, strict=True)]))
     free, clipped = moves
@@ -358,7 +358,7 @@ place.{function} = broken
 run_script(main, StandardConfig, "")
 """
 PLACES = {
-    "training": ("common.engine.fit", "", "train_step", 1, 3, "common.UserError"),
+    "training": ("common.engine.trainer", ".Trainer", "train_step", 1, 3, "common.UserError"),
     "evaluation": ("common.augment", ".Augment", "normalise", 1, 2, "RuntimeError"),
     "writing a checkpoint": ("common.run.checkpoint", "", "write", 0, 1, "RuntimeError"),
 }

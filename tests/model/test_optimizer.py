@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from common import UserError
-from common.engine.fit import set_rates
+from common.engine.trainer import set_rates
 from common.model import create_model
 from common.model.freezing import set_trainable_layers, train_mode
 from common.model.optimizer import Ema, OptimizerSettings

@@ -9,6 +9,7 @@ import pytest
 from common import UserError
 from common.config import parse_args
 from common.data.decode import read_header
+from common.engine.trainer import Trainer
 from common.tools import benchmark_loop, gpu_report
 from common.tools.gpu_report import REHEARSED, Pictures, Row, main, measure
 from tests.helpers import ROOT, make_images
@@ -108,7 +109,7 @@ def test_a_wait_for_the_device_is_found_and_its_place_told(monkeypatch):
     def waits(*_):
         warnings.warn("called a synchronizing CUDA operation", stacklevel=1)
 
-    monkeypatch.setattr(gpu_report, "train_step", waits)
+    monkeypatch.setattr(Trainer, "train_step", waits)
     row = measure("waits", lambda: gpu_report.waits(REHEARSED))
     assert "20 waits in 20 steps, at {'test_gpu_report.py:" in row.reason
 
