@@ -10,7 +10,6 @@ from common.data.sources.base import Source
 from common.engine.calibrate import within_budget
 from common.engine.doctor import preflight
 from common.engine.evaluate import final_grid
-from common.engine.memory import out_of_memory_advice
 from common.engine.peak import settle_rates
 from common.engine.profiler import traced
 from common.engine.recording import begin, finish, out_of_patience, record, save
@@ -76,14 +75,13 @@ def train_epoch(t: Trainer, epoch: EpochPlan, rates: Rates, stream: Iterator[Bat
     run, progress = t.run, t.state.progress
     t.begin_epoch(epoch)
     last_step = epoch.first_step + epoch.steps - 1
-    with out_of_memory_advice(epoch, t.plan.micro_batch(epoch.stage_index)):
-        for step in traced(run, range(progress.step, last_step + 1)):
-            t.train_step(epoch, rates.lr(step), rates.momentum(step), stream)
-            progress.step += 1
-            progress.images_seen += epoch.global_batch
-            t.meter.tick()
-            # Between two looks nothing waits for the device.
-            if step < last_step and run.look_due(progress.step) and t.look():
-                save(t)
+    for step in traced(run, range(progress.step, last_step + 1)):
+        t.train_step(epoch, rates.lr(step), rates.momentum(step), stream)
+        progress.step += 1
+        progress.images_seen += epoch.global_batch
+        t.meter.tick()
+        # Between two looks nothing waits for the device.
+        if step < last_step and run.look_due(progress.step) and t.look():
+            save(t)
     t.look()
     t.lap_training(waited=t.meter.waited)

@@ -2,8 +2,8 @@
 
 import copy
 import csv
+import logging
 import math
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,9 +11,13 @@ from itertools import pairwise
 from pathlib import Path
 from statistics import fmean, median
 
+from tqdm import tqdm
+
 from common import UserError
 from common.run.checkpoint import TrainState, rng_state, set_rng_state
 
+log = logging.getLogger(__name__)
+LOWEST, HIGHEST = 1e-5, 10.0
 FEWEST = 15  # steps of a sweep; with fewer, noise decides
 DIVERGED = 4.0  # a sweep ends as soon as its smoothed loss is this many times its first
 # A rise of the smoothed loss that counts: so many nats, and at most a tenth of the loss at the start. With BatchNorm a network may rise by half
@@ -22,7 +26,6 @@ RISE = 0.25
 # The suggestion, times the rate of that rise. The sweep gets there without warm-up and at full momentum, OneCycle after both; and too low
 # costs more than too high: half of a good rate 2.5 to 5 points, twice none (docs/results.md).
 ABOVE_BLOW_UP = 2.0
-REPORT_S = 5.0  # between two lines of progress
 
 
 @dataclass(frozen=True)
@@ -37,9 +40,8 @@ class Sweep:
     problem: str  # why the curve cannot be trusted; empty if it can
 
     def write_csv(self, path: Path) -> None:
-        steps: list[tuple[object, ...]] = list(
-            zip(range(len(self.lrs)), self.lrs, self.losses, self.smoothed, self.threshold, strict=True)
-        )
+        columns = range(len(self.lrs)), self.lrs, self.losses, self.smoothed, self.threshold
+        steps: list[tuple[object, ...]] = [*zip(*columns, strict=True)]
         with open(path, "w", newline="") as file:
             writer = csv.writer(file)
             writer.writerow(("step", "lr", "loss", "smoothed", "threshold", "suggested", "problem"))
@@ -54,11 +56,8 @@ def find_lr(
     *,
     fallback: float,
     factor: float = ABOVE_BLOW_UP,
-    lowest: float = 1e-5,
-    highest: float = 10.0,
-    report: Callable[[str], None] = lambda line: None,
 ) -> Sweep:
-    """Raise the learning rate exponentially from `lowest` to `highest` and watch the loss (Smith, 2017).
+    """Raise the learning rate exponentially from 1e-5 to 10 and watch the loss (Smith, 2017).
 
     Args:
         state: restored bit for bit afterwards, also when a step raises.
@@ -67,32 +66,30 @@ def find_lr(
         iterations: steps to take; fewer than `FEWEST` are not taken at all.
         fallback: the rate to take when the curve cannot be trusted.
         factor: the suggestion, times the rate at which the loss begins to blow up.
-        report: is given a line of progress every few seconds, and one if the curve cannot be trusted.
 
     Raises:
         UserError: the first loss is not finite.
     """
     # At most a quarter of a decade per step: a short sweep is to look where losses do blow up.
-    lowest = max(lowest, highest / 10 ** ((iterations - 1) / 4))
+    lowest = max(LOWEST, HIGHEST / 10 ** ((iterations - 1) / 4))
     lrs: list[float] = []
     losses: list[float] = []
     smoothed: list[float] = []
-    begun = reported = time.monotonic()
     with _restored(state):
-        for step in range(iterations if iterations >= FEWEST else 0):
-            lrs.append(lowest * (highest / lowest) ** (step / (iterations - 1)))
+        steps = range(iterations if iterations >= FEWEST else 0)
+        for step in tqdm(steps, desc="LR finder", unit="step", disable=None, leave=False):
+            lrs.append(lowest * (HIGHEST / lowest) ** (step / (iterations - 1)))
             losses.append(train_step(lrs[-1]))
             smoothed = smooth(losses, iterations)
             if not smoothed[-1] <= DIVERGED * losses[0] < math.inf:
                 break
-            if (now := time.monotonic()) > reported + REPORT_S:
-                reported, left_s = now, (now - begun) * (iterations / (step + 1) - 1)
-                report(f"LR finder: step {step + 1}/{iterations}, loss {losses[-1]:.3f}, ETA {left_s:.0f} s")
     threshold = rise_threshold(losses, smoothed, iterations)
     blow_up, problem = find_blow_up(lrs, losses, smoothed, threshold, iterations)
     suggested = fallback if problem else factor * blow_up
     if problem:
-        report(f"LR finder: not trusted ({problem}); the rate is {fallback:.3g} instead, or what --lr says")
+        log.info(
+            "LR finder: not trusted (%s); the rate is %.3g instead, or what --lr says", problem, fallback
+        )
     return Sweep(lrs, losses, smoothed, threshold, suggested, problem)
 
 
@@ -153,11 +150,8 @@ def find_blow_up(
             before, after = smoothed[step - 1 : step + 1]
             share = (threshold[step] - before) / (after - before) if before < threshold[step] else 0.0
             return lrs[step - 1] * (lrs[step] / lrs[step - 1]) ** share, ""
-    blown_up = len(losses) <= first
-    return (
-        math.nan,
-        f"the loss {'diverged already at' if blown_up else 'did not blow up until'} {lrs[-1]:.2g}",
-    )
+    seen = "diverged already at" if len(losses) <= first else "did not blow up until"
+    return math.nan, f"the loss {seen} {lrs[-1]:.2g}"
 
 
 @contextmanager

@@ -12,7 +12,6 @@ import torch
 
 from common.data.loader import PREFETCH, Batch
 from common.engine.evaluate import one_view
-from common.engine.memory import out_of_memory_advice
 from common.engine.peak import endless_items
 from common.engine.trainer import Trainer
 from common.run import checkpoint
@@ -69,19 +68,18 @@ def measure_stage(t: Trainer, epoch: EpochPlan, limit_s: float) -> Measured:
         t.train_step(epoch, NO_RATE, run.cfg.momentum, iter(batches))
         return batches, _finished(device) - began
 
-    with out_of_memory_advice(epoch, micro_batch):
-        # Warms up, and chooses the fastest kernels.
-        batches, first_s = step()
-        images = sum(len(batch.labels) for batch in batches)
-        first_loss = float(t.meter.sums[0]) / images
-        seconds, pixels = list[float](), list[int]()
-        began = time.monotonic()
-        while len(seconds) < FEWEST or not run.votes.largest(int(time.monotonic() - began > limit_s))[0]:
-            batches, step_s = step()
-            seconds.append(step_s)
-            pixels += [batch.item.height * batch.item.width for batch in batches]
-        wait_s = _wait_s(t, stream, images, fmean(seconds))
-        evaluate_s = _evaluation(t, epoch, min(most, micro_batch), limit_s / 4)
+    # Warms up, and chooses the fastest kernels.
+    batches, first_s = step()
+    images = sum(len(batch.labels) for batch in batches)
+    first_loss = float(t.meter.sums[0]) / images
+    seconds, pixels = list[float](), list[int]()
+    began = time.monotonic()
+    while len(seconds) < FEWEST or not run.votes.largest(int(time.monotonic() - began > limit_s))[0]:
+        batches, step_s = step()
+        seconds.append(step_s)
+        pixels += [batch.item.height * batch.item.width for batch in batches]
+    wait_s = _wait_s(t, stream, images, fmean(seconds))
+    evaluate_s = _evaluation(t, epoch, min(most, micro_batch), limit_s / 4)
     t.meter.bar.close()
     # Rectangular batches differ in size.
     scale = fmean(item.height * item.width for item in t.batches.train_items(epoch)) / fmean(pixels)

@@ -1,7 +1,6 @@
 """What fits into memory: steps on blank images that leave no trace."""
 
 import math
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -14,7 +13,7 @@ from common.data.sources.base import Source
 from common.model.freezing import set_trainable_layers, train_mode
 from common.run.checkpoint import TrainState, rng_state, set_rng_state
 from common.run.run import Run
-from common.scheduling import EpochPlan, Plan, Stage
+from common.scheduling import Plan, Stage
 
 # Batches that lie on the device beside the one that is trained on: the next one, and its uint8 original.
 BATCHES_AHEAD = 2
@@ -22,9 +21,8 @@ BATCHES_AHEAD = 2
 
 @contextmanager
 def no_trace(model: nn.Module) -> Iterator[None]:
-    """Give the model's buffers, modes, gradients and the random numbers back as they were, whatever happens."""
+    """Give the model's buffers, gradients and the random numbers back as they were, whatever happens."""
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    modes = [(module, module.training) for module in model.modules()]
     trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     rng = rng_state()
     try:
@@ -33,8 +31,6 @@ def no_trace(model: nn.Module) -> Iterator[None]:
         with torch.no_grad():
             for name, buffer in model.named_buffers():
                 buffer.copy_(buffers[name])
-        for module, mode in modes:
-            module.training = mode
         for parameter, wanted in trained:
             parameter.requires_grad_(wanted)
             parameter.grad = None
@@ -95,27 +91,8 @@ def warm_up(run: Run, net: nn.Module, model: nn.Module, size: int, shapes: list[
     """Compile, or let cuDNN choose, for every shape of a stage, so that no step of training has to wait for it."""
     if not run.cfg.compile and run.accelerator.device.type != "cuda":
         return
-    counters = torch._dynamo.utils.counters["stats"]
-    before, began = counters["unique_graphs"], time.monotonic()
     for height, width in shapes:
         with no_trace(model):
             # Through the wrapper: DDP's overlap of all-reduce and backward is compiled inside it.
             blank_step(run, net, size, height, width)
-    run.log.info(
-        "warmed up %d shapes in %.1f s, %d graphs compiled",
-        len(shapes),
-        time.monotonic() - began,
-        counters["unique_graphs"] - before,
-    )
-
-
-@contextmanager
-def out_of_memory_advice(epoch: EpochPlan, micro_batch: int) -> Iterator[None]:
-    """Turn an out-of-memory error into a sentence that names what to change."""
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        raise UserError(
-            f"out of memory in stage {epoch.stage_index + 1} at {epoch.stage.img_size} px with {micro_batch} images per "
-            "process: lower --batch_size and raise --accumulation, or pass --auto_batch; the last checkpoint is whole"
-        ) from error
+    run.log.info("warmed up %d shapes", len(shapes))

@@ -6,7 +6,6 @@ from itertools import chain, count
 
 from common.data.order import BatchItem
 from common.engine.lr_finder import ABOVE_BLOW_UP, find_lr
-from common.engine.memory import out_of_memory_advice
 from common.engine.trainer import Trainer
 from common.run.plots import plot_lr_finder
 from common.run.processes import rank0_errors
@@ -55,17 +54,9 @@ def find_peak(t: Trainer) -> float:
 
     fallback = resolve_lr(FALLBACK_LR, plan.global_batches[0], "linear")
     run.log.info("finding the learning rate: %d steps", cfg.lr_finder_iterations)
-    with out_of_memory_advice(epoch, plan.micro_batch(0)):
-        sweep = find_lr(
-            t.state,
-            step,
-            cfg.lr_finder_iterations,
-            fallback=fallback,
-            factor=KEEPING_WEIGHTS
-            if cfg.pretrained and BACKBONE not in epoch.stage.frozen
-            else ABOVE_BLOW_UP,
-            report=run.log.info,
-        )
+    keeps_weights = cfg.pretrained and BACKBONE not in epoch.stage.frozen
+    factor = KEEPING_WEIGHTS if keeps_weights else ABOVE_BLOW_UP
+    sweep = find_lr(t.state, step, cfg.lr_finder_iterations, fallback=fallback, factor=factor)
     t.meter.bar.close()
     t.not_finite.zero_()
     with rank0_errors():

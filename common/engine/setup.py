@@ -88,7 +88,10 @@ def typical_short_side(train: Source) -> int:
 def assembled(
     run: Run, model: nn.Module, train: Source, val: Source, source: PretrainedCfg | None = None
 ) -> Iterator[Trainer]:
-    """Everything that training needs, put together and checked; the loader's workers end with it."""
+    """Everything that training needs, put together and checked; the loader's workers end with it.
+
+    An out-of-memory error inside becomes a sentence that names what to change.
+    """
     cfg, accelerator = run.cfg, run.accelerator
     state = prepare_state(run, model, train)
     plan = settle_plan(run, state, train)
@@ -100,7 +103,15 @@ def assembled(
         train, val, seed=cfg.seed, settings=cfg, device=accelerator.device, channels_last=cfg.channels_last
     )
     with closing(loader):
-        yield Trainer(run, state, plan, batches, loader, source)
+        trainer = Trainer(run, state, plan, batches, loader, source)
+        try:
+            yield trainer
+        except torch.OutOfMemoryError as error:
+            index = max(trainer.stage_index, 0)
+            raise UserError(
+                f"out of memory in stage {index + 1} at {plan.stages[index].img_size} px with {plan.micro_batch(index)} images "
+                "per process: lower --batch_size and raise --accumulation, or pass --auto_batch; the last checkpoint is whole"
+            ) from error
 
 
 def prepare_state(run: Run, model: nn.Module, train: Source) -> TrainState:

@@ -17,7 +17,7 @@ from common.data.batches import Batches
 from common.data.loader import Batch, Loader
 from common.data.shapes import stage_shapes
 from common.engine.evaluate import Score, average_buffers, evaluate
-from common.engine.memory import out_of_memory_advice, warm_up
+from common.engine.memory import warm_up
 from common.model.freezing import set_trainable_layers, train_mode
 from common.model.loss import LOSSES
 from common.model.pretrained_cfg import PretrainedCfg, architecture
@@ -133,8 +133,7 @@ class Trainer:
             frozen,
         )
         size = self.plan.micro_batch(epoch.stage_index)
-        with out_of_memory_advice(epoch, size):
-            warm_up(run, self.net, model, size, stage_shapes(stage, self.batches.train, run.cfg))
+        warm_up(run, self.net, model, size, stage_shapes(stage, self.batches.train, run.cfg))
         self.lap("compile")
 
     def begin_epoch(self, epoch: EpochPlan) -> None:

@@ -279,7 +279,7 @@ def test_out_of_memory_names_the_flag(data, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(Trainer, "train_step", explode)
     with pytest.raises(SystemExit):
         run_training(StandardConfig, data, tmp_path, "run", *STANDARD)
-    assert "--batch_size" in capsys.readouterr().err
+    assert "out of memory in stage 1 at 32 px with 16 images per process: lower" in capsys.readouterr().err
 
 
 def test_auto_batch_halves_and_accumulates(data, tmp_path, monkeypatch):

@@ -6,10 +6,9 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from common import UserError
 from common.engine import memory
 from common.model import create_model
-from common.scheduling import EpochPlan, Stage
+from common.scheduling import Stage
 from train_standard import StandardConfig
 
 
@@ -20,7 +19,7 @@ def run():
 
 def traces(model):
     state = {name: value.clone() for name, value in model.state_dict().items()}
-    flags = [p.requires_grad for p in model.parameters()], [m.training for m in model.modules()]
+    flags = [p.requires_grad for p in model.parameters()]
     return state, flags, torch.get_rng_state()
 
 
@@ -50,12 +49,3 @@ def test_a_trial_leaves_no_trace_whether_it_fits_or_not(fits, run, monkeypatch):
     assert memory._fits(run, model, stage, 4, 32, 32) == fits
     assert same(before, traces(model))
     assert all(parameter.grad is None for parameter in model.parameters())
-
-
-def test_out_of_memory_names_what_to_change():
-    epoch = EpochPlan(0, 2, Stage(1, 96, 64), 0, 1, mix=False, evaluated=True, global_batch=64)
-    with (
-        pytest.raises(UserError, match=r"stage 3 at 96 px with 16 images .* --batch_size"),
-        memory.out_of_memory_advice(epoch, 16),
-    ):
-        raise torch.OutOfMemoryError("CUDA out of memory")
