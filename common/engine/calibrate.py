@@ -1,4 +1,4 @@
-"""A run under a budget: measure what its stages take here, then plan the longest that fits."""
+"""The stages of a run: as its recipe has them, or under a budget the longest run that fits by what stages take here."""
 
 import copy
 import dataclasses
@@ -21,7 +21,7 @@ from common.data.sources.cache import cache_folder, fingerprint_of
 from common.engine.evaluate import GRID_EVALUATIONS
 from common.engine.measure import measure, measure_save, slowest
 from common.engine.probe import START_IMAGES
-from common.engine.setup import assembled
+from common.engine.setup import assembled, facts_of
 from common.engine.trainer import Trainer
 from common.run.checkpoint import write_durably
 from common.run.processes import rank0_errors
@@ -41,6 +41,27 @@ from common.scheduling.recipe import Facts, Recipe, adapt
 
 # Epochs whose batches are measured first, and the share of the budget for the steps of each round over those that are planned then.
 FIRST_LENGTH, SHARE = 12, 0.0075
+
+
+def settle_stages(run: Run, model: nn.Module, train: Source, val: Source) -> dict[str, Any]:
+    """Settle the stages and the defaults that fit data, length and machine; a resumed run brings its own along.
+
+    Returns `Progress.forecast` of a run with a budget, otherwise {}. A collective.
+    """
+    cfg, forecast = run.cfg, dict[str, Any]()
+    if run.stages:
+        return forecast
+    facts = facts_of(run, model, train)
+    if cfg.budget:
+        fitting, forecast = within_budget(run, model, train, val, facts)
+    else:
+        fitting = adapt(cfg.stages_in_force(), vars(cfg), cfg.given, facts, cfg.recipe)
+    run.stages = fitting.stages
+    for name, value in fitting.values.items():
+        setattr(cfg, name, value)
+    for note in fitting.notes:
+        run.log.info("adapted: %s", note)
+    return forecast
 
 
 def within_budget(
@@ -153,12 +174,9 @@ def _describe(run: Run, outcome: Outcome, drift: float, budget_s: float) -> str:
         f"{name} of it {'no run' if other is None else f'{other.plan.total_epochs} epochs'}"
         for name, other in (("half", outcome.half), ("twice", outcome.double))
     ]
-    parts = ", ".join(f"{name} {seconds / 60:.1f}" for name, seconds in whole.parts.items() if seconds >= 3)
     measured = whole.parts["calibration"]
     return (
         f"budget {clock(budget_s)}{price(budget_s)}: {whole.plan.total_epochs} epochs {epochs}, forecast {clock(whole.total_s)}"
         f"{price(whole.total_s)}; 90 % interval {clock(low)} to {clock(high)}; {', '.join(others)}\n"
-        f"  minutes by part: {parts}\n"
-        f"  calibration {measured:.1f} s, {measured / budget_s:.1%} of the budget; the machine's speed is taken to drift by {drift:.1%}; "
-        f"evaluations are {whole.parts['evaluate'] / whole.total_s:.0%} of the run"
+        f"  calibration {measured:.1f} s, {measured / budget_s:.1%} of the budget; the machine's speed is taken to drift by {drift:.1%}"
     )

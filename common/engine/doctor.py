@@ -5,26 +5,25 @@ import math
 import os
 import shutil
 import time
+from collections import Counter
 from collections.abc import Iterator
 from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
 
-from common import UserError
 from common.data.decode import DecodeError, decode_batch
 from common.data.order import BatchItem, View
 from common.data.sources.base import Source
 from common.engine.evaluate import GRID_EVALUATIONS
 from common.engine.measure import measure, measure_save
 from common.engine.recording import KEEP_CHECKPOINTS
-from common.engine.setup import plan_table
 from common.engine.trainer import Trainer
 from common.model.pretrained_cfg import PretrainedCfg
 from common.run.processes import rank0_errors
 from common.run.progress import LOADER_BOUND, clock
 from common.run.records import wandb_mode
-from common.scheduling import Plan, known_peak
+from common.scheduling import Plan, Rates, known_peak
 from common.scheduling.budget import Costs, Measured, seconds_by_part
 from common.scheduling.recipe import STEPS_PER_EPOCH
 
@@ -38,9 +37,6 @@ class Finding(NamedTuple):
     level: Literal["ok", "warning", "error"]
     sentence: str
 
-    def __str__(self) -> str:
-        return f"{self.level:<9}{self.sentence}"
-
 
 def judged(bad: bool, text: str, remedy: str) -> Finding:
     """`text` alone where all is well, a warning with what to do elsewhere."""
@@ -53,36 +49,52 @@ def preflight(t: Trainer, source: PretrainedCfg | None) -> None:
     Raises:
         SystemExit: with 2, on all processes, if something is an error.
     """
-    run, cfg, found = t.run, t.run.cfg, list[Finding]()
-    start_s = time.monotonic() - run.started
-
-    def tell(findings: Iterator[Finding]) -> None:
-        for finding in findings:
-            print(finding, flush=True)
-            found.append(finding)
-
+    start_s, found = time.monotonic() - t.run.started, Counter[str]()
     with rank0_errors():
-        if run.is_main:
-            print(plan_table(cfg, t.plan, t.batches))
-            tell(checks(t, source))
-            if any(finding.level == "error" for finding in found):
+        if t.run.is_main:
+            print(plan_table(t))
+            tell(checks(t, source), found)
+            if found["error"]:
                 conclude(found)
     costs = Costs(tuple(measure(t, STEPS_S)), start_s, save_s=measure_save(t))
     with rank0_errors():
-        if run.is_main:
-            tell(verdicts(t, costs))
+        if t.run.is_main:
+            tell(verdicts(t, costs), found)
             conclude(found)
 
 
-def conclude(found: list[Finding]) -> None:
-    """Count what was found; SystemExit with 2 if there are errors."""
-    errors, warnings = (sum(finding.level == level for finding in found) for level in ("error", "warning"))
+def tell(findings: Iterator[Finding], found: Counter[str]) -> None:
+    """Print what is found when it is found, and count it by level."""
+    for level, sentence in findings:
+        print(f"{level:<9}{sentence}", flush=True)
+        found[level] += 1
+
+
+def conclude(found: Counter[str]) -> None:
+    """Say how much was found; SystemExit with 2 if there are errors."""
+    errors, warnings = found["error"], found["warning"]
     print(
         f"pre-flight: {errors} error{'s' * (errors != 1)}, {warnings} warning{'s' * (warnings != 1)}",
         flush=True,
     )
     if errors:
         raise SystemExit(2)
+
+
+def plan_table(t: Trainer) -> str:
+    """The plan in words and numbers."""
+    cfg, plan, train, val = t.run.cfg, t.plan, t.batches.train, t.batches.val
+    peak = known_peak(vars(cfg), plan.global_batches[0])
+    note = "in force" if peak else "relative to the LR finder's peak"
+    processes = f"{plan.processes} process{'es' * (plan.processes > 1)}"
+    parts = [
+        f"{len(train):,} training and {len(val):,} validation images, {len(train.classes)} classes, {processes}",
+        Rates(plan, cfg, peak or 1.0).table(),
+        t.batches.bucket_tables(),
+        f"{plan.total_epochs} epochs, {plan.total_steps:,} optimizer steps, {plan.images_to_see:,} images to be seen; "
+        f"learning rates are {note}",
+    ]
+    return "\n".join(filter(None, parts))
 
 
 # --- what can be seen at rest --------------------------------------------------------------------------------------
@@ -174,24 +186,12 @@ def surroundings(t: Trainer) -> Iterator[Finding]:
     if cfg.s3:
         from common.run.s3 import probe
 
-        try:
-            trouble = probe(cfg.s3)
-        except UserError as error:
-            yield Finding("error", str(error))
-        else:
-            text = (
-                f"out of reach ({trouble}); training would go on and retry (--s3)"
-                if trouble
-                else "answers and takes writes"
-            )
-            yield Finding("warning" if trouble else "ok", f"S3: {cfg.s3} {text}")
-    text = f"trackers: {cfg.trackers}"
-    if "wandb" in cfg.trackers:
-        mode = wandb_mode()
-        text += f"; W&B is {mode}" + (
-            "; `wandb login` or --trackers change that" if mode == "offline" else ""
-        )
-    yield Finding("ok", text)
+        trouble = probe(cfg.s3)
+        late = f"S3: {cfg.s3} is out of reach ({trouble}); training would go on and retry (--s3)"
+        fine = f"S3: {cfg.s3} answers and takes writes"
+        yield Finding("warning", late) if trouble else Finding("ok", fine)
+    whether = f"; W&B is {wandb_mode()}" if "wandb" in cfg.trackers else ""
+    yield Finding("ok", f"trackers: {cfg.trackers}{whether}")
 
 
 # --- what has been tried --------------------------------------------------------------------------------------------

@@ -67,39 +67,37 @@ def with_flip(model: nn.Module, images_nchw: Tensor) -> Tensor:
 
 @torch.inference_mode()
 def evaluate(
+    run: Run,
     models: Sequence[nn.Module],
     batches: Iterator[Batch],
     num_batches: int,
     num_images: int,
-    accelerator: Accelerator,
     augment: Augment,
-    *,
-    rounds: int = 0,
-    between: Callable[[], None] = lambda: None,
     transform: Callable[[nn.Module, Tensor], Tensor] = one_view,
 ) -> list[Score]:
-    """Score several models on the same batches, which are decoded once.
+    """Score several models on the same batches, which are decoded once; a collective.
 
     Args:
         models: unwrapped models (raw weights, EMA); left in eval mode.
         batches: this process's batches; `num_batches` of them are taken.
         num_images: size of the whole validation set.
         augment: knows how to normalise.
-        rounds: most batches that any process has.
-        between: called every few rounds, with or without a batch, so it may be a collective.
         transform: from normalised images [B, 3, H, W] to logits.
 
     Raises:
+        Interrupted: a process has been told to stop.
         RuntimeError: the processes together did not see each image exactly once.
     """
+    accelerator = run.accelerator
     sums = torch.zeros(len(models), 2, dtype=torch.float64, device=accelerator.device)
     # Images by class, and below them each model's hits.
     counts = torch.zeros(1 + len(models), augment.num_classes, dtype=torch.int64, device=accelerator.device)
     for model in models:
         model.eval()
-    for number in range(max(rounds, num_batches)):
+    # Processes may have different numbers of batches, and all have to ask equally often.
+    for number in range(run.votes.largest(num_batches)[0]):
         if number % ROUNDS_BETWEEN == 0:
-            between()
+            run.stop_if_asked()
         if number >= num_batches:
             continue
         images_nchw, labels, *_ = next(batches)
@@ -137,15 +135,8 @@ def final_grid(run: Run, state: TrainState, augment: Augment, batches: Batches, 
             # Some transformers take no other size than training's.
             continue
         for flip, transform in (("no", one_view), ("yes", with_flip)):
-            scores = evaluate(
-                list(models.values()),
-                loader.stream(items),
-                len(items),
-                len(batches.val),
-                run.accelerator,
-                augment,
-                transform=transform,
-            )
+            stream, count = loader.stream(items), len(batches.val)
+            scores = evaluate(run, [*models.values()], stream, len(items), count, augment, transform)
             for name, score in zip(models, scores, strict=True):
                 row = {"weights": name, "img_size": size, "crop": "whole" if crop == WHOLE else crop}
                 rows.append({**row, "flip": flip, "top1": score.top1, "top5": score.top5})

@@ -1,19 +1,18 @@
 """The one loop. It runs any list of stages, and nothing in it knows which strategy that is."""
 
 from collections.abc import Callable, Iterator
-from functools import partial
 
 from torch import nn
 
 from common.data.loader import Batch
 from common.data.sources.base import Source
-from common.engine.calibrate import within_budget
+from common.engine.calibrate import settle_stages
 from common.engine.doctor import preflight
 from common.engine.evaluate import final_grid
 from common.engine.peak import settle_rates
 from common.engine.profiler import traced
 from common.engine.recording import begin, finish, out_of_patience, record, save
-from common.engine.setup import adapt_settings, assembled
+from common.engine.setup import assembled
 from common.engine.trainer import Trainer
 from common.model.pretrained_cfg import PretrainedCfg
 from common.run.processes import Interrupted
@@ -35,7 +34,7 @@ def fit(
         source: what weights that it starts from expect of their images.
         start: called once, before the learning rate is found and the first step taken.
     """
-    forecast = adapt_settings(run, model, train, partial(within_budget, run, model, train, val))
+    forecast = settle_stages(run, model, train, val)
     with assembled(run, model, train, val, source) as trainer:
         if run.cfg.dry_run:
             preflight(trainer, source)

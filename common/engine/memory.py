@@ -95,4 +95,5 @@ def warm_up(run: Run, net: nn.Module, model: nn.Module, size: int, shapes: list[
         with no_trace(model):
             # Through the wrapper: DDP's overlap of all-reduce and backward is compiled inside it.
             blank_step(run, net, size, height, width)
-    run.log.info("warmed up %d shapes", len(shapes))
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    run.log.info("warmed up %d shapes, so far %d graphs compiled", len(shapes), graphs)

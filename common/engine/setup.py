@@ -1,8 +1,7 @@
 """What happens before the first step: settings that fit, the state to go on from, and a plan that fits into memory."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
-from typing import Any
 
 import numpy as np
 import torch
@@ -10,7 +9,6 @@ from accelerate.utils import set_seed
 from torch import nn
 
 from common import UserError
-from common.config import TrainConfig
 from common.data.batches import Batches
 from common.data.decode import DecodeError, read_header
 from common.data.loader import Loader
@@ -24,60 +22,35 @@ from common.model.optimizer import Ema, create_optimizer
 from common.model.pretrained_cfg import PretrainedCfg
 from common.run import checkpoint
 from common.run.checkpoint import Progress, TrainState
-from common.run.processes import rank0_errors
 from common.run.run import Run
-from common.scheduling import Plan, Rates, known_peak, make_plan
-from common.scheduling.recipe import Facts, Recipe, adapt
+from common.scheduling import Plan, make_plan
+from common.scheduling.recipe import Facts
 
 # Images whose headers tell how large the images are.
 SIZE_SAMPLE = 500
 
 
-def adapt_settings(
-    run: Run,
-    model: nn.Module,
-    train: Source,
-    within_budget: Callable[[Facts], tuple[Recipe, dict[str, Any]]],
-) -> dict[str, Any]:
-    """Settle the stages and the defaults that fit data, length and machine; a resumed run brings its own along.
-
-    Returns the forecast that `--budget` has had made, otherwise {}.
-    """
-    cfg, forecast = run.cfg, dict[str, Any]()
-    if run.stages:
-        return forecast
+def facts_of(run: Run, model: nn.Module, train: Source) -> Facts:
+    """What the default recipe follows from."""
     # timm's networks tell by how much their last feature map is smaller than the image; ours are ResNets.
     features = getattr(model, "feature_info", None)
-    stride = features[-1]["reduction"] if isinstance(features, list) and features else 0
-    facts = Facts(
+    return Facts(
         images=len(train),
         classes=len(train.classes),
         processes=run.accelerator.num_processes,
         short_side=typical_short_side(train),
-        stride=stride,
+        stride=features[-1]["reduction"] if isinstance(features, list) and features else 0,
         linear_head=linear_head(model) is not None,
     )
-    if cfg.budget:
-        fitting, forecast = within_budget(facts)
-    else:
-        fitting = adapt(cfg.stages_in_force(), vars(cfg), cfg.given, facts, cfg.recipe)
-    run.stages = fitting.stages
-    for name, value in fitting.values.items():
-        setattr(cfg, name, value)
-    for note in fitting.notes:
-        run.log.info("adapted: %s", note)
-    return forecast
 
 
 def typical_short_side(train: Source) -> int:
     """Median short side of the originals in pixels, of a sample of them; 0 where it would have to be fetched."""
-    if train.group_rows is not None and not train.prepared:
-        return 0
     sample = np.linspace(0, len(train) - 1, min(len(train), SIZE_SAMPLE)).astype(int)
     if train.prepared:
         return int(np.median(train.sizes()[sample].min(1)))
     sides = []
-    for index in sample.tolist():
+    for index in sample.tolist() if train.group_rows is None else ():
         # An image that cannot be read is met again, and named, when it is trained on.
         with suppress(DecodeError, OSError):
             sides.append(min(read_header(train.read(index, 0))[:2]))
@@ -128,16 +101,14 @@ def prepare_state(run: Run, model: nn.Module, train: Source) -> TrainState:
     set_seed(cfg.seed, device_specific=True)
     optimizer = create_optimizer(cfg, model, momentum=cfg.momentum)
     state = TrainState(model, optimizer, ema, accelerator.scaler, Progress(num_images=len(train)))
-    with rank0_errors():
-        if run.checkpoint is not None:
-            recorded = run.checkpoint[checkpoint.STATE]["progress"]["num_images"]
-            if recorded != len(train):
-                raise UserError(
-                    f"the checkpoint was made with {recorded} training images, --data_dir {cfg.data_dir} has {len(train)}"
-                )
     files = checkpoint.share(run.checkpoint, accelerator)
     run.checkpoint = None
     if files is not None:
+        recorded = files[checkpoint.STATE]["progress"]["num_images"]
+        if recorded != len(train):
+            raise UserError(
+                f"the checkpoint was made with {recorded} training images, --data_dir {cfg.data_dir} has {len(train)}"
+            )
         checkpoint.apply(files, state, accelerator)
         progress = state.progress
         run.log.info("resumed at epoch %d, step %d", progress.epochs_done + 1, progress.step)
@@ -204,19 +175,3 @@ def check_sizes(run: Run, model: nn.Module, batches: Batches) -> None:
                 raise UserError(
                     f"stage {index + 1}: --model {run.cfg.model}: {problem}; set --{flag} or the stages' img_size"
                 )
-
-
-def plan_table(cfg: TrainConfig, plan: Plan, batches: Batches) -> str:
-    """The plan in words and numbers."""
-    train, val = batches.train, batches.val
-    peak = known_peak(vars(cfg), plan.global_batches[0])
-    note = "in force" if peak else "relative to the LR finder's peak"
-    processes = f"{plan.processes} process{'es' * (plan.processes > 1)}"
-    parts = [
-        f"{len(train):,} training and {len(val):,} validation images, {len(train.classes)} classes, {processes}",
-        Rates(plan, cfg, peak or 1.0).table(),
-        batches.bucket_tables(),
-        f"{plan.total_epochs} epochs, {plan.total_steps:,} optimizer steps, {plan.images_to_see:,} images to be seen; "
-        f"learning rates are {note}",
-    ]
-    return "\n".join(filter(None, parts))

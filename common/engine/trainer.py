@@ -205,16 +205,7 @@ class Trainer:
         for model in models:
             average_buffers(model, run.accelerator)
         items = self.batches.eval_items(epoch.stage.img_size, self.plan.micro_batch(epoch.stage_index))
-        scores = evaluate(
-            models,
-            stream,
-            len(items),
-            len(self.batches.val),
-            run.accelerator,
-            self.augment,
-            rounds=run.votes.largest(len(items))[0],
-            between=run.stop_if_asked,
-        )
+        scores = evaluate(run, models, stream, len(items), len(self.batches.val), self.augment)
         self.lap("evaluate")
         return scores
 

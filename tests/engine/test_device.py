@@ -20,7 +20,7 @@ from common.engine.fit import train_epoch
 from common.engine.trainer import Trainer
 from common.run.progress import Meter
 from common.scheduling import Stage
-from tests.engine.trainers import CLASSES, Small, noise, rates_of, small_trainer
+from tests.engine.trainers import CLASSES, Small, alone, noise, rates_of, small_trainer
 
 STAGE = Stage(epochs=1, img_size=16, batch_size=4)
 EXTRAS = {"ema": True, "clip_grad": 1.0, "accumulation": 2}
@@ -224,7 +224,7 @@ def test_evaluation_sums_on_the_device_until_all_images_are_seen(monkeypatch):
         models = [Small(), Small()]
     batches = (Batch(*images_on("meta"), None, 0.0) for _ in range(3))
     with Placed("meta") as placed:
-        evaluate(models, batches, 3, 12, accelerator, augment)
+        evaluate(alone(accelerator), models, batches, 3, 12, augment)
     assert [tensor.device.type for tensor in reduced] == ["meta", "meta"]
     assert placed.left == []
     assert placed.on_device > 60

@@ -5,6 +5,7 @@ from accelerate import Accelerator
 from common.augment import Augment, AugmentSettings
 from common.data.loader import Batch
 from common.engine.evaluate import evaluate
+from tests.engine.trainers import alone
 
 
 class Fixed(torch.nn.Module):
@@ -31,11 +32,11 @@ def test_exact_whatever_the_batches(size):
     predicted, labels = [0, 1, 2, 3, 4, 5, 0], [0, 1, 2, 3, 0, 0, 0]
     number = -(-len(labels) // size)
     scores = evaluate(
+        alone(Accelerator(cpu=True)),
         [Fixed(), Fixed()],
         batches(predicted, labels, size),
         number,
         7,
-        Accelerator(cpu=True),
         Plain(AugmentSettings(), num_classes=6, seed=0),
     )
     assert scores[0] == scores[1]
@@ -54,10 +55,10 @@ def test_exact_whatever_the_batches(size):
 def test_a_missing_image_is_an_error():
     with pytest.raises(RuntimeError, match="6 of 7"):
         evaluate(
+            alone(Accelerator(cpu=True)),
             [Fixed()],
             batches([0] * 6, [0] * 6, 3),
             2,
             7,
-            Accelerator(cpu=True),
             Plain(AugmentSettings(), num_classes=6, seed=0),
         )

@@ -2,9 +2,11 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
 from torch import Tensor, nn
 
@@ -76,6 +78,12 @@ def small_trainer(
             yield Trainer(run, state, plan, batches, None)
     finally:
         AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def alone(accelerator: Accelerator) -> SimpleNamespace:
+    """What an evaluation needs of a run of one process."""
+    votes = SimpleNamespace(largest=lambda own: [own])
+    return SimpleNamespace(accelerator=accelerator, votes=votes, stop_if_asked=lambda: None)
 
 
 def noise(t: Trainer, epoch: EpochPlan) -> Iterator[Batch]:
