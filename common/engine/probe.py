@@ -9,6 +9,8 @@ from contextlib import suppress
 
 import numpy as np
 import torch
+from safetensors.torch import load_file
+from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
@@ -18,16 +20,15 @@ from common.augment import AugmentSettings
 from common.data.batches import Batches
 from common.data.order import subset
 from common.data.sources.base import Source
-from common.data.sources.cache import cache_folder, derived, fingerprint_of
-from common.engine.recording import record
+from common.data.sources.cache import cache_folder, fingerprint_of
+from common.engine.recording import begin, finish, record
 from common.engine.setup import assembled
 from common.engine.trainer import Trainer
 from common.model.freezing import classifiers, linear_head, under
 from common.model.linear_head import choose_head
 from common.model.optimizer import OptimizerSettings
 from common.model.pretrained_cfg import PretrainedCfg
-from common.run.progress import closing_block
-from common.run.records import upload_model
+from common.run.checkpoint import write_durably
 from common.run.run import Run
 from common.scheduling import BACKBONE, Rates, ScheduleSettings
 
@@ -89,24 +90,18 @@ def probe(run: Run, model: nn.Module, train: Source, val: Source, source: Pretra
                 f"{len(train.classes)} classes, a head for {head.in_features} features"
             )
             return
-        progress, plan = trainer.state.progress, trainer.plan
-        run.begin(progress)
+        begin(trainer, {})
         trainer.stage_index = 0
-        if progress.epochs_done:
-            run.log.info("this run is complete")
-        for epoch in plan.epochs(progress.epochs_done):
+        for epoch in trainer.plan.epochs(trainer.state.progress.epochs_done):
             trainer.begin_epoch(epoch)
             features = cached_features(trainer, head).to(accelerator.device)
             _set_head(trainer, head, features, train.labels)
             labels = torch.from_numpy(train.labels).to(accelerator.device)
             _count(trainer, head(features).detach(), labels)
-            items = trainer.batches.eval_items(epoch.stage.img_size, plan.micro_batch(0))
+            items = trainer.batches.eval_items(epoch.stage.img_size, trainer.plan.micro_batch(0))
             scores = trainer.evaluate(epoch, trainer.loader.stream(items))
-            record(trainer, epoch, Rates(plan, cfg, 0.0), scores)
-    run.background.drain()
-    run.log.info("%s", closing_block(run, progress))
-    upload_model(accelerator, run.folder)
-    run.sync()
+            record(trainer, epoch, Rates(trainer.plan, cfg, 0.0), scores)
+    finish(trainer, trained=False)
 
 
 def _check(run: Run, model: nn.Module) -> nn.Linear:
@@ -149,21 +144,15 @@ def cached_features(t: Trainer, head: nn.Linear) -> Tensor:
     images = fingerprint_of(train.fingerprint, *(_hash_image(train, index, size) for index in read))
     view = (size, cfg.crop_pct, cfg.rect_val, cfg.rect_area, t.augment.mean, t.augment.std)
     key = fingerprint_of(cfg.model, weights, images, view, t.run.accelerator.mixed_precision)
-
-    # Needed for the cache alone.
-    import pyarrow as pa
-
-    def make() -> pa.Table:
-        flat = pa.array(extract(t, head, np.arange(len(train))).ravel())
-        return pa.table({"features": pa.FixedSizeListArray.from_arrays(flat, head.in_features)})
-
-    def parse(table: pa.Table | None) -> Tensor | None:
-        if table is None or table.schema.names != ["features"] or len(table) != len(train):
-            return None
-        return torch.tensor(table.column(0).combine_chunks().flatten().to_numpy()).view(len(train), -1)
-
-    features = derived(cache_folder() / "features" / f"{key}.arrow", make, parse)
-    assert features is not None
+    path = cache_folder() / "features" / f"{key}.safetensors"
+    if path.exists():
+        return load_file(path)["features"]
+    features = torch.from_numpy(extract(t, head, np.arange(len(train))))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_durably(path, to_safetensors({"features": features}))
+    except OSError as error:
+        t.run.log.info("features are not kept for the next probe: %s", error)
     return features
 
 

@@ -1,7 +1,6 @@
 """After an epoch: a line for people, a row for programs, and a checkpoint to go on from."""
 
 import time
-from collections.abc import Sequence
 from dataclasses import replace
 from itertools import accumulate
 from typing import Any
@@ -63,18 +62,6 @@ def out_of_patience(cfg: TrainConfig, progress: Progress) -> bool:
     return 0 < cfg.patience <= waited and progress.epochs_done % cfg.eval_every == 0
 
 
-def validation(scores: Sequence[Score]) -> dict[str, float | str]:
-    """The log's columns of an evaluation of the raw weights and of their average, if there is one; blank without an evaluation."""
-    raw, ema = [*scores, None, None][:2]
-    return {
-        "val_loss": raw.loss if raw else "",
-        "val_top1": raw.top1 if raw else "",
-        "val_top5": raw.top5 if raw else "",
-        "val_balanced": raw.balanced if raw else "",
-        "ema_top1": ema.top1 if ema else "",
-    }
-
-
 def record(t: Trainer, epoch: EpochPlan, rates: Rates, scores: list[Score]) -> None:
     """Write an epoch down, with its scores if it was evaluated, then save what has to be saved; a collective."""
     run, progress, meter = t.run, t.state.progress, t.meter
@@ -86,6 +73,9 @@ def record(t: Trainer, epoch: EpochPlan, rates: Rates, scores: list[Score]) -> N
     if new_best:
         progress.best_top1, progress.best_epoch = new_best.top1, epoch.index + 1
         progress.best_step, progress.best_is_ema = progress.step, new_best.top1 > scores[0].top1
+    # Columns of the raw weights and of their average, if there is one; blank without an evaluation.
+    raw, ema = [*scores, None, None][:2]
+    measures = {f"val_{name}": getattr(raw, name, "") for name in ("loss", "top1", "top5", "balanced")}
     progress.epochs_done, progress.epoch_sums = epoch.index + 1, [0.0, 0.0]
     progress.wall_s = time.monotonic() - t.started
     # A checkpoint of the epoch's end holds nothing of the next.
@@ -99,7 +89,8 @@ def record(t: Trainer, epoch: EpochPlan, rates: Rates, scores: list[Score]) -> N
         "momentum": rates.momentum(last_step),
         "train_loss": loss / images,
         "train_top1": 100 * hits / images,
-        **validation(scores),
+        **measures,
+        "ema_top1": getattr(ema, "top1", ""),
         "images_per_s": meter.images_per_s,
         "data_wait": meter.data_wait,
         "memory_mb": peak_memory_mb(run.accelerator.device),

@@ -55,12 +55,15 @@ class Trainer:
         cfg, classes = run.cfg, batches.train.classes
         # Trained on these very classes, in this order, the weights bring a head along.
         self.knows_classes = source is not None and source.classes == classes
-        self.model_cfg = source or PretrainedCfg(architecture(cfg.model), [], 0)
-        self.model_cfg = replace(self.model_cfg, architecture=architecture(cfg.model), classes=classes)
-        mean, std = self.model_cfg.mean, self.model_cfg.std
-        labels = batches.train.labels
+        name = architecture(cfg.model)
+        self.model_cfg = replace(source or PretrainedCfg(name, [], 0), architecture=name, classes=classes)
         self.augment = Augment(
-            cfg, num_classes=len(classes), seed=cfg.seed, mean=mean, std=std, train_labels=labels
+            cfg,
+            num_classes=len(classes),
+            seed=cfg.seed,
+            mean=self.model_cfg.mean,
+            std=self.model_cfg.std,
+            train_labels=batches.train.labels,
         )
         # Accelerate would move all of its state to the device, and reading AdamW's counters there waits in every step.
         self.optimizer = run.accelerator.prepare_optimizer(state.optimizer, device_placement=False)
