@@ -1,13 +1,13 @@
 """`--dry_run`: the pre-flight. What could spoil a run is looked at, and what it will cost is measured, before it begins."""
 
-import hashlib
 import math
 import os
 import shutil
 import time
 from collections import Counter
 from collections.abc import Iterator
-from typing import Literal, NamedTuple
+from contextlib import suppress
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ import torch
 from common.data.decode import DecodeError, decode_batch
 from common.data.order import BatchItem, View
 from common.data.sources.base import Source
+from common.data.sources.cache import fingerprint_of
 from common.engine.evaluate import GRID_EVALUATIONS
 from common.engine.measure import measure, measure_save
 from common.engine.recording import KEEP_CHECKPOINTS
@@ -34,7 +35,7 @@ FEWEST_OF_A_CLASS = 10
 
 
 class Finding(NamedTuple):
-    level: Literal["ok", "warning", "error"]
+    level: str  # ok, warning or error
     sentence: str
 
 
@@ -105,9 +106,8 @@ def checks(t: Trainer, source: PretrainedCfg | None) -> Iterator[Finding]:
     cfg, plan, train, val = t.run.cfg, t.plan, t.batches.train, t.batches.val
     parameters = sum(p.numel() for p in t.state.model.parameters()) / 1e6
     sizes = ", ".join(map(str, sorted({stage.img_size for stage in plan.stages})))
-    yield Finding(
-        "ok", f"model: {cfg.model}, {parameters:.1f} million parameters, takes images of {sizes} px"
-    )
+    size = f"{parameters:.1f} million parameters"
+    yield Finding("ok", f"model: {cfg.model}, {size}, takes images of {sizes} px")
     whose = "the weights' own" if source else "ImageNet's, as no weights tell theirs"
     yield Finding("ok", f"normalisation: mean {t.model_cfg.mean}, std {t.model_cfg.std}: {whose}")
     yield classes(train)
@@ -138,16 +138,15 @@ def sample(source: Source, most: int) -> list[int]:
 def readable(sources: tuple[Source, Source], skip_unreadable: bool) -> Finding:
     """Decode some images of both splits as training does."""
     pixels = torch.empty((1, 3, 32, 32), dtype=torch.uint8, memory_format=torch.channels_last)
-    broken, looked_at = list[str](), 0
-    for source in sources:
-        for index in sample(source, DECODED):
-            looked_at += 1
-            item = BatchItem(0, np.array([index]), 32, 32, 0, View(scale=None))
-            try:
-                decode_batch([source.read(index, 32)], item, 0, pixels)
-            except (DecodeError, OSError) as error:
-                broken.append(f"{source.describe(index)} ({error})")
-    text = f"images: {looked_at - len(broken)} of {looked_at} sampled ones can be read"
+    looked_at = [(source, index) for source in sources for index in sample(source, DECODED)]
+    broken = list[str]()
+    for source, index in looked_at:
+        item = BatchItem(0, np.array([index]), 32, 32, 0, View(scale=None))
+        try:
+            decode_batch([source.read(index, 32)], item, 0, pixels)
+        except (DecodeError, OSError) as error:
+            broken.append(f"{source.describe(index)} ({error})")
+    text = f"images: {len(looked_at) - len(broken)} of {len(looked_at)} sampled ones can be read"
     if not broken:
         return Finding("ok", text)
     text += f", not {broken[0]}"
@@ -159,15 +158,14 @@ def readable(sources: tuple[Source, Source], skip_unreadable: bool) -> Finding:
 def duplicates(train: Source, val: Source) -> Finding:
     """Look for files of the same bytes in both splits: validation would praise what was learnt by heart."""
 
-    def digests(source: Source, most: int) -> Iterator[tuple[bytes, int]]:
-        for index in sample(source, most):
-            try:
-                yield hashlib.blake2b(source.read(index, 1 << 20).data, digest_size=16).digest(), index
-            except OSError:
-                continue  # `readable` names those
+    def digests(source: Source) -> Iterator[tuple[str, int]]:
+        for index in sample(source, HASHED):
+            # `readable` names those.
+            with suppress(OSError):
+                yield fingerprint_of(source.read(index, 1 << 20)), index
 
-    known = dict(digests(train, HASHED))
-    twice = [(known[digest], index) for digest, index in digests(val, HASHED) if digest in known]
+    known = dict(digests(train))
+    twice = [(known[digest], index) for digest, index in digests(val) if digest in known]
     text = f"duplicates: {len(twice)} in {min(len(val), HASHED):,} of val and {min(len(train), HASHED):,} of train"
     names = f"{val.describe(twice[0][1])} is {train.describe(twice[0][0])}" if twice else ""
     return judged(bool(twice), text, f"{names}; take them out of --data_dir")
@@ -225,23 +223,24 @@ def pace(t: Trainer, index: int, measured: Measured) -> Finding:
     """Does the loader keep up with the device in a stage?"""
     rate = t.plan.global_batches[index] / measured.step_s
     waiting = measured.wait_s / (measured.wait_s + measured.step_s)
-    text = f"stage {index + 1}, {measured.img_size} px: training takes {rate:,.0f} images/s, {measured.step_s:.3g} s a step;"
     slow = waiting > LOADER_BOUND
-    text += f" the loader {'starves the device' if slow else 'keeps up'}, {waiting:.0%} of the time is waiting for it"
+    text = (
+        f"stage {index + 1}, {measured.img_size} px: training takes {rate:,.0f} images/s, {measured.step_s:.3g} s a step; "
+        f"the loader {'starves the device' if slow else 'keeps up'}, {waiting:.0%} of the time is waiting for it"
+    )
     pyramid = "" if t.batches.train.prepared else " or prepare a pyramid (python -m common.tools.prepare)"
     return judged(slow, text, f"raise --workers{pyramid}")
 
 
 def memory(t: Trainer, stages: list[Measured]) -> Finding:
     """The most a stage holds, against what the GPU has."""
-    most = max(measured.memory_mb for measured in stages)
-    device = t.run.accelerator.device
-    if device.type != "cuda":
-        return Finding("ok", f"memory: {most / 1000:.2g} GB in this process, loader processes come on top")
-    total = torch.cuda.get_device_properties(device).total_memory / 2**20
     held = ", ".join(f"{measured.memory_mb / 1000:.2g}" for measured in stages)
-    text = f"memory: {held} GB by stage, of {total / 1000:.2g}"
-    return judged(most > FULL * total, text, "lower --batch_size or pass --auto_batch")
+    text, device = f"memory: {held} GB by stage", t.run.accelerator.device
+    if device.type != "cuda":
+        return Finding("ok", f"{text}, loader processes come on top")
+    total = torch.cuda.get_device_properties(device).total_memory / 2**20
+    full = max(measured.memory_mb for measured in stages) > FULL * total
+    return judged(full, f"{text}, of {total / 1000:.2g}", "lower --batch_size or pass --auto_batch")
 
 
 def disk(t: Trainer) -> Finding:

@@ -29,12 +29,11 @@ GRID_EVALUATIONS = sum(2 * size**2 for size in FINAL_SIZES) * len(FINAL_CROPS)
 
 @dataclass(frozen=True)
 class Score:
-    """Mean loss and accuracies in percent over `images` images, and what each class has of them."""
+    """Mean loss, accuracies in percent, and images and hits by class."""
 
     loss: float
     top1: float
     top5: float
-    images: int
     class_images: list[int]
     class_hits: list[int]
 
@@ -81,7 +80,6 @@ def evaluate(
         models: unwrapped models (raw weights, EMA); left in eval mode.
         batches: this process's batches; `num_batches` of them are taken.
         num_images: size of the whole validation set.
-        augment: knows how to normalise.
         transform: from normalised images [B, 3, H, W] to logits.
 
     Raises:
@@ -114,7 +112,7 @@ def evaluate(
     if (count := sum(images)) != num_images:
         raise RuntimeError(f"evaluated {count} of {num_images} images")
     return [
-        Score(loss / count, 100 * sum(right) / count, 100 * top5 / count, count, images, right)
+        Score(loss / count, 100 * sum(right) / count, 100 * top5 / count, images, right)
         for (loss, top5), right in zip(accelerator.reduce(sums, "sum").tolist(), rights, strict=True)
     ]
 
@@ -125,8 +123,7 @@ def final_grid(run: Run, state: TrainState, augment: Augment, batches: Batches, 
     stage, batch_size = plan.stages[-1], plan.micro_batch(len(plan.stages) - 1)
     models = {"raw": state.model} | ({"ema": state.ema.module} if state.ema is not None else {})
     # Streamed shards cannot be sorted by shape.
-    in_order = batches.train.group_rows is not None
-    crops = [crop for crop in FINAL_CROPS if not (in_order and crop == WHOLE)]
+    crops = FINAL_CROPS if batches.train.group_rows is None else FINAL_CROPS[:-1]
     rows = []
     for factor, crop in itertools.product(FINAL_SIZES, crops):
         size = 8 * round(stage.img_size * factor / 8) if factor != 1 else stage.img_size
@@ -141,11 +138,10 @@ def final_grid(run: Run, state: TrainState, augment: Augment, batches: Batches, 
                 row = {"weights": name, "img_size": size, "crop": "whole" if crop == WHOLE else crop}
                 rows.append({**row, "flip": flip, "top1": score.top1, "top5": score.top5})
     best = max(rows, key=lambda row: row["top1"])
-    lines = [f"{'weights':>8}{'px':>6}{'crop':>7}{'flip':>6}{'top-1':>8}{'top-5':>8}"]
-    for r in rows:
-        line = f"{r['weights']:>8}{r['img_size']:>6}{r['crop']:>7}{r['flip']:>6}{r['top1']:>8.2f}{r['top5']:>8.2f}"
-        lines.append(line + ("  best for deployment" if r is best else ""))
-    run.log.info("final evaluation (the headline stays one view at the training size)\n%s", "\n".join(lines))
+    form = "{weights:>8}{img_size:>6} px{crop!s:>7}{flip:>6}{top1:>8.2f}{top5:>8.2f}"
+    run.log.info("final evaluation: weights, size, crop, flip, top-1, top-5; last, the best for deployment")
+    for row in (*rows, best):
+        run.log.info("%s", form.format(**row))
     with rank0_errors():
         if run.is_main:
             run.records.write_json("final_eval.json", {"rows": rows, "best": best})

@@ -84,13 +84,11 @@ class Trainer:
 
     def lap(self, part: str) -> None:
         """Count the time since the last lap as a part's of the run, and what has been drawn until now."""
-        seconds, now = self.state.progress.seconds, time.monotonic()
-        seconds[part] = seconds.get(part, 0.0) + now - self.lapped
+        progress, now = self.state.progress, time.monotonic()
+        progress.seconds[part] = progress.seconds.get(part, 0.0) + now - self.lapped
         self.lapped = now
-        self.state.progress.energy_j = {
-            kind: self.energy_before.get(kind, 0.0) + joules
-            for kind, joules in self.run.energy.joules().items()
-        }
+        drawn = self.run.energy.joules()
+        progress.energy_j = {kind: self.energy_before.get(kind, 0.0) + drawn[kind] for kind in drawn}
 
     def lap_training(self, waited: float = 0.0) -> None:
         """The same for the present stage's steps; `waited` of the time, seconds, went by waiting for data."""
@@ -124,17 +122,10 @@ class Trainer:
         accelerator.step = 0
         self.stage_index = epoch.stage_index
         train_mode(model, stage.frozen)
+        place = f"stage {epoch.stage_index + 1} of {len(self.plan.stages)}: {stage.epochs} epochs"
         frozen = f", frozen: {', '.join(stage.frozen)}" if stage.frozen else ""
-        run.log.info(
-            "stage %d of %d: %d epochs at %d px (%s), %.0f%% of the data%s",
-            epoch.stage_index + 1,
-            len(self.plan.stages),
-            stage.epochs,
-            stage.img_size,
-            stage.shape,
-            100 * stage.data_fraction,
-            frozen,
-        )
+        share = f"{stage.data_fraction:.0%} of the data"
+        run.log.info("%s at %d px (%s), %s%s", place, stage.img_size, stage.shape, share, frozen)
         size = self.plan.micro_batch(epoch.stage_index)
         warm_up(run, self.net, model, size, stage_shapes(stage, self.batches.train, run.cfg))
         self.lap("compile")
@@ -173,11 +164,12 @@ class Trainer:
 
         `optimizer.step_was_skipped` misses them with fused optimizers, and `scaler.get_scale()` waits for the device.
         """
-        scale = getattr(self.run.accelerator.scaler, "_scale", None)
-        before = None if scale is None else scale.clone()
+        scaler = self.run.accelerator.scaler
+        # A scaler has a scale from its first backward pass on.
+        before = scaler._scale.clone() if scaler else None
         yield
-        if before is not None:
-            self.meter.skipped += self.run.accelerator.scaler._scale < before
+        if scaler:
+            self.meter.skipped += scaler._scale < before
 
     def look(self) -> bool:
         """Look at the device and, with all processes, at signals and the clock; returns whether to save now."""
