@@ -5,7 +5,7 @@ import os
 import shutil
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from typing import NamedTuple
 
@@ -19,12 +19,13 @@ from common.data.sources.cache import fingerprint_of
 from common.engine.evaluate import GRID_EVALUATIONS
 from common.engine.measure import measure, measure_save
 from common.engine.recording import KEEP_CHECKPOINTS
+from common.engine.setup import sample
 from common.engine.trainer import Trainer
 from common.model.pretrained_cfg import PretrainedCfg
 from common.run.processes import rank0_errors
 from common.run.progress import LOADER_BOUND, clock
 from common.run.records import wandb_mode
-from common.scheduling import Plan, Rates, known_peak
+from common.scheduling import Rates, known_peak
 from common.scheduling.budget import Costs, Measured, seconds_by_part
 from common.scheduling.recipe import STEPS_PER_EPOCH
 
@@ -60,11 +61,14 @@ def preflight(t: Trainer, source: PretrainedCfg | None) -> None:
     costs = Costs(tuple(measure(t, STEPS_S)), start_s, save_s=measure_save(t))
     with rank0_errors():
         if t.run.is_main:
-            tell(verdicts(t, costs), found)
+            stages = costs.by_stage(t.plan)
+            first = labels(stages[0].first_loss, len(t.batches.train.classes), t.run.cfg.pretrained)
+            paces = [pace(t, index, measured) for index, measured in enumerate(stages)]
+            tell([first, *paces, memory(t, stages), disk(t), Finding("ok", duration(t, costs))], found)
             conclude(found)
 
 
-def tell(findings: Iterator[Finding], found: Counter[str]) -> None:
+def tell(findings: Iterable[Finding], found: Counter[str]) -> None:
     """Print what is found when it is found, and count it by level."""
     for level, sentence in findings:
         print(f"{level:<9}{sentence}", flush=True)
@@ -98,16 +102,12 @@ def plan_table(t: Trainer) -> str:
     return "\n".join(filter(None, parts))
 
 
-# --- what can be seen at rest --------------------------------------------------------------------------------------
-
-
 def checks(t: Trainer, source: PretrainedCfg | None) -> Iterator[Finding]:
     """What data, model and surroundings show before a step; for the main process."""
     cfg, plan, train, val = t.run.cfg, t.plan, t.batches.train, t.batches.val
     parameters = sum(p.numel() for p in t.state.model.parameters()) / 1e6
     sizes = ", ".join(map(str, sorted({stage.img_size for stage in plan.stages})))
-    size = f"{parameters:.1f} million parameters"
-    yield Finding("ok", f"model: {cfg.model}, {size}, takes images of {sizes} px")
+    yield Finding("ok", f"model: {cfg.model}, {parameters:.1f} million parameters, images of {sizes} px")
     whose = "the weights' own" if source else "ImageNet's, as no weights tell theirs"
     yield Finding("ok", f"normalisation: mean {t.model_cfg.mean}, std {t.model_cfg.std}: {whose}")
     yield classes(train)
@@ -116,8 +116,19 @@ def checks(t: Trainer, source: PretrainedCfg | None) -> Iterator[Finding]:
         yield duplicates(train, val)
     else:
         yield Finding("ok", "images: streamed shards are not sampled; they are met as they come")
-    yield steps(plan)
-    yield from surroundings(t)
+    fewest = min(map(plan.steps_per_epoch, range(len(plan.stages))))
+    remedy = f"{STEPS_PER_EPOCH} are better: lower --batch_size, if there are images enough"
+    yield judged(fewest < STEPS_PER_EPOCH, f"steps: {fewest:,} or more per epoch", remedy)
+    if cfg.s3:
+        from common.run.s3 import probe
+
+        if trouble := probe(cfg.s3):
+            late = "training would go on and retry (--s3)"
+            yield Finding("warning", f"S3: {cfg.s3} is out of reach ({trouble}); {late}")
+        else:
+            yield Finding("ok", f"S3: {cfg.s3} answers and takes writes")
+    mode = f"; W&B is {wandb_mode()}" if "wandb" in cfg.trackers else ""
+    yield Finding("ok", f"trackers: {cfg.trackers}{mode}")
 
 
 def classes(train: Source) -> Finding:
@@ -128,11 +139,6 @@ def classes(train: Source) -> Finding:
     rare = train.classes[int(counts.argmin())]
     remedy = f"{rare} can hardly be learnt: add images to it in --data_dir"
     return judged(counts.min() < FEWEST_OF_A_CLASS, text, remedy)
-
-
-def sample(source: Source, most: int) -> list[int]:
-    """Indices of images spread evenly over a split."""
-    return np.linspace(0, len(source) - 1, min(len(source), most)).astype(int).tolist()
 
 
 def readable(sources: tuple[Source, Source], skip_unreadable: bool) -> Finding:
@@ -169,41 +175,6 @@ def duplicates(train: Source, val: Source) -> Finding:
     text = f"duplicates: {len(twice)} in {min(len(val), HASHED):,} of val and {min(len(train), HASHED):,} of train"
     names = f"{val.describe(twice[0][1])} is {train.describe(twice[0][0])}" if twice else ""
     return judged(bool(twice), text, f"{names}; take them out of --data_dir")
-
-
-def steps(plan: Plan) -> Finding:
-    """Are there enough optimizer steps in an epoch?"""
-    fewest = min(map(plan.steps_per_epoch, range(len(plan.stages))))
-    remedy = f"{STEPS_PER_EPOCH} are better: lower --batch_size, if there are images enough"
-    return judged(fewest < STEPS_PER_EPOCH, f"steps: {fewest:,} or more per epoch", remedy)
-
-
-def surroundings(t: Trainer) -> Iterator[Finding]:
-    """S3 and trackers, without starting a run on either."""
-    cfg = t.run.cfg
-    if cfg.s3:
-        from common.run.s3 import probe
-
-        trouble = probe(cfg.s3)
-        late = f"S3: {cfg.s3} is out of reach ({trouble}); training would go on and retry (--s3)"
-        fine = f"S3: {cfg.s3} answers and takes writes"
-        yield Finding("warning", late) if trouble else Finding("ok", fine)
-    whether = f"; W&B is {wandb_mode()}" if "wandb" in cfg.trackers else ""
-    yield Finding("ok", f"trackers: {cfg.trackers}{whether}")
-
-
-# --- what has been tried --------------------------------------------------------------------------------------------
-
-
-def verdicts(t: Trainer, costs: Costs) -> Iterator[Finding]:
-    """What the measurements say; for the main process."""
-    stages = costs.by_stage(t.plan)
-    yield labels(stages[0].first_loss, len(t.batches.train.classes), t.run.cfg.pretrained)
-    for index, measured in enumerate(stages):
-        yield pace(t, index, measured)
-    yield memory(t, stages)
-    yield disk(t)
-    yield Finding("ok", duration(t, costs))
 
 
 def labels(loss: float, num_classes: int, pretrained: bool) -> Finding:

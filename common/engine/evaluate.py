@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from statistics import fmean
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -41,17 +40,6 @@ class Score:
     def balanced(self) -> float:
         """Balanced accuracy in percent: the mean of the recalls of all classes that have images."""
         return 100 * fmean(h / n for h, n in zip(self.class_hits, self.class_images, strict=True) if n)
-
-
-def average_buffers(model: nn.Module, accelerator: Accelerator) -> None:
-    """Give every process the mean of all processes' BatchNorm statistics, so that all evaluate the same model.
-
-    In training each process keeps its own, which no other one sees.
-    """
-    if accelerator.num_processes > 1:
-        for buffer in model.buffers():
-            if buffer.is_floating_point():
-                buffer.copy_(accelerator.reduce(buffer, "mean"))
 
 
 def one_view(model: nn.Module, images_nchw: Tensor) -> Tensor:

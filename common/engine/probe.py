@@ -35,10 +35,18 @@ from common.scheduling import BACKBONE, Rates, ScheduleSettings
 TRAIN = 0
 # Images per forward pass: without gradients larger ones are no faster on a CPU, and hardly on a GPU.
 BATCH = 128
-# Settings of a training in steps, which does not take place.
-TRAINING = (ScheduleSettings, OptimizerSettings, AugmentSettings)
-CURRICULUM = {"stages", "recipe", "epochs", "head_epochs", "mixup_share", "accumulation"}
-OTHERS = {"clip_grad", "crop_scale", "eval_every", "final_eval", "patience", "sampler"}
+# Settings of a training in steps, which does not take place, beside those of its schedule, optimizer and augmentation.
+STEPS = {
+    "stages",
+    "recipe",
+    "epochs",
+    "head_epochs",
+    "mixup_share",
+    "accumulation",
+    "clip_grad",
+    "crop_scale",
+}
+STEPS |= {"eval_every", "final_eval", "patience", "sampler"}
 # Images that a head to start from is fitted to, at most: their features have to lie in memory.
 START_IMAGES = 50_000
 
@@ -46,8 +54,7 @@ START_IMAGES = 50_000
 def fit_head(t: Trainer) -> None:
     """Fit the head before the first step, unless it knows the classes, the first stage trains it alone, or it is no single linear layer.
 
-    A collective: each process runs its share of the images through the backbone, and all fit the same head. What trains from there on
-    distorts the features less than from a random head (LP-FT: Kumar et al., 2022).
+    What trains from there on distorts the features less than from a random head (LP-FT: Kumar et al., 2022). A collective.
     """
     head, train = linear_head(t.state.model), t.batches.train
     if head is None or t.knows_classes or BACKBONE in t.plan.stages[0].frozen:
@@ -108,7 +115,8 @@ def _check(run: Run, model: nn.Module) -> nn.Linear:
     """The head that is fitted; UserError: see `probe`."""
     if run.accelerator.num_processes > 1:
         raise UserError("--probe runs in one process: start it with python, or --num_processes 1")
-    idle = CURRICULUM | OTHERS | {field.name for kind in TRAINING for field in dataclasses.fields(kind)}
+    kinds = ScheduleSettings, OptimizerSettings, AugmentSettings
+    idle = STEPS | {field.name for kind in kinds for field in dataclasses.fields(kind)}
     if given := sorted(run.cfg.given & idle):
         raise UserError(f"--probe takes no steps of training: leave out --{', --'.join(given)}")
     head = linear_head(model)
@@ -140,8 +148,11 @@ def cached_features(t: Trainer, head: nn.Linear) -> Tensor:
     body = {key: tensor for key, tensor in t.state.model.state_dict().items() if not under(key, name)}
     weights = fingerprint_of(*(part for key in sorted(body) for part in (key, body[key].cpu().numpy())))
     # Folders are known by names alone, which may hold other pixels tomorrow. Streamed shards tell, and would be fetched twice.
-    read = range(len(train)) if train.group_rows is None else ()
-    images = fingerprint_of(train.fingerprint, *(_hash_image(train, index, size) for index in read))
+    images = [train.fingerprint]
+    for index in range(len(train)) if train.group_rows is None else ():
+        # An image that cannot be read is met again, and named, when it is decoded.
+        with suppress(OSError):
+            images.append(fingerprint_of(train.read(index, size)))
     view = (size, cfg.crop_pct, cfg.rect_val, cfg.rect_area, t.augment.mean, t.augment.std)
     key = fingerprint_of(cfg.model, weights, images, view, t.run.accelerator.mixed_precision)
     path = cache_folder() / "features" / f"{key}.safetensors"
@@ -156,18 +167,10 @@ def cached_features(t: Trainer, head: nn.Linear) -> Tensor:
     return features
 
 
-def _hash_image(train: Source, index: int, size: int) -> str:
-    # An image that cannot be read is met again, and named, when it is decoded.
-    with suppress(OSError):
-        return fingerprint_of(train.read(index, size))
-    return ""
-
-
 @torch.inference_mode()
 def extract(t: Trainer, head: nn.Linear, images: np.ndarray) -> np.ndarray:
     """What enters the head for these training images [N] in evaluation's view: float32 [N, C], 0 where another process has it."""
     run, train, model = t.run, t.batches.train, t.state.model.eval()
-    # Evaluation's items, of the training images.
     as_val = Batches(t.plan, train, train, run.cfg, run.cfg.seed, t.batches.rank, t.batches.world)
     features = np.zeros((len(images), head.in_features), np.float32)
     place = np.full(len(train), -1)

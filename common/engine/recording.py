@@ -6,7 +6,6 @@ from itertools import accumulate
 from typing import Any
 
 from safetensors.torch import save as to_safetensors
-from torch import Tensor
 
 from common.config import TrainConfig, as_plain
 from common.engine.evaluate import Score
@@ -156,8 +155,13 @@ def _write(t: Trainer, files: dict[str, Any], img_size: int, began: float) -> No
     progress = files[checkpoint.STATE]["progress"]
     checkpoint.write(folder, files)
     if progress["best_step"] == progress["step"]:
-        weights = "ema.safetensors" if progress["best_is_ema"] else "model.safetensors"
-        _write_model(t, files[weights], img_size)
+        # `model/`: weights that know their network, their classes and their images, in timm's format.
+        (run.folder / "model").mkdir(exist_ok=True)
+        weights = files["ema.safetensors" if progress["best_is_ema"] else "model.safetensors"]
+        checkpoint.write_durably(run.folder / "model" / "model.safetensors", to_safetensors(weights))
+        images = {"img_size": img_size, "test_size": None, "crop_pct": run.cfg.crop_pct}
+        description = replace(t.model_cfg, **images, crop_mode="center", interpolation="bilinear")
+        run.records.write_json("model/config.json", description.timm_config())
     keep = {checkpoint.name_of(progress["best_step"])}
     if every := run.cfg.keep_every:
         kept_epochs = (epoch for epoch in t.plan.epochs() if (epoch.index + 1) % every == 0)
@@ -166,19 +170,3 @@ def _write(t: Trainer, files: dict[str, Any], img_size: int, began: float) -> No
         keep |= run.mirror.uploading()
     checkpoint.prune(folder, KEEP_CHECKPOINTS, keep)
     run.log.info("saved step %d in %.2f s", progress["step"], time.monotonic() - began)
-
-
-def _write_model(t: Trainer, weights: dict[str, Tensor], img_size: int) -> None:
-    """`model/`: weights that know their network, their classes and their images, in timm's format."""
-    cfg, folder = t.run.cfg, t.run.folder / "model"
-    folder.mkdir(exist_ok=True)
-    description = replace(
-        t.model_cfg,
-        img_size=img_size,
-        test_size=None,
-        crop_pct=cfg.crop_pct,
-        crop_mode="center",
-        interpolation="bilinear",
-    )
-    checkpoint.write_durably(folder / "model.safetensors", to_safetensors(weights))
-    t.run.records.write_json("model/config.json", description.timm_config())

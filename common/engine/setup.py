@@ -44,13 +44,17 @@ def facts_of(run: Run, model: nn.Module, train: Source) -> Facts:
     )
 
 
+def sample(source: Source, most: int) -> list[int]:
+    """Indices of images spread evenly over a split."""
+    return np.linspace(0, len(source) - 1, min(len(source), most)).astype(int).tolist()
+
+
 def typical_short_side(train: Source) -> int:
     """Median short side of the originals in pixels, of a sample of them; 0 where it would have to be fetched."""
-    sample = np.linspace(0, len(train) - 1, min(len(train), SIZE_SAMPLE)).astype(int)
     if train.prepared:
-        return int(np.median(train.sizes()[sample].min(1)))
+        return int(np.median(train.sizes()[sample(train, SIZE_SAMPLE)].min(1)))
     sides = []
-    for index in sample.tolist() if train.group_rows is None else ():
+    for index in sample(train, SIZE_SAMPLE) if train.group_rows is None else ():
         # An image that cannot be read is met again, and named, when it is trained on.
         with suppress(DecodeError, OSError):
             sides.append(min(read_header(train.read(index, 0))[:2]))
@@ -110,8 +114,7 @@ def prepare_state(run: Run, model: nn.Module, train: Source) -> TrainState:
                 f"the checkpoint was made with {recorded} training images, --data_dir {cfg.data_dir} has {len(train)}"
             )
         checkpoint.apply(files, state, accelerator)
-        progress = state.progress
-        run.log.info("resumed at epoch %d, step %d", progress.epochs_done + 1, progress.step)
+        run.log.info("resumed at epoch %d, step %d", state.progress.epochs_done + 1, state.progress.step)
     return state
 
 

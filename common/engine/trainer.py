@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from itertools import islice
+from itertools import chain, islice
 
 import torch
 from torch import nn
@@ -16,7 +16,7 @@ from common.augment import Augment
 from common.data.batches import Batches
 from common.data.loader import Batch, Loader
 from common.data.shapes import stage_shapes
-from common.engine.evaluate import Score, average_buffers, evaluate
+from common.engine.evaluate import Score, evaluate
 from common.engine.memory import warm_up
 from common.model.freezing import set_trainable_layers, train_mode
 from common.model.loss import LOSSES
@@ -38,7 +38,6 @@ class Trainer:
         loss: from logits and soft targets, both float32 [B, classes], to the mean over the batch.
         net: the model as training calls it: with autocast, and wrapped for several processes.
         optimizer: Accelerate's, which steps at the end of an accumulation window only.
-        meter: of the epoch that was begun last.
         recent: step and images of the last micro-batches, for when the loss is not finite.
     """
 
@@ -96,8 +95,6 @@ class Trainer:
         self.lapped -= waited
         self.state.progress.seconds[f"train {self.stage_index + 1}"] -= waited
         self.lap("wait")
-
-    # --- stages and epochs -----------------------------------------------------------------------------------------
 
     def enter_stage(self, epoch: EpochPlan) -> None:
         """Make the model ready for a stage: what trains, how gradients are shared, what is compiled."""
@@ -191,14 +188,14 @@ class Trainer:
             )
         return save
 
-    # --- evaluation ------------------------------------------------------------------------------------------------
-
     def evaluate(self, epoch: EpochPlan, stream: Iterator[Batch]) -> list[Score]:
         """Score the raw and the EMA weights on the whole validation set."""
         run, state = self.run, self.state
         models = [state.model] if state.ema is None else [state.model, state.ema.module]
-        for model in models:
-            average_buffers(model, run.accelerator)
+        # Each process has BatchNorm statistics of its own, of images that no other one sees: all evaluate their mean.
+        for buffer in chain.from_iterable(model.buffers() for model in models):
+            if run.accelerator.num_processes > 1 and buffer.is_floating_point():
+                buffer.copy_(run.accelerator.reduce(buffer, "mean"))
         items = self.batches.eval_items(epoch.stage.img_size, self.plan.micro_batch(epoch.stage_index))
         scores = evaluate(run, models, stream, len(items), len(self.batches.val), self.augment)
         self.lap("evaluate")
