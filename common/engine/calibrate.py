@@ -30,6 +30,7 @@ from common.run.run import Run
 from common.scheduling import scale_stages
 from common.scheduling.budget import (
     DRIFT,
+    Budgeted,
     BudgetSettings,
     Costs,
     Measured,
@@ -111,9 +112,9 @@ def within_budget(
                 kept.parent.mkdir(parents=True, exist_ok=True)
                 write_durably(kept, json.dumps({"time": time.time(), **costs._asdict()}).encode())
     outcome = plan(costs)
-    low, high = outcome.whole.interval_s()
     run.log.info("%s", _describe(run, outcome, costs.drift, budget_s))
-    forecast = {"budget_s": budget_s, "low_s": low, "high_s": high, "parts": outcome.whole.parts}
+    low_s, high_s = outcome.whole.interval_s()
+    forecast = {"budget_s": budget_s, "low_s": low_s, "high_s": high_s, "parts": outcome.whole.parts}
     return outcome.whole.recipe, forecast
 
 
@@ -168,15 +169,14 @@ def _describe(run: Run, outcome: Outcome, drift: float, budget_s: float) -> str:
     def price(seconds: float) -> str:
         return f", {seconds / 3600 * rate:.2f} USD" if rate else ""
 
-    low, high = whole.interval_s()
-    epochs = [stage.epochs for stage in whole.plan.stages]
-    others = [
-        f"{name} of it {'no run' if other is None else f'{other.plan.total_epochs} epochs'}"
-        for name, other in (("half", outcome.half), ("twice", outcome.double))
-    ]
-    measured = whole.parts["calibration"]
+    def length(other: Budgeted | None) -> str:
+        return f"{other.plan.total_epochs} epochs" if other else "no run"
+
+    low, high = map(clock, whole.interval_s())
+    measured, epochs = whole.parts["calibration"], [stage.epochs for stage in whole.plan.stages]
     return (
-        f"budget {clock(budget_s)}{price(budget_s)}: {whole.plan.total_epochs} epochs {epochs}, forecast {clock(whole.total_s)}"
-        f"{price(whole.total_s)}; 90 % interval {clock(low)} to {clock(high)}; {', '.join(others)}\n"
-        f"  calibration {measured:.1f} s, {measured / budget_s:.1%} of the budget; the machine's speed is taken to drift by {drift:.1%}"
+        f"budget {clock(budget_s)}{price(budget_s)}: {length(whole)} {epochs}, forecast {clock(whole.total_s)}"
+        f"{price(whole.total_s)}; 90 % interval {low} to {high}; half of it {length(outcome.half)}, twice of it "
+        f"{length(outcome.double)}\n  calibration {measured:.1f} s, {measured / budget_s:.1%} of the budget; "
+        f"the machine's speed is taken to drift by {drift:.1%}"
     )

@@ -21,7 +21,7 @@ LOWEST, HIGHEST = 1e-5, 10.0
 FEWEST = 15  # steps of a sweep; with fewer, noise decides
 DIVERGED = 4.0  # a sweep ends as soon as its smoothed loss is this many times its first
 # A rise of the smoothed loss that counts: so many nats, and at most a tenth of the loss at the start. With BatchNorm a network may rise by half
-# a nat only before it collapses to guessing, however many classes there are. Where the rise begins scatters half as much again.
+# a nat only before it collapses to guessing.
 RISE = 0.25
 # The suggestion, times the rate of that rise. The sweep gets there without warm-up and at full momentum, OneCycle after both; and too low
 # costs more than too high: half of a good rate 2.5 to 5 points, twice none (docs/results.md).
@@ -41,12 +41,12 @@ class Sweep:
 
     def write_csv(self, path: Path) -> None:
         columns = range(len(self.lrs)), self.lrs, self.losses, self.smoothed, self.threshold
-        steps: list[tuple[object, ...]] = [*zip(*columns, strict=True)]
+        # Without a step, a line tells the problem nevertheless.
+        steps: list[tuple[object, ...]] = [*zip(*columns, strict=True)] or [("",) * 5]
         with open(path, "w", newline="") as file:
             writer = csv.writer(file)
             writer.writerow(("step", "lr", "loss", "smoothed", "threshold", "suggested", "problem"))
-            # Without a step, a line tells the problem nevertheless.
-            writer.writerows((*step, self.suggested, self.problem) for step in steps or [("",) * 5])
+            writer.writerows((*step, self.suggested, self.problem) for step in steps)
 
 
 def find_lr(
@@ -72,11 +72,9 @@ def find_lr(
     """
     # At most a quarter of a decade per step: a short sweep is to look where losses do blow up.
     lowest = max(LOWEST, HIGHEST / 10 ** ((iterations - 1) / 4))
-    lrs: list[float] = []
-    losses: list[float] = []
-    smoothed: list[float] = []
+    lrs, losses, smoothed = list[float](), list[float](), list[float]()
+    steps = range(iterations if iterations >= FEWEST else 0)
     with _restored(state):
-        steps = range(iterations if iterations >= FEWEST else 0)
         for step in tqdm(steps, desc="LR finder", unit="step", disable=None, leave=False):
             lrs.append(lowest * (HIGHEST / lowest) ** (step / (iterations - 1)))
             losses.append(train_step(lrs[-1]))
@@ -85,12 +83,10 @@ def find_lr(
                 break
     threshold = rise_threshold(losses, smoothed, iterations)
     blow_up, problem = find_blow_up(lrs, losses, smoothed, threshold, iterations)
-    suggested = fallback if problem else factor * blow_up
     if problem:
-        log.info(
-            "LR finder: not trusted (%s); the rate is %.3g instead, or what --lr says", problem, fallback
-        )
-    return Sweep(lrs, losses, smoothed, threshold, suggested, problem)
+        text = "LR finder: not trusted (%s); the rate is %.3g instead, or what --lr says"
+        log.info(text, problem, fallback)
+    return Sweep(lrs, losses, smoothed, threshold, fallback if problem else factor * blow_up, problem)
 
 
 def smooth(losses: list[float], iterations: int) -> list[float]:

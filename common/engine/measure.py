@@ -12,6 +12,7 @@ import torch
 
 from common.data.loader import PREFETCH, Batch
 from common.engine.evaluate import one_view
+from common.engine.memory import finished
 from common.engine.peak import endless_items
 from common.engine.trainer import Trainer
 from common.run import checkpoint
@@ -38,21 +39,21 @@ def measure(t: Trainer, limit_s: float, epochs: Iterable[EpochPlan] | None = Non
 
     Weights stay, momentum and BatchNorm's statistics do not. Times are the slowest process's.
     """
-    found: dict[tuple, Measured] = {}
+    kinds: dict[tuple, EpochPlan] = {}
     for epoch in epochs or t.plan.epochs():
-        key = epoch.stage.img_size, epoch.stage.shape, epoch.stage.frozen, epoch.global_batch
-        if key not in found:
-            found[key] = measure_stage(t, epoch, limit_s)
-    return list(found.values())
+        stage = epoch.stage
+        kinds.setdefault((stage.img_size, stage.shape, stage.frozen, epoch.global_batch), epoch)
+    return [measure_stage(t, epoch, limit_s) for epoch in kinds.values()]
 
 
 def measure_stage(t: Trainer, epoch: EpochPlan, limit_s: float) -> Measured:
     """Time steps with the loader beside them, as in training, and an evaluation; on a CPU of smaller batches."""
     run, stage, device = t.run, epoch.stage, t.run.accelerator.device
-    micro_batch, accumulation = t.plan.micro_batch(epoch.stage_index), t.plan.accumulation(epoch.stage_index)
-    most = micro_batch if device.type == "cuda" else max(1, CPU_PIXELS // stage.img_size**2)
+    micro_batch = most = t.plan.micro_batch(epoch.stage_index)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
+    else:
+        most = max(1, CPU_PIXELS // stage.img_size**2)
     began = time.monotonic()
     t.enter_stage(epoch)
     t.begin_epoch(epoch)
@@ -63,10 +64,10 @@ def measure_stage(t: Trainer, epoch: EpochPlan, limit_s: float) -> Measured:
     stream = t.loader.stream(items)
 
     def step() -> tuple[list[Batch], float]:
-        batches = list(islice(stream, accumulation))
+        batches = list(islice(stream, t.plan.accumulation(epoch.stage_index)))
         began = time.monotonic()
         t.train_step(epoch, NO_RATE, run.cfg.momentum, iter(batches))
-        return batches, _finished(device) - began
+        return batches, finished(device) - began
 
     # Warms up, and chooses the fastest kernels.
     batches, first_s = step()
@@ -91,14 +92,11 @@ def measure_stage(t: Trainer, epoch: EpochPlan, limit_s: float) -> Measured:
 
 
 def measure_save(t: Trainer) -> float:
-    """Seconds that an epoch's checkpoint and plots take from the training; a collective.
-
-    Copying the state does. Drawing goes on beside the training, but holds the interpreter's lock; hashing and writing do not.
-    """
+    """Seconds that an epoch's checkpoint and plots take from the training; a collective."""
+    began = 0.0
     with TemporaryDirectory() as folder:
         (Path(folder) / "training_log.csv").write_text(ONE_EPOCH)
-        began = 0.0
-        # Once to warm up.
+        # Once to warm up. Drawing goes on beside the training, but holds the interpreter's lock; hashing and writing do not.
         for _ in range(2):
             began = time.monotonic()
             checkpoint.capture(t.state, t.run.accelerator, {})
@@ -137,18 +135,11 @@ def _evaluation(t: Trainer, epoch: EpochPlan, batch_size: int, limit_s: float) -
         # The first batch warms up.
         if number:
             images += len(batch.labels)
-            seconds += _finished(t.run.accelerator.device) - began
+            seconds += finished(t.run.accelerator.device) - began
         if number >= FEWEST and seconds > limit_s:
             break
     wait_s = _wait_s(t, stream, images, seconds)
     return (seconds + wait_s) * sum(len(item.indices) for item in items) / images
-
-
-def _finished(device: torch.device) -> float:
-    """The time at which the device has done what it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.monotonic()
 
 
 def slowest(run: Run, *values: float) -> list[float]:

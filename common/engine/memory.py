@@ -1,6 +1,7 @@
 """What fits into memory: steps on blank images that leave no trace."""
 
 import math
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -37,6 +38,13 @@ def no_trace(model: nn.Module) -> Iterator[None]:
         set_rng_state(rng)
 
 
+def finished(device: torch.device) -> float:
+    """The time at which the device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.monotonic()
+
+
 def blank_step(run: Run, net: nn.Module, batch_size: int, height: int, width: int) -> None:
     """Forward and backward on blank images, float [batch_size, 3, height, width], to their end on the device."""
     device = run.accelerator.device
@@ -45,8 +53,7 @@ def blank_step(run: Run, net: nn.Module, batch_size: int, height: int, width: in
     with run.accelerator.no_sync(net), run.accelerator.autocast():
         loss = net(images).float().logsumexp(1).mean()
     loss.backward()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    finished(device)
 
 
 def fit_memory(run: Run, state: TrainState, plan: Plan, train: Source) -> Plan:
@@ -61,9 +68,8 @@ def fit_memory(run: Run, state: TrainState, plan: Plan, train: Source) -> Plan:
         size = -run.votes.largest(-size)[0]
         if size < plan.micro_batch(index):
             plan = plan.with_micro_batch(index, size)
-            run.log.info(
-                "stage %d: %d images per process and micro-batch fit", index + 1, plan.micro_batch(index)
-            )
+            fitting = plan.micro_batch(index)
+            run.log.info("stage %d: %d images per process and micro-batch fit", index + 1, fitting)
     return plan
 
 

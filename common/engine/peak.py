@@ -22,7 +22,7 @@ def settle_rates(t: Trainer) -> Rates:
     if progress.peak_lr == 0:
         progress.peak_lr = known_peak(vars(cfg), t.plan.global_batches[0]) or find_peak(t)
     rates = Rates(t.plan, cfg, progress.peak_lr)
-    highest = max(rates.peak(index) for index in range(len(t.plan.stages)))
+    highest = max(map(rates.peak, range(len(t.plan.stages))))
     run.log.info("peak learning rate %.4g (--lr %s)", highest, cfg.lr)
     with rank0_errors():
         if run.is_main:

@@ -40,8 +40,8 @@ def begin(t: Trainer, forecast: dict[str, Any]) -> None:
 def finish(t: Trainer, *, trained: bool) -> None:
     """The closing block and, if this start has trained, the receipt; a collective."""
     run, progress = t.run, t.state.progress
-    if t.loader.unreadable:
-        run.log.info("%d unreadable images were replaced by others of their class", len(t.loader.unreadable))
+    if replaced := len(t.loader.unreadable):
+        run.log.info("%d unreadable images were replaced by others of their class", replaced)
     if progress.epochs_done < t.plan.total_epochs:
         why = f"no new best in {run.cfg.patience} epochs; --patience 0 goes on"
         run.log.info("stopped after epoch %d: %s", progress.epochs_done, why)
@@ -129,11 +129,8 @@ def save(t: Trainer) -> None:
     t.lap_training()
     progress.wall_s = began - t.started
     progress.epoch_sums = run.accelerator.reduce(t.meter.sums, "sum").tolist()
-    config = {
-        "strategy": run.cfg.strategy,
-        "stages_in_force": [as_plain(stage) for stage in run.stages],
-        **as_plain(run.cfg),
-    }
+    in_force = [as_plain(stage) for stage in run.stages]
+    config = {"strategy": run.cfg.strategy, "stages_in_force": in_force, **as_plain(run.cfg)}
     files = checkpoint.capture(t.state, run.accelerator, config)
     run.saved()
     with rank0_errors():
@@ -162,10 +159,9 @@ def _write(t: Trainer, files: dict[str, Any], img_size: int, began: float) -> No
         images = {"img_size": img_size, "test_size": None, "crop_pct": run.cfg.crop_pct}
         description = replace(t.model_cfg, **images, crop_mode="center", interpolation="bilinear")
         run.records.write_json("model/config.json", description.timm_config())
-    keep = {checkpoint.name_of(progress["best_step"])}
-    if every := run.cfg.keep_every:
-        kept_epochs = (epoch for epoch in t.plan.epochs() if (epoch.index + 1) % every == 0)
-        keep |= {checkpoint.name_of(epoch.first_step + epoch.steps) for epoch in kept_epochs}
+    ends = [epoch.first_step + epoch.steps for epoch in t.plan.epochs()]
+    numbered = ends[run.cfg.keep_every - 1 :: run.cfg.keep_every] if run.cfg.keep_every else []
+    keep = {checkpoint.name_of(step) for step in (progress["best_step"], *numbered)}
     if run.mirror is not None:
         keep |= run.mirror.uploading()
     checkpoint.prune(folder, KEEP_CHECKPOINTS, keep)

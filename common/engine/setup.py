@@ -149,14 +149,8 @@ def settle_plan(run: Run, state: TrainState, train: Source) -> Plan:
         raise UserError("--class_weights goes with --loss ce; --sampler goes with both")
     for stage in run.stages:
         check_frozen(state.model, stage.frozen)
-    plan = make_plan(
-        run.stages,
-        len(train),
-        run.accelerator.num_processes,
-        cfg.accumulation,
-        state.progress.global_batches,
-        cfg.eval_every,
-    )
+    processes, batches = run.accelerator.num_processes, state.progress.global_batches
+    plan = make_plan(run.stages, len(train), processes, cfg.accumulation, batches, cfg.eval_every)
     if cfg.auto_batch:
         plan = fit_memory(run, state, plan, train)
     state.progress.global_batches = list(plan.global_batches)

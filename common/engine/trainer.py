@@ -177,8 +177,7 @@ class Trainer:
         self.meter.show()
         save, bad = run.look(progress.step, bad)
         if bad >= NAN_PATIENCE:
-            images = progress.num_images
-            ids = {str(step): [int(i) % images for i in indices] for step, indices in self.recent}
+            ids = {str(step): (indices % progress.num_images).tolist() for step, indices in self.recent}
             path = run.folder / f"not_finite_rank{run.accelerator.process_index}.json"
             checkpoint.write_durably(path, json.dumps(ids).encode())
             raise UserError(

@@ -60,7 +60,7 @@ def test_a_loader_that_keeps_up_costs_no_time(monkeypatch):
     monkeypatch.setattr(measuring, "_evaluation", lambda *_: 1.0)
     with small_trainer([STAGE]) as t:
         t.loader = of_noise(t)
-        monkeypatch.setattr(measuring, "_finished", lambda device: time.monotonic() + 1)
+        monkeypatch.setattr(measuring, "finished", lambda device: time.monotonic() + 1)
         measured = measure_stage(t, next(t.plan.epochs()), 0.0)
         assert measured.wait_s == 0
         assert measured.step_s == pytest.approx(1, abs=0.5)
