@@ -78,10 +78,7 @@ def tell(findings: Iterable[Finding], found: Counter[str]) -> None:
 def conclude(found: Counter[str]) -> None:
     """Say how much was found; SystemExit with 2 if there are errors."""
     errors, warnings = found["error"], found["warning"]
-    print(
-        f"pre-flight: {errors} error{'s' * (errors != 1)}, {warnings} warning{'s' * (warnings != 1)}",
-        flush=True,
-    )
+    print(f"pre-flight: {errors} error{'s' * (errors != 1)}, {warnings} warning{'s' * (warnings != 1)}")
     if errors:
         raise SystemExit(2)
 

@@ -65,9 +65,9 @@ def evaluate(
     """Score several models on the same batches, which are decoded once; a collective.
 
     Args:
-        models: unwrapped models (raw weights, EMA); left in eval mode.
-        batches: this process's batches; `num_batches` of them are taken.
-        num_images: size of the whole validation set.
+        models: not wrapped; left in eval mode.
+        batches: this process's, of which `num_batches` are taken.
+        num_images: of all processes.
         transform: from normalised images [B, 3, H, W] to logits.
 
     Raises:

@@ -36,17 +36,8 @@ TRAIN = 0
 # Images per forward pass: without gradients larger ones are no faster on a CPU, and hardly on a GPU.
 BATCH = 128
 # Settings of a training in steps, which does not take place, beside those of its schedule, optimizer and augmentation.
-STEPS = {
-    "stages",
-    "recipe",
-    "epochs",
-    "head_epochs",
-    "mixup_share",
-    "accumulation",
-    "clip_grad",
-    "crop_scale",
-}
-STEPS |= {"eval_every", "final_eval", "patience", "sampler"}
+STEPS = {"stages", "recipe", "epochs", "head_epochs", "mixup_share", "accumulation"}
+STEPS |= {"clip_grad", "crop_scale", "eval_every", "final_eval", "patience", "sampler"}
 # Images that a head to start from is fitted to, at most: their features have to lie in memory.
 START_IMAGES = 50_000
 
@@ -83,12 +74,20 @@ def probe(run: Run, model: nn.Module, train: Source, val: Source, source: Pretra
         UserError: several processes, settings of a training in steps, or a model that does not end in one linear layer.
     """
     cfg, accelerator = run.cfg, run.accelerator
-    head = _check(run, model)
+    if accelerator.num_processes > 1:
+        raise UserError("--probe runs in one process: start it with python, or --num_processes 1")
+    kinds = ScheduleSettings, OptimizerSettings, AugmentSettings
+    idle = STEPS | {field.name for kind in kinds for field in dataclasses.fields(kind)}
+    if given := sorted(cfg.given & idle):
+        raise UserError(f"--probe takes no steps of training: leave out --{', --'.join(given)}")
+    head = linear_head(model)
+    if head is None:
+        raise UserError(
+            f"--probe needs a model that ends in one linear layer, and --model {cfg.model} does not"
+        )
     last = cfg.stages_in_force()[-1]
-    batch_size = last.batch_size if "batch_size" in cfg.given else BATCH
-    stage = dataclasses.replace(
-        last, epochs=1, batch_size=min(batch_size, len(train)), mixup=False, lr_scale=None
-    )
+    batch_size = min(last.batch_size if "batch_size" in cfg.given else BATCH, len(train))
+    stage = dataclasses.replace(last, epochs=1, batch_size=batch_size, mixup=False, lr_scale=None)
     run.stages = run.stages or [stage]
     with assembled(run, model, train, val, source) as trainer:
         if cfg.dry_run:
@@ -109,22 +108,6 @@ def probe(run: Run, model: nn.Module, train: Source, val: Source, source: Pretra
             scores = trainer.evaluate(epoch, trainer.loader.stream(items))
             record(trainer, epoch, Rates(trainer.plan, cfg, 0.0), scores)
     finish(trainer, trained=False)
-
-
-def _check(run: Run, model: nn.Module) -> nn.Linear:
-    """The head that is fitted; UserError: see `probe`."""
-    if run.accelerator.num_processes > 1:
-        raise UserError("--probe runs in one process: start it with python, or --num_processes 1")
-    kinds = ScheduleSettings, OptimizerSettings, AugmentSettings
-    idle = STEPS | {field.name for kind in kinds for field in dataclasses.fields(kind)}
-    if given := sorted(run.cfg.given & idle):
-        raise UserError(f"--probe takes no steps of training: leave out --{', --'.join(given)}")
-    head = linear_head(model)
-    if head is None:
-        raise UserError(
-            f"--probe needs a model that ends in one linear layer, and --model {run.cfg.model} does not"
-        )
-    return head
 
 
 def _count(t: Trainer, logits: Tensor, labels: Tensor) -> None:

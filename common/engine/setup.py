@@ -65,10 +65,7 @@ def typical_short_side(train: Source) -> int:
 def assembled(
     run: Run, model: nn.Module, train: Source, val: Source, source: PretrainedCfg | None = None
 ) -> Iterator[Trainer]:
-    """Everything that training needs, put together and checked; the loader's workers end with it.
-
-    An out-of-memory error inside becomes a sentence that names what to change.
-    """
+    """Everything that training needs, put together and checked; the loader's workers end with it."""
     cfg, accelerator = run.cfg, run.accelerator
     state = prepare_state(run, model, train)
     plan = settle_plan(run, state, train)
@@ -76,9 +73,8 @@ def assembled(
     check_sizes(run, model, batches)
     # Not prepared: Accelerate's loader fills the last batch up with images seen before, and its order is another one on
     # another number of processes.
-    loader = Loader(
-        train, val, seed=cfg.seed, settings=cfg, device=accelerator.device, channels_last=cfg.channels_last
-    )
+    device, layout = accelerator.device, cfg.channels_last
+    loader = Loader(train, val, seed=cfg.seed, settings=cfg, device=device, channels_last=layout)
     with closing(loader):
         trainer = Trainer(run, state, plan, batches, loader, source)
         try:
@@ -122,12 +118,11 @@ def checkpoint_gradients(model: nn.Module) -> None:
     """Let a model of timm keep the inputs of its blocks only, and compute the rest again in the backward pass (Chen et al., 2016).
 
     Raises:
-        UserError: timm cannot, or there is BatchNorm, whose statistics would count every batch twice.
+        UserError: timm cannot, or there is BatchNorm.
     """
     if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules()):
-        raise UserError(
-            "--grad_checkpointing is for networks without BatchNorm, which would count every batch twice"
-        )
+        why = "which would count every batch twice"
+        raise UserError(f"--grad_checkpointing is for networks without BatchNorm, {why}")
     try:
         # torch's stubs take every other attribute of a module for a tensor or a module.
         model.set_grad_checkpointing(True)  # type: ignore[operator]
@@ -158,11 +153,7 @@ def settle_plan(run: Run, state: TrainState, train: Source) -> Plan:
 
 
 def check_sizes(run: Run, model: nn.Module, batches: Batches) -> None:
-    """Pass a blank image of every shape of every stage, training's and evaluation's, through the network.
-
-    Raises:
-        UserError: it cannot take one; the sentence names the stage.
-    """
+    """UserError: the network cannot take a blank image of a shape of a stage, training's or evaluation's."""
     flag = "target_size" if hasattr(run.cfg, "target_size") else "img_size"
     for index, stage in enumerate(batches.plan.stages):
         items = batches.eval_items(stage.img_size, batches.plan.micro_batch(index))

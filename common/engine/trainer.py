@@ -56,13 +56,9 @@ class Trainer:
         self.knows_classes = source is not None and source.classes == classes
         name = architecture(cfg.model)
         self.model_cfg = replace(source or PretrainedCfg(name, [], 0), architecture=name, classes=classes)
+        mean, std, labels = self.model_cfg.mean, self.model_cfg.std, batches.train.labels
         self.augment = Augment(
-            cfg,
-            num_classes=len(classes),
-            seed=cfg.seed,
-            mean=self.model_cfg.mean,
-            std=self.model_cfg.std,
-            train_labels=batches.train.labels,
+            cfg, num_classes=len(classes), seed=cfg.seed, mean=mean, std=std, train_labels=labels
         )
         # Accelerate would move all of its state to the device, and reading AdamW's counters there waits in every step.
         self.optimizer = run.accelerator.prepare_optimizer(state.optimizer, device_placement=False)
@@ -98,16 +94,15 @@ class Trainer:
 
     def enter_stage(self, epoch: EpochPlan) -> None:
         """Make the model ready for a stage: what trains, how gradients are shared, what is compiled."""
-        run, model, stage = self.run, self.state.model, epoch.stage
         if epoch.stage_index == self.stage_index:
             return
+        run, accelerator, model, stage = self.run, self.run.accelerator, self.state.model, epoch.stage
         trained = {p for p in model.parameters() if p.requires_grad}
         set_trainable_layers(model, stage.frozen)
         for parameter in trained:
             if not parameter.requires_grad:
                 # Old momentum must not move it when it thaws.
                 self.state.optimizer.state.pop(parameter, None)
-        accelerator = run.accelerator
         if accelerator.num_processes > 1:
             # Wrapped anew, so that only what trains now is reduced: with the autocast taken off, or it would be put around
             # itself; and Accelerate forgets the old wrapper, whose buckets are as large as the gradients.
@@ -157,10 +152,8 @@ class Trainer:
 
     @contextmanager
     def counting_skips(self) -> Iterator[None]:
-        """Count the steps that fp16's scaling leaves out, on the device.
-
-        `optimizer.step_was_skipped` misses them with fused optimizers, and `scaler.get_scale()` waits for the device.
-        """
+        """Count the steps that fp16's scaling leaves out, on the device."""
+        # `optimizer.step_was_skipped` misses them with fused optimizers, and `scaler.get_scale()` waits for the device.
         scaler = self.run.accelerator.scaler
         # A scaler has a scale from its first backward pass on.
         before = scaler._scale.clone() if scaler else None
@@ -202,10 +195,8 @@ class Trainer:
 
 
 def set_rates(optimizer: torch.optim.Optimizer, lr: float, momentum: float) -> None:
-    """Set every group's learning rate, and its momentum or first beta.
-
-    By hand: `AcceleratedScheduler` steps once for every process, and a rate that is asked for by step needs no state.
-    """
+    """Set every group's learning rate, and its momentum or first beta."""
+    # By hand: `AcceleratedScheduler` steps once for every process, and a rate that is asked for by step needs no state.
     for group in optimizer.param_groups:
         group["lr"] = lr * group["lr_scale"]
         if "momentum" in group:
