@@ -107,7 +107,11 @@ def checks(t: Trainer, source: PretrainedCfg | None) -> Iterator[Finding]:
     yield Finding("ok", f"model: {cfg.model}, {parameters:.1f} million parameters, images of {sizes} px")
     whose = "the weights' own" if source else "ImageNet's, as no weights tell theirs"
     yield Finding("ok", f"normalisation: mean {t.model_cfg.mean}, std {t.model_cfg.std}: {whose}")
-    yield classes(train)
+    counts = np.bincount(train.labels, minlength=len(train.classes))
+    most = f" to {counts.max():,}" if counts.max() > counts.min() else ""
+    text = f"classes: {len(counts)}, the same in train and val, {counts.min():,}{most} training images each"
+    remedy = f"{train.classes[counts.argmin()]} can hardly be learnt: add images to it in --data_dir"
+    yield judged(counts.min() < FEWEST_OF_A_CLASS, text, remedy)
     if train.group_rows is None:
         yield readable((train, val), cfg.skip_unreadable)
         yield duplicates(train, val)
@@ -126,16 +130,6 @@ def checks(t: Trainer, source: PretrainedCfg | None) -> Iterator[Finding]:
             yield Finding("ok", f"S3: {cfg.s3} answers and takes writes")
     mode = f"; W&B is {wandb_mode()}" if "wandb" in cfg.trackers else ""
     yield Finding("ok", f"trackers: {cfg.trackers}{mode}")
-
-
-def classes(train: Source) -> Finding:
-    """How many images the classes have."""
-    counts = np.bincount(train.labels, minlength=len(train.classes))
-    most = f" to {counts.max():,}" if counts.max() > counts.min() else ""
-    text = f"classes: {len(counts)}, the same in train and val, {counts.min():,}{most} training images each"
-    rare = train.classes[int(counts.argmin())]
-    remedy = f"{rare} can hardly be learnt: add images to it in --data_dir"
-    return judged(counts.min() < FEWEST_OF_A_CLASS, text, remedy)
 
 
 def readable(sources: tuple[Source, Source], skip_unreadable: bool) -> Finding:
@@ -175,15 +169,13 @@ def duplicates(train: Source, val: Source) -> Finding:
 
 
 def labels(loss: float, num_classes: int, pretrained: bool) -> Finding:
-    """Is the first loss what a network that knows nothing has, the logarithm of the number of classes?
-
-    A new head on trained weights may be far above it: some networks begin with large random heads.
-    """
+    """Is the first loss what a network that knows nothing has, the logarithm of the number of classes?"""
     chance = math.log(num_classes)
     text = f"first loss: {loss:.3g}, and by chance it is ln {num_classes} = {chance:.3g}"
     if not math.isfinite(loss):
         return Finding("error", f"{text}; check the images in --data_dir, or try --mixed_precision no")
     text += "; the weights know the classes already" if loss < 0.7 * chance else ""
+    # A new head on trained weights may be far above it: some networks begin with large random heads.
     return judged(not pretrained and loss > 1.5 * chance + 1, text, "check the classes in --data_dir")
 
 

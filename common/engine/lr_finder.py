@@ -61,8 +61,7 @@ def find_lr(
 
     Args:
         state: restored bit for bit afterwards, also when a step raises.
-        train_step: takes one optimizer step at a learning rate; returns the mean loss over all processes, so that
-            every process sees the same curve and stops at the same step.
+        train_step: one optimizer step at a rate; returns the mean loss over all processes, so that all stop at the same step.
         iterations: steps to take; fewer than `FEWEST` are not taken at all.
         fallback: the rate to take when the curve cannot be trusted.
         factor: the suggestion, times the rate at which the loss begins to blow up.
@@ -153,8 +152,8 @@ def find_blow_up(
 @contextmanager
 def _restored(state: TrainState) -> Iterator[None]:
     """Put everything back bit for bit, whatever happens inside."""
-    ema = None if state.ema is None else state.ema.module
-    parts = [part for part in (state.model, state.optimizer, ema, state.scaler) if part is not None]
+    average = state.ema and state.ema.module
+    parts = [part for part in (state.model, state.optimizer, average, state.scaler) if part is not None]
     before, rng = [copy.deepcopy(part.state_dict()) for part in parts], rng_state()
     try:
         yield

@@ -106,11 +106,9 @@ def measure_save(t: Trainer) -> float:
 
 
 def _wait_s(t: Trainer, stream: Iterator[Batch], images: int, computing_s: float) -> float:
-    """Seconds that a loader which is slower than the computing keeps it waiting, for so many images.
-
-    The loader is timed by itself, and last: behind the batches that lie ready, and hide for a while how slow it is. Were they taken
-    before the computing is timed, the workers would be making up for them meanwhile, on its cores.
-    """
+    """Seconds that a loader which is slower than the computing keeps it waiting, for so many images."""
+    # By itself, and last: behind the batches that lie ready, and hide for a while how slow it is. Were they taken before the
+    # computing is timed, the workers would be making up for them meanwhile, on its cores.
     workers = t.loader.workers
     deque(islice(stream, workers * PREFETCH), maxlen=0)
     began = time.monotonic()

@@ -122,10 +122,7 @@ def _count(t: Trainer, logits: Tensor, labels: Tensor) -> None:
 
 
 def cached_features(t: Trainer, head: nn.Linear) -> Tensor:
-    """What enters the head for every training image in evaluation's view, float32 [N, C] on the CPU.
-
-    Kept in the user's cache folder, under a hash of all that they follow from: weights, images, transform, precision.
-    """
+    """`extract` for every training image, float32 [N, C] on the CPU; kept under a hash of all that it follows from."""
     cfg, train, size = t.run.cfg, t.batches.train, t.plan.stages[0].img_size
     (name,) = classifiers(t.state.model)
     body = {key: tensor for key, tensor in t.state.model.state_dict().items() if not under(key, name)}

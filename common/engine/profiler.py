@@ -15,10 +15,9 @@ ROWS = 10
 
 
 def traced(run: Run, steps: Iterable[int]) -> Iterator[int]:
-    """The steps unchanged; with `--profile N`, N of this process's first epoch are traced while they are taken.
+    """The steps unchanged; with `--profile N`, the main process traces N of its first epoch, and logs what cost most.
 
-    The main process writes the trace, which https://ui.perfetto.dev opens, and logs what cost most. That epoch's
-    images/s suffer, no result does.
+    That epoch's images/s suffer, no result does.
     """
     steps = iter(steps)
     # Once only: not in the next epoch, nor when the run is resumed without asking again.

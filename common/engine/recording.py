@@ -120,10 +120,7 @@ def record(t: Trainer, epoch: EpochPlan, rates: Rates, scores: list[Score]) -> N
 
 
 def save(t: Trainer) -> None:
-    """Write a checkpoint of this step, and the model folder if it is the best so far; a collective.
-
-    The host's copies are made here; hashing and writing happen beside the training.
-    """
+    """Write a checkpoint of this step, and the model folder if it is the best so far, beside the training; a collective."""
     run, progress = t.run, t.state.progress
     began = time.monotonic()
     t.lap_training()
@@ -138,9 +135,9 @@ def save(t: Trainer) -> None:
             # What an earlier save met is raised here; and no more than one checkpoint waits in memory.
             run.background.drain()
             if all(tensor.isfinite().all() for tensor in files["model.safetensors"].values()):
-                # What is described is this stage's model, also if the next one has begun when it is written.
-                stage = t.plan.stages[t.stage_index]
-                run.background.submit(_write, t, files, stage.img_size, began)
+                # Of this stage, also if the next one has begun when it is written.
+                size = t.plan.stages[t.stage_index].img_size
+                run.background.submit(_write, t, files, size, began)
             else:
                 run.log.info("not saved: the weights are not finite")
     run.sync()
