@@ -160,6 +160,6 @@ def _write(t: Trainer, files: dict[str, Any], img_size: int, began: float) -> No
     numbered = ends[run.cfg.keep_every - 1 :: run.cfg.keep_every] if run.cfg.keep_every else []
     keep = {checkpoint.name_of(step) for step in (progress["best_step"], *numbered)}
     if run.mirror is not None:
-        keep |= run.mirror.uploading()
+        keep |= run.mirror.uploading
     checkpoint.prune(folder, KEEP_CHECKPOINTS, keep)
     run.log.info("saved step %d in %.2f s", progress["step"], time.monotonic() - began)

@@ -5,25 +5,25 @@ The remote layout is the local one, file for file, under `s3://bucket/prefix/<ru
 
 S3 replaces an object as a whole but knows no transactions, so the order of writing keeps a run restorable
 wherever the machine dies: first the plain files (a CSV is never older than the checkpoint it belongs to),
-then a checkpoint's files and its manifest, and only then are checkpoints deleted that the folder no longer
-has, manifest first. What a restored checkpoint holds is compared with its manifest when it is read.
+then each checkpoint, its manifest last, and only then are checkpoints deleted that the folder no longer has,
+manifest first. What a restored checkpoint holds is compared with its manifest when it is read.
 
 A request that timed out may yet be carried out, after those that followed it. That does no harm to a
 checkpoint, whose files never change; what has not the size that was sent is sent again by the next pass.
 
 What the mirror asks of the modules that write into the folder: a plain file is either replaced by a rename
-(from a `*.tmp` name) or appended to in whole lines; `checkpoint.prune` keeps what `uploading` names.
-What it asks of the bucket: s3:ListBucket, GetObject, PutObject and DeleteObject.
-Another server than Amazon's is named by AWS_ENDPOINT_URL, which boto3 reads.
+(from a `*.tmp` name) or appended to in whole lines; `checkpoint.prune` keeps what is in `uploading`.
 """
 
 import contextlib
 import logging
+import math
 import os
 import re
 import shutil
 import stat
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +31,7 @@ import boto3
 from boto3.exceptions import Boto3Error
 from boto3.s3.transfer import TransferConfig
 from botocore.config import Config
-from botocore.exceptions import (
-    BotoCoreError,
-    ClientError,
-    ConnectionError,
-    HTTPClientError,
-    NoCredentialsError,
-)
+from botocore.exceptions import BotoCoreError, ClientError, ConnectionError, HTTPClientError
 
 from common import UserError
 from common.run.checkpoint import MANIFEST, TEMPORARY
@@ -69,24 +63,27 @@ class S3Mirror:
     There is no queue to overflow: the thread compares the folder with what it has sent, so ten changes of a
     file during an outage cost one upload. What is sent together, a plain file or a checkpoint, is a unit.
 
+    Attributes:
+        uploading: name of the checkpoint that must stay in the folder, else slow uploads might never get to an end.
+
     Raises UserError if the address, the bucket or the credentials are wrong, or if the address already holds
     checkpoints while `run_dir` has none. A server out of reach is a warning: it is retried for ever.
     """
 
     def __init__(self, run_dir: Path, url: str) -> None:
-        self.run_dir = Path(run_dir)
+        self.run_dir = run_dir
         self._bucket, prefix = _parse_url(url, "--s3")
-        self._prefix = f"{prefix}/{self.run_dir.name}/".lstrip("/")
+        self._prefix = f"{prefix}/{run_dir.name}/".lstrip("/")
         self.url = f"s3://{self._bucket}/{self._prefix}".rstrip("/")
         # One attempt: retries are ours, for close() to hurry.
         self._client = _client("--s3", attempts=1)
-        self._starts_afresh = not any(self.run_dir.glob(f"checkpoints/*/{MANIFEST}"))
-        self._changed, self._closing, self._stopped = (threading.Event() for _ in range(3))
+        self._starts_afresh = not any(run_dir.glob(f"checkpoints/*/{MANIFEST}"))
+        self._changed, self._deadline = threading.Event(), math.inf
         self._sent: dict[str, Version] = {}
         self._uploads = 0
         # Units that the last pass did not get to S3, and why.
         self._failed: dict[str, str] = {}
-        self._uploading: set[str] = set()
+        self.uploading: set[str] = set()
         if trouble := probe(url):
             self._failed = {MARKER: trouble}
             log.warning("S3: %s is out of reach (%s); training goes on", self.url, trouble)
@@ -101,17 +98,12 @@ class S3Mirror:
         """Say that the folder has changed; returns at once, whatever the network does."""
         self._changed.set()
 
-    def uploading(self) -> set[str]:
-        """Names of the checkpoints that must stay in the folder, else slow uploads might never get to an end."""
-        return self._uploading
-
     def close(self, timeout_s: float = 300) -> dict[str, str]:
         """Upload what is left, for at most `timeout_s` seconds or `CLOSING_TRIES`; log and return what is not on S3, and why."""
         log.info("S3: uploading what is left to %s, for at most %.0f s", self.url, timeout_s)
-        self._closing.set()
+        self._deadline = time.monotonic() + timeout_s
         self._changed.set()
         self._thread.join(timeout_s)
-        self._stopped.set()
         pending = {}
         if self._failed or self._thread.is_alive():
             pending = {name: self._failed.get(name, "not reached in time") for name in self._lacking()}
@@ -125,9 +117,10 @@ class S3Mirror:
     # --- the folder ------------------------------------------------------------------------------------------------
 
     def _units(self) -> dict[str, dict[str, Version]]:
-        """The files of each unit as they are now, in the order of sending: plain files, then checkpoints, the newest first.
+        """The files of each unit as they are now, in the order of sending: plain files, then checkpoints, the oldest first.
 
-        Without symbolic links, as they may point to what is not the run's.
+        So one that was begun is finished first, else many short outages might let none get to its end. Without
+        symbolic links, as they may point to what is not the run's.
         """
         # Looked for before plain files are, so that no checkpoint is newer than its row in the CSV.
         whole = {f"checkpoints/{path.parent.name}" for path in self.run_dir.glob(f"checkpoints/*/{MANIFEST}")}
@@ -145,12 +138,7 @@ class S3Mirror:
                     if stat.S_ISREG(status.st_mode):
                         version = (status.st_size, status.st_mtime_ns, status.st_ino)
                         units.setdefault(unit, {})[name] = version
-
-        def place(unit: str) -> tuple[bool, bool]:
-            # One that was begun is finished first, else many short outages might let none get to its end.
-            return unit.startswith("checkpoints/"), Path(unit).name not in self._uploading
-
-        return {unit: units[unit] for unit in sorted(sorted(units, reverse=True), key=place)}
+        return {unit: units[unit] for unit in sorted(units.keys() - whole) + sorted(units.keys() & whole)}
 
     def _lacking(self) -> list[str]:
         """Units that S3 does not have as they are."""
@@ -159,22 +147,17 @@ class S3Mirror:
     # --- S3 --------------------------------------------------------------------------------------------------------
 
     def _work(self) -> None:
-        in_vain = complete = 0
-        while not self._stopped.is_set():
-            self._changed.wait()
+        idle, pause = 0, None
+        while time.monotonic() < self._deadline:
+            self._changed.wait(pause)
             self._changed.clear()
-            closing, before = self._closing.is_set(), self._uploads
+            closing, before = self._deadline < math.inf, self._uploads
             self._try()
-            # The last pass sees that what the one before sent is there.
-            complete = complete + 1 if closing and not self._failed else 0
-            in_vain = in_vain + 1 if closing and self._uploads == before else 0
-            if complete == 2 or in_vain == CLOSING_TRIES:
+            idle = idle + 1 if closing and self._uploads == before else 0
+            # A last pass sees that what the one before sent is there.
+            if idle == CLOSING_TRIES or (idle and not self._failed):
                 return
-            if self._failed:
-                # close() cuts a long wait short.
-                (self._stopped if closing else self._closing).wait(RETRY_S)
-            if self._failed or closing:
-                self._changed.set()
+            pause = RETRY_S if self._failed else 0.0 if closing else None
 
     def _try(self) -> None:
         """One pass, and a word in the log when trouble begins, changes or ends."""
@@ -194,7 +177,7 @@ class S3Mirror:
     def _sync(self) -> dict[str, str]:
         """Send what S3 lacks, in the order the module promises; returns what cannot be read or is refused alone, and why.
 
-        Raises ClientError or BotoCoreError where it is pointless to go on with the next unit.
+        Raises an error of boto3's where it is pointless to go on with the next unit.
         """
         stored, units = self._list(), self._units()
         self._sent = {name: version for name, version in self._sent.items() if stored.get(name) == version[0]}
@@ -202,19 +185,16 @@ class S3Mirror:
         for unit, files in units.items():
             try:
                 self._send(unit, files, stored)
-            # Before OSError, which some of botocore's timeouts are as well.
-            except BotoCoreError:
-                raise
             # Deleted since the scan.
             except FileNotFoundError:
                 continue
-            except (OSError, ClientError) as error:
+            except (*BOTO_ERRORS, OSError) as error:
                 if _is_transient(error):
                     raise
                 failed[unit] = _reason(error)
-        self._uploading = set()
-        checkpoints = [unit for unit in units if unit.startswith("checkpoints/")]
-        if checkpoints and units[max(checkpoints)].items() <= self._sent.items():
+        self.uploading = set()
+        newest = max((unit for unit in units if unit.startswith("checkpoints/")), default=None)
+        if newest and units[newest].items() <= self._sent.items():
             # What the folder no longer has, and what a dead machine left half sent.
             old = [name for name in stored if name.startswith("checkpoints/") and _unit(name) not in units]
             for name in sorted(old, key=_is_manifest, reverse=True):
@@ -235,7 +215,7 @@ class S3Mirror:
         """Upload what of a unit is new, the manifest last."""
         manifest = f"{unit}/{MANIFEST}"
         if manifest in files:
-            self._uploading = {Path(unit).name}
+            self.uploading = {Path(unit).name}
         if manifest in stored and self._sent.get(manifest) != files.get(manifest):
             key = {"Bucket": self._bucket, "Key": self._prefix + manifest}
             if self._client.get_object(**key)["Body"].read() == (self.run_dir / manifest).read_bytes():
@@ -270,21 +250,20 @@ def probe(url: str) -> str:
         client.delete_object(**key)
     except BOTO_ERRORS as error:
         if not _is_transient(error):
-            raise UserError(_refusal(error, f"--s3 {url}", bucket)) from None
+            raise _refusal(f"--s3 {url}", error) from None
         return _reason(error)
     return ""
 
 
 def restore(url: str, run_dir: Path, flag: str = "--resume") -> Path:
-    """Download the run at `url` (`s3://bucket/prefix/<run>`) into `run_dir`, which must be absent or empty.
+    """Download the run at `url` into `run_dir`, which must be absent or empty and gets its name when everything is there.
 
-    The folder gets its name when everything is there, so an interrupted restore leaves nothing that looks like a
-    run. Left out are checkpoints without their manifest, and keys that would leave the folder, which are not ours.
+    Left out are checkpoints without their manifest, and keys that would leave the folder, which are not ours.
 
     Raises NothingStored, or another UserError: refused, out of reach, a full disk.
     """
     bucket, prefix = _parse_url(url, flag)
-    run_dir, what = Path(run_dir), f"{flag} {url}"
+    what = f"{flag} {url}"
     if run_dir.exists() and any(run_dir.iterdir()):
         raise UserError(f"{what}: {run_dir} is not empty, so resume from that folder or move it away")
     partial = run_dir.with_name(f"{run_dir.name}.restore{TEMPORARY}")
@@ -294,22 +273,19 @@ def restore(url: str, run_dir: Path, flag: str = "--resume") -> Path:
         whole = {_unit(name) for name in stored if _is_manifest(name)}
         if not whole and MARKER not in stored:
             raise NothingStored(f"{what}: there is no run at this address")
-        ours = {name: size for name, size in stored.items() if _is_safe(name)}
-        files = {n: size for n, size in ours.items() if not n.startswith("checkpoints/") or _unit(n) in whole}
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        free, needed = shutil.disk_usage(partial).free, sum(files.values())
-        if needed > free:
-            raise UserError(f"{what} needs {needed} bytes of disk and {run_dir.parent} has {free}")
-        for name in files:
+        for name in filter(_is_safe, stored):
+            if name.startswith("checkpoints/") and _unit(name) not in whole:
+                continue
             path = partial / name
             path.parent.mkdir(parents=True, exist_ok=True)
             client.download_file(bucket, f"{prefix}/{name}", str(path), Config=DOWN)
         partial.rename(run_dir)
     except BOTO_ERRORS as error:
-        raise UserError(_refusal(error, what, bucket)) from None
+        raise _refusal(what, error) from None
     except OSError as error:
-        raise UserError(f"{what}: cannot write {error.filename}: {error.strerror}") from error
+        raise UserError(f"{what}: cannot write to {run_dir.parent}: {error.strerror}") from error
     return run_dir
 
 
@@ -374,15 +350,7 @@ def _reason(error: Exception) -> str:
     return type(error).__name__ if isinstance(error, BOTO_ERRORS) else str(error)
 
 
-def _refusal(error: Exception, what: str, bucket: str) -> str:
-    """The sentence for a user whose S3 does not work at all."""
-    if isinstance(error, NoCredentialsError):
-        return f"{what}: boto3 finds no credentials (environment, ~/.aws, instance role)"
-    if isinstance(error, ClientError):
-        status = error.response["ResponseMetadata"]["HTTPStatusCode"]
-        code = error.response["Error"].get("Code")
-        if code == "NoSuchBucket":
-            return f"{what}: there is no bucket {bucket}"
-        if status in (401, 403) or code in ("ExpiredToken", "InvalidToken"):
-            return f"{what}: the credentials that boto3 found are refused ({_reason(error)})"
-    return f"{what}: S3 cannot be used ({_reason(error)})"
+def _refusal(what: str, error: Exception) -> UserError:
+    return UserError(
+        f"{what}: S3 cannot be used ({_reason(error)}): check the bucket, its rights and boto3's credentials"
+    )
