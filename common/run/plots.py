@@ -10,7 +10,7 @@ import csv
 import json
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -28,38 +28,19 @@ LEFT, RIGHT, BOTTOM, TOP = 0.1, 0.975, 0.125, 0.8  # of the axes, as shares of t
 LETTER = 0.067  # width of a letter of the stages' names, in inches
 
 
-class Panel(NamedTuple):
-    """A quantity that is plotted against epochs and against minutes."""
-
-    title: str
-    y_label: str
-    curves: dict[str, tuple[str, str, str]]  # by column of the log: label, colour, dashes
-    best_of: tuple[str, ...]  # columns whose best value gets a star
-    sign: int  # 1 = the highest value is the best, -1 = the lowest
-    best_label: str
-
-
-ACCURACY = Panel(
-    title="Accuracy",
-    y_label="accuracy (%)",
-    curves={
+# By title and label of the y axis: columns of the log with label, colour and dashes.
+PANELS = {
+    ("Accuracy", "accuracy (%)"): {
         "train_top1": ("train (augmented)", BLUE, "--"),
         "val_top5": ("val top-5", SKY, ":"),
         "val_top1": ("val top-1", VERMILION, "-"),
         "ema_top1": ("EMA top-1", GREEN, "-."),
     },
-    best_of=("val_top1", "ema_top1"),
-    sign=1,
-    best_label="best {:.2f} % (epoch {:.0f})",
-)
-LOSS = Panel(
-    title="Loss",
-    y_label="cross-entropy (nats)",
-    curves={"train_loss": ("train (augmented)", BLUE, "--"), "val_loss": ("validation", VERMILION, "-")},
-    best_of=("val_loss",),
-    sign=-1,
-    best_label="lowest {:.3f} (epoch {:.0f})",
-)
+    ("Loss", "cross-entropy (nats)"): {
+        "train_loss": ("train (augmented)", BLUE, "--"),
+        "val_loss": ("validation", VERMILION, "-"),
+    },
+}
 
 
 def write_plots(run_dir: Path) -> None:
@@ -79,12 +60,13 @@ def write_plots(run_dir: Path) -> None:
         ("live", "by epoch", "epoch", log["epoch"]),
         ("time", "over time", "minutes since the run began", log["total_s"] / 60),
     )
-    for panel in (ACCURACY, LOSS):
+    for (title, y_label), curves in PANELS.items():
         for suffix, words, x_label, x in against:
-            axes = new_plot(f"{panel.title} {words}", x_label, panel.y_label, name)
-            _draw_panel(axes, panel, log, x)
-            save(axes, plots / f"{panel.title.lower()}_{suffix}.png")
-    schedule = read_schedule(run_dir)
+            axes = new_plot(f"{title} {words}", x_label, y_label, name)
+            _draw_curves(axes, curves, log, x)
+            save(axes, plots / f"{title.lower()}_{suffix}.png")
+    # A probe takes no steps, so it has no plan.
+    schedule = read_schedule(run_dir) or log
     for column, quantity, colour in (("lr", "Learning rate", BLUE), ("momentum", "Momentum", PURPLE)):
         axes = new_plot(f"{quantity} by epoch", "epoch", quantity.lower(), name)
         _draw_schedule(axes, column, colour, log, schedule)
@@ -92,12 +74,7 @@ def write_plots(run_dir: Path) -> None:
 
 
 def plot_lr_finder(run_dir: Path) -> None:
-    """Draw `plots/lr_finder_plot.png` from `lr_finder.csv` (step,lr,loss,smoothed,threshold,suggested,problem).
-
-    Raises:
-        FileNotFoundError: the run has no `lr_finder.csv`.
-        ValueError: a cell is not a number.
-    """
+    """Draw `plots/lr_finder_plot.png` from `lr_finder.csv` (step,lr,loss,smoothed,threshold,suggested,problem)."""
     with (run_dir / "lr_finder.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     lr, loss, smoothed, threshold = (
@@ -116,35 +93,23 @@ def plot_lr_finder(run_dir: Path) -> None:
         bottom, start = np.nanmin(loss), np.median(loss[: 1 + len(loss) // 3])
         room = max(start - bottom, 0.1 * start, 1e-3)
         axes.set_ylim(bottom - 0.1 * room, start + room)
-        axes.plot(lr, loss, color=SKY, linewidth=1, marker=".", markersize=3, label="loss of each step")
-        counts = np.isfinite(threshold)
-        lowest = [np.nanmin(smoothed[counts.argmax() - 1 : step]) for step in np.flatnonzero(counts)]
-        axes.fill_between(
-            lr[counts], lowest, threshold[counts], color=PALE, label="no rise: noise, or too small"
-        )
-        axes.plot(lr, threshold, color=GREY, linewidth=1, linestyle="--", label="threshold")
-        axes.plot(lr[finite], smoothed[finite], color=BLUE, linewidth=2, label="smoothed")
-        rise = np.where(smoothed > threshold, np.where(finite, smoothed, np.nan), np.nan)
-        axes.plot(lr, rise, color=VERMILION, linewidth=3, label="above threshold")
-    else:
-        axes.text(0.5, 0.5, "no step was taken", transform=axes.transAxes, ha="center", color=GREY)
+    axes.plot(lr, loss, color=SKY, linewidth=1, marker=".", markersize=3, label="loss of each step")
+    axes.plot(lr, threshold, color=GREY, linewidth=1, linestyle="--", label="threshold")
+    axes.plot(lr[finite], smoothed[finite], color=BLUE, linewidth=2, label="smoothed")
+    rise = np.where(smoothed > threshold, np.where(finite, smoothed, np.nan), np.nan)
+    axes.plot(lr, rise, color=VERMILION, linewidth=3, label="above threshold")
     axes.axvline(suggested, color=VERMILION if problem else GREEN, linewidth=1.4, linestyle="-.")
     label_above(axes, suggested, f"{'taken instead' if problem else 'suggested'}: {suggested:.3g}", INK)
     if problem:
         box = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8}
         where = axes.transAxes
         axes.text(0.01, 0.95, f"not trusted: {problem}", transform=where, va="top", color=VERMILION, bbox=box)
-    if finite.any():
-        add_legend(axes)
+    add_legend(axes)
     save(axes, run_dir / "plots" / "lr_finder_plot.png")
 
 
 def plot_receipt(run_dir: Path) -> None:
-    """Draw `plots/receipt.png` from `receipt.json`: minutes by part, as planned if there was a budget, and as they were.
-
-    Raises:
-        FileNotFoundError: the run has no receipt.
-    """
+    """Draw `plots/receipt.png` from `receipt.json`: minutes by part, as planned if there was a budget, and as they were."""
     receipt = json.loads((run_dir / "receipt.json").read_text())
     actual, planned = receipt["minutes"], (receipt["forecast"] or {"minutes": {}})["minutes"]
     parts = list(dict.fromkeys([*planned, *actual]))
@@ -235,36 +200,32 @@ def add_legend(axes: "Axes") -> None:
     axes.legend(loc="lower left", **place, **spaces, ncols=6, frameon=False, fontsize=8, labelcolor=INK)
 
 
-def _draw_panel(axes: "Axes", panel: Panel, log: Table, x: np.ndarray) -> None:
+def _draw_curves(axes: "Axes", curves: dict[str, tuple[str, str, str]], log: Table, x: np.ndarray) -> None:
     # Dots that crowd together would hide the dashes.
     marker = "." if len(x) <= 50 else ""
-    for column, (label, colour, dashes) in panel.curves.items():
+    for column, (label, colour, dashes) in curves.items():
         y = log.get(column, np.empty(0))
         finite = np.isfinite(y)
         if finite.any():
             label += "" if finite.all() else f", {finite.sum()}/{len(y)} epochs"
             axes.plot(x[finite], y[finite], dashes, color=colour, linewidth=1.8, marker=marker, label=label)
-    candidates = panel.sign * np.stack([log[column] for column in panel.best_of if column in log])
-    candidates[~np.isfinite(candidates)] = -np.inf
-    row = candidates.max(axis=0).argmax()
-    best = panel.sign * candidates[:, row].max()
-    if np.isfinite(best):
-        label = panel.best_label.format(best, log["epoch"][row])
-        axes.plot(x[row], best, "*", color=ORANGE, markeredgecolor=INK, markersize=13, label=label)
+    if "val_top1" in curves:
+        top1 = np.fmax(log["val_top1"], log.get("ema_top1", np.nan))
+        if np.isfinite(top1).any():
+            best = np.nanargmax(top1)
+            label = f"best {top1[best]:.2f} % (epoch {log['epoch'][best]:.0f})"
+            axes.plot(x[best], top1[best], "*", color=ORANGE, markeredgecolor=INK, markersize=13, label=label)
     _finish(axes, log, x, x[-1])
 
 
-def _draw_schedule(axes: "Axes", column: str, colour: str, log: Table, schedule: Table | None) -> None:
+def _draw_schedule(axes: "Axes", column: str, colour: str, log: Table, schedule: Table) -> None:
     x, y = log["epoch"], log[column]
-    if schedule is None:
-        axes.plot(x, y, color=colour, linewidth=1.8, marker=".", label="at each epoch's end")
-    else:
-        done = schedule["epoch"] <= x[-1]
-        axes.plot(schedule["epoch"], schedule[column], color=colour, linewidth=1.4, alpha=0.4, label="plan")
-        axes.plot(schedule["epoch"][done], schedule[column][done], color=colour, linewidth=2.4, label="done")
+    done = schedule["epoch"] <= x[-1]
+    axes.plot(schedule["epoch"], schedule[column], color=colour, linewidth=1.4, alpha=0.4, label="plan")
+    axes.plot(schedule["epoch"][done], schedule[column][done], color=colour, linewidth=2.4, label="done")
     label = f"now: {y[-1]:.3g} (epoch {x[-1]:.0f})"
     axes.plot(x[-1], y[-1], "o", color=colour, markeredgecolor="white", markersize=9, label=label)
-    _finish(axes, log, x, x[-1] if schedule is None else schedule["epoch"][-1])
+    _finish(axes, log, x, schedule["epoch"][-1])
 
 
 def _finish(axes: "Axes", log: Table, x: np.ndarray, x_end: float) -> None:
@@ -276,8 +237,6 @@ def _finish(axes: "Axes", log: Table, x: np.ndarray, x_end: float) -> None:
     axes.set_xlim(0, x_end)
     if axes.lines:
         add_legend(axes)
-    else:
-        axes.text(0.5, 0.5, "no finite value yet", transform=axes.transAxes, ha="center", color=GREY)
     first_rows = np.flatnonzero(np.diff(log["stage"], prepend=np.nan) != 0)
     if len(first_rows) == 1:
         return
