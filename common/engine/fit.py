@@ -80,7 +80,7 @@ def train_epoch(t: Trainer, epoch: EpochPlan, rates: Rates, stream: Iterator[Bat
         progress.images_seen += epoch.global_batch
         t.meter.tick()
         # Between two looks nothing waits for the device.
-        if step < last_step and run.look_due(progress.step) and t.look():
+        if step < last_step and progress.step >= run.next_look and t.look():
             save(t)
     t.look()
     t.lap_training(waited=t.meter.waited)

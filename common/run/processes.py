@@ -28,12 +28,13 @@ Precision = Literal["no", "fp16", "bf16"]
 REPEAT_S = 2.0
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 # What Accelerate would take from its configuration file or the environment, and we would not honour.
-UNSUPPORTED = {
-    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
-    "ACCELERATE_USE_FSDP": "FSDP",
-    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
-    "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism_config",
-}
+UNSUPPORTED = (
+    "ACCELERATE_USE_DEEPSPEED",
+    "ACCELERATE_USE_FSDP",
+    "ACCELERATE_USE_MEGATRON_LM",
+    "ACCELERATE_USE_PARALLELISM_CONFIG",
+    "ACCELERATE_DYNAMO_BACKEND",
+)
 # Of those that Accelerate knows; each is the name of its package.
 TRACKERS = ("wandb", "tensorboard", "trackio")
 FAST_BF16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16", "asimdbf16"}
@@ -49,14 +50,13 @@ class Interrupted(Exception):
 def start_processes() -> PartialState:
     """Join the processes that were launched, on GPUs or, without them, on CPUs.
 
-    Raises:
-        UserError: Accelerate was asked for what these scripts do not do, or would train N models side by side.
+    UserError: Accelerate was asked for what these scripts do not do, or would train N models side by side.
     """
-    for variable, name in UNSUPPORTED.items():
-        if os.environ.get(variable, "false").lower() in ("true", "1"):
-            raise UserError(f"{name} is not supported; take it out of accelerate's --config_file")
-    if os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower() not in ("no", ""):
-        raise UserError("dynamo_config is not supported; take it out of the --config_file and pass --compile")
+    for variable in UNSUPPORTED:
+        if os.environ.get(variable, "").lower() not in ("", "no", "false", "0"):
+            raise UserError(
+                f"{variable} is not supported; take it out of accelerate's --config_file (instead of dynamo pass --compile)"
+            )
     # DDP takes the device the model is on. Accelerate would name the local rank, which is no device where a scheduler
     # shows each process one GPU.
     os.environ["ACCELERATE_BYPASS_DEVICE_MAP"] = "true"
@@ -140,23 +140,20 @@ def resolve_precision(asked: Precision | None, cpu: bool) -> tuple[Precision, st
     if wanted == "fp16":
         raise UserError("--mixed_precision fp16 needs a GPU; use bf16 or no on a CPU")
     if wanted == "bf16" and not fast:
-        note = "this CPU is slow at bf16: convolutions take many times as long as in fp32; pass --mixed_precision no"
-        return wanted, note
+        return (
+            wanted,
+            "this CPU is slow at bf16: it takes many times as long as in fp32; pass --mixed_precision no",
+        )
     if asked or told != "no":
         return wanted, ""
-    why = (
-        "which this CPU is fast at" if fast else "since this CPU has no fast bf16 (AVX512-BF16, AMX or ARM's)"
-    )
-    return wanted, f"precision: {'bf16' if fast else 'fp32'}, {why}; --mixed_precision sets it"
+    why = "bf16, which this CPU is fast at" if fast else "fp32, since this CPU has no fast bf16"
+    return wanted, f"precision: {why}; --mixed_precision sets it"
 
 
 def has_fast_bf16() -> bool:
     """Whether this CPU multiplies bf16 in hardware."""
     info = Path("/proc/cpuinfo")
-    if not info.exists():
-        return False
-    lines = [line for line in info.read_text().splitlines() if line.startswith(("flags", "Features"))]
-    return bool(lines) and not FAST_BF16_FLAGS.isdisjoint(lines[0].split())
+    return info.exists() and not FAST_BF16_FLAGS.isdisjoint(info.read_text().split())
 
 
 def program_age_s() -> float:

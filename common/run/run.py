@@ -51,6 +51,7 @@ class Run:
         stages: the curriculum in force; a resumed run brings it along, a new one settles it before the first step.
         checkpoint: on the main process, the files of the checkpoint that is resumed, or None.
         started: when the program was started, on the monotonic clock.
+        next_look: the step after which all processes look up together; the same on each.
         log: console, `training_log.txt` (main process) and `logs/rank<n>.log` (each process).
     """
 
@@ -79,7 +80,7 @@ class Run:
         self.records = Records(self.folder, self.background)
         self.mirror: Any = None
         self._save_due = time.monotonic() + 60 * cfg.checkpoint_minutes
-        self._next_look, self._looked_at = 0, (0, time.monotonic())
+        self.next_look, self._looked_at = 0, (0, time.monotonic())
 
     # --- its folder ------------------------------------------------------------------------------------------------
 
@@ -122,10 +123,6 @@ class Run:
 
     # --- looking up now and then -----------------------------------------------------------------------------------
 
-    def look_due(self, step: int) -> bool:
-        """Whether all processes look up together after this step; the same answer on each."""
-        return step >= self._next_look
-
     def look(self, step: int, problem: int) -> tuple[bool, int]:
         """Agree on what to do after a step; a collective, about once a second.
 
@@ -146,7 +143,7 @@ class Run:
         stop, save, problem, fewest = self.votes.largest(
             self.signals.number, int(save), problem, -min(max(pace, 1), MOST_STEPS_UNSEEN)
         )
-        self._looked_at, self._next_look = (step, now), step - fewest
+        self._looked_at, self.next_look = (step, now), step - fewest
         if stop:
             raise Interrupted
         return bool(save), problem

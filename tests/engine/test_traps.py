@@ -197,7 +197,7 @@ def test_skipped_steps_are_counted_with_a_fused_optimizer(accumulation):
         ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4", "pass --accumulation 4"),
         ("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR", "pass --compile"),
         ("ACCELERATE_USE_FSDP", "true", "FSDP is not supported"),
-        ("ACCELERATE_USE_DEEPSPEED", "true", "DeepSpeed is not supported"),
+        ("ACCELERATE_USE_DEEPSPEED", "true", "DEEPSPEED is not supported"),
     ],
 )
 def test_a_launchers_settings_are_refused_in_one_sentence(variable, value, sentence, monkeypatch):

@@ -86,11 +86,11 @@ def test_looks_come_about_once_a_second_however_long_a_step_takes(monkeypatch):
         run = object.__new__(Run)
         run.cfg, run.is_main, run.votes = StandardConfig(), True, Votes(1)
         run.signals = SimpleNamespace(number=0)
-        run._save_due, run._next_look, run._looked_at = 1e9, 0, (0, 0.0)
+        run._save_due, run.next_look, run._looked_at = 1e9, 0, (0, 0.0)
         looks = []
         for step in range(1, 400):
             clock[0] += seconds
-            if run.look_due(step):
+            if step >= run.next_look:
                 run.look(step, 0)
                 looks.append(step)
         # The first step of all, whose pace is not known, is looked at.
