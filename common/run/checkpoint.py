@@ -13,7 +13,6 @@ Not `Accelerator.save_state`: that pickles, and a run could not go on with anoth
 """
 
 import contextlib
-import errno
 import hashlib
 import json
 import os
@@ -291,10 +290,8 @@ def write(checkpoints: Path, files: Files) -> Path:
             _remove(later)
     except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         raise UserError(
-            f"cannot write the checkpoint {folder}: {'the disk is full' if full else error.strerror}; "
-            "the one before it is whole, set --output"
+            f"cannot write the checkpoint {folder}: {error.strerror}; the one before it is whole, set --output"
         ) from error
     return folder
 
@@ -359,11 +356,10 @@ def newest_whole(checkpoints: Path) -> tuple[Files | None, list[str]]:
 
 
 def prune(checkpoints: Path, keep: int = 2, also: Collection[str] = ()) -> None:
-    """Delete all checkpoints but the newest `keep` and those named in `also`, and what a killed process left.
+    """Delete all checkpoints but the newest `keep` (>= 1) and those named in `also`, and what a killed process left.
 
     To be called while none is being written.
     """
-    assert keep >= 1
     complete = [folder.name for folder in _by_step(checkpoints) if (folder / MANIFEST).exists()]
     kept = {*complete[-keep:], *also}
     for folder in checkpoints.glob("step_*/"):

@@ -51,13 +51,11 @@ def read_gpus() -> dict[str, tuple[float, float]]:
         return {}
     try:
         pynvml.nvmlInit()
-        devices = (torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count()))
-        handles = {
-            str(device.uuid): pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{device.uuid}") for device in devices
-        }
-        return {
-            name: (pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1e3, float("inf"))
-            for name, handle in handles.items()
-        }
+        counters = {}
+        for index in range(torch.cuda.device_count()):
+            uuid = torch.cuda.get_device_properties(index).uuid
+            handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
+            counters[str(uuid)] = (pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1e3, math.inf)
+        return counters
     except pynvml.NVMLError:
         return {}

@@ -39,7 +39,8 @@ def claim_folder(cfg: TrainConfig, state: PartialState) -> tuple[list[Stage], di
             _fetch(cfg, output / name)
             files = _find(cfg, output / name, asked)
             recorded = files[checkpoint.STATE]["config"] if files else None
-            _must_match(cfg, recorded, output / name)
+            if recorded:
+                _must_match(cfg, recorded, output / name)
             place = [(str(output), name, recorded)]
     if state.num_processes > 1:
         broadcast_object_list(place)
@@ -104,17 +105,14 @@ def _find(cfg: TrainConfig, folder: Path, asked: Path | None) -> dict[str, Any] 
     return files
 
 
-def _must_match(cfg: TrainConfig, recorded: dict[str, Any] | None, folder: Path) -> None:
-    if recorded is None:
-        return
+def _must_match(cfg: TrainConfig, recorded: dict[str, Any], folder: Path) -> None:
     if cfg.resume == "none":
         raise UserError(
             f"{folder} already holds a run; choose another --run_name, or --resume auto to go on with it"
         )
-    strategy = recorded["strategy"]
-    if strategy != cfg.strategy:
+    if recorded["strategy"] != cfg.strategy:
         raise UserError(
-            f"{folder} holds a run of train_{strategy}.py; go on with that script, or choose another --run_name"
+            f"{folder} holds a run of train_{recorded['strategy']}.py; go on with that script, or choose another --run_name"
         )
     if changed := differences(cfg, recorded):
         raise UserError(
@@ -124,11 +122,7 @@ def _must_match(cfg: TrainConfig, recorded: dict[str, Any] | None, folder: Path)
 
 
 def create_folder(folder: Path, cfg: TrainConfig, stages: list[Stage]) -> None:
-    """Make the run's folder and write the settings and stages in force, as `--config` reads them.
-
-    Raises:
-        UserError: cannot be written.
-    """
+    """Make the run's folder and write the settings and stages in force, as `--config` reads them; UserError: it cannot."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.yaml").write_text(yaml.safe_dump(repeatable(cfg, stages), sort_keys=False))

@@ -28,9 +28,7 @@ def peak_memory_mb(device: torch.device) -> float:
 
 
 class Meter:
-    """Loss, hits, speed and waiting of one epoch.
-
-    The sums stay on the device, where nothing has to be waited for, until somebody looks.
+    """Loss, hits, speed and waiting of one epoch, summed on the device, where nothing has to be waited for.
 
     Attributes:
         sums: float64 [2], loss and hits over this process's images of the epoch.
@@ -184,14 +182,9 @@ def closing_block(run: Run, progress: Progress) -> str:
         "hardware": f"{run.accelerator.num_processes} × {device}",
     }
     run.records.write_json("summary.json", summary)
-    rows = {
-        "best top-1": f"{summary['best_top1']:.2f} % (epoch {summary['best_epoch']}, {summary['best_weights']} weights)",
-        "last top-1": f"{summary['last_top1']:.2f} %{shown}",
-        "epochs": f"{summary['epochs']}",
-        "images seen": f"{summary['images_seen']:,}",
-        "wall time": clock(summary["wall_s"]),
-        "peak LR": f"{summary['peak_lr']:.4g}",
-        "model": f"{run.folder / 'model'}",
-        "plots": f"{run.folder / 'plots'}",
-    }
-    return "\n" + "\n".join(f"  {name:<12} {value}" for name, value in rows.items())
+    return (
+        f"\n  best top-1   {summary['best_top1']:.2f} % (epoch {summary['best_epoch']}, {summary['best_weights']} weights)"
+        f"\n  last top-1   {summary['last_top1']:.2f} %{shown}"
+        f"\n  wall time    {clock(progress.wall_s)}"
+        f"\n  folder       {run.folder}"
+    )

@@ -27,10 +27,8 @@ ROOT = Path(__file__).parents[2]
 def wilson(hits: int, images: int) -> tuple[float, float]:
     """The 95 % interval of a share (Wilson, 1927)."""
     share, z2 = hits / images, Z_95**2
-    centre, spread = (
-        share + z2 / (2 * images),
-        math.sqrt(share * (1 - share) * z2 / images + (z2 / (2 * images)) ** 2),
-    )
+    centre = share + z2 / (2 * images)
+    spread = math.sqrt(share * (1 - share) * z2 / images + (z2 / (2 * images)) ** 2)
     return (centre - spread) / (1 + z2 / images), (centre + spread) / (1 + z2 / images)
 
 
@@ -110,10 +108,8 @@ def _commit() -> str | None:
     """Of this code, with a plus if it has been changed since; None where it is no checkout."""
     if not (ROOT / ".git").exists():
         return None
-    git = ["git", "-C", str(ROOT)]
+    git = ["git", "-C", str(ROOT), "describe", "--always", "--abbrev=40", "--dirty=+", "--exclude=*"]
     try:
-        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
-        changed = subprocess.run([*git, "diff", "--quiet", "HEAD"], capture_output=True, check=False)
+        return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None
-    return head.stdout.strip() + ("+" if changed.returncode else "")

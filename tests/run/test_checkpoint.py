@@ -164,7 +164,7 @@ def test_a_full_disk_is_one_sentence_and_leaves_the_one_before_whole(tmp_path):
     ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (50, hard))
     try:
-        with pytest.raises(UserError, match="the disk is full; the one before it is whole, set --output"):
+        with pytest.raises(UserError, match="File too large; the one before it is whole, set --output"):
             saved(tmp_path, 2)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
