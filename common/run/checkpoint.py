@@ -139,10 +139,7 @@ def _host_copies(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _rows(state: TrainState, accelerator: Accelerator) -> dict[str, Tensor]:
-    """What differs between processes, by name, each [processes, ...] in the order of their ranks.
-
-    That is the random numbers, and BatchNorm's running statistics, which every process keeps of its own images.
-    """
+    """Random numbers and BatchNorm's running statistics, which differ between processes: by name, [processes, ...]."""
     own = {f"rng.{name}": value for name, value in rng_state().items()}
     if accelerator.num_processes == 1:
         return {name: value[None] for name, value in own.items()}
@@ -341,10 +338,9 @@ def _is_whole(folder: Path) -> bool:
 
 
 def newest_whole(checkpoints: Path) -> tuple[Files | None, list[str]]:
-    """The files of a run's newest checkpoint that is not damaged, and a sentence for each newer one that is.
+    """The files of the newest checkpoint that is not damaged, and a sentence for each newer one that is.
 
-    Raises:
-        UserError: there are only checkpoints of an older format.
+    UserError: it is of an older format.
     """
     damaged: list[str] = []
     for folder in reversed(_by_step(checkpoints)):
@@ -356,10 +352,7 @@ def newest_whole(checkpoints: Path) -> tuple[Files | None, list[str]]:
 
 
 def prune(checkpoints: Path, keep: int = 2, also: Collection[str] = ()) -> None:
-    """Delete all checkpoints but the newest `keep` (>= 1) and those named in `also`, and what a killed process left.
-
-    To be called while none is being written.
-    """
+    """Delete all checkpoints but the newest `keep` (>= 1) and those named in `also`; not while one is written."""
     complete = [folder.name for folder in _by_step(checkpoints) if (folder / MANIFEST).exists()]
     kept = {*complete[-keep:], *also}
     for folder in checkpoints.glob("step_*/"):

@@ -122,7 +122,10 @@ def _must_match(cfg: TrainConfig, recorded: dict[str, Any], folder: Path) -> Non
 
 
 def create_folder(folder: Path, cfg: TrainConfig, stages: list[Stage]) -> None:
-    """Make the run's folder and write the settings and stages in force, as `--config` reads them; UserError: it cannot."""
+    """Make the run's folder and write the settings and stages in force, as `--config` reads them.
+
+    UserError: it cannot be written.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.yaml").write_text(yaml.safe_dump(repeatable(cfg, stages), sort_keys=False))

@@ -2,8 +2,7 @@
 
     python -c "import pathlib, common.run.plots as p; p.write_plots(pathlib.Path('runs/my_run'))"
 
-Each plot is a figure of its own, made with matplotlib's object interface: no pyplot, hence no window, no
-backend and no global state in the process that trains, and any thread may draw.
+Made with matplotlib's object interface: without pyplot's global state any thread may draw.
 """
 
 import csv
@@ -44,14 +43,7 @@ PANELS = {
 
 
 def write_plots(run_dir: Path) -> None:
-    """Refresh the six live plots in `run_dir/plots` from `training_log.csv`; none before its first epoch.
-
-    Learning rate and momentum follow the plan in `schedule.csv` (step,epoch,lr,momentum), where it exists.
-
-    Raises:
-        FileNotFoundError: the run has no `training_log.csv`.
-        ValueError: a cell of the log is not a number.
-    """
+    """Refresh the six live plots from `training_log.csv` and `schedule.csv`; none before the first epoch."""
     log = read_log(run_dir / "training_log.csv")
     if not len(log["epoch"]):
         return
@@ -83,9 +75,8 @@ def plot_lr_finder(run_dir: Path) -> None:
     )
     suggested, problem = float(rows[0]["suggested"]), rows[0]["problem"]
 
-    axes = new_plot(
-        "Learning-rate finder", "learning rate (logarithmic)", "training loss (nats)", run_dir.resolve().name
-    )
+    name = run_dir.resolve().name
+    axes = new_plot("Learning-rate finder", "learning rate (logarithmic)", "training loss (nats)", name)
     axes.set_xscale("log")
     finite = np.isfinite(smoothed)
     if finite.any():
@@ -101,15 +92,13 @@ def plot_lr_finder(run_dir: Path) -> None:
     axes.axvline(suggested, color=VERMILION if problem else GREEN, linewidth=1.4, linestyle="-.")
     label_above(axes, suggested, f"{'taken instead' if problem else 'suggested'}: {suggested:.3g}", INK)
     if problem:
-        box = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8}
-        where = axes.transAxes
-        axes.text(0.01, 0.95, f"not trusted: {problem}", transform=where, va="top", color=VERMILION, bbox=box)
+        axes.text(0.01, 0.95, f"not trusted: {problem}", transform=axes.transAxes, va="top", color=VERMILION)
     add_legend(axes)
     save(axes, run_dir / "plots" / "lr_finder_plot.png")
 
 
 def plot_receipt(run_dir: Path) -> None:
-    """Draw `plots/receipt.png` from `receipt.json`: minutes by part, as planned if there was a budget, and as they were."""
+    """Draw `plots/receipt.png` from `receipt.json`: minutes by part, as planned with a budget, and as taken."""
     receipt = json.loads((run_dir / "receipt.json").read_text())
     actual, planned = receipt["minutes"], (receipt["forecast"] or {"minutes": {}})["minutes"]
     parts = list(dict.fromkeys([*planned, *actual]))
@@ -132,22 +121,14 @@ def plot_receipt(run_dir: Path) -> None:
 
 
 def read_log(path: Path) -> Table:
-    """Read a CSV of numbers, whose header names the columns; empty cells are NaN.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: a cell is not a number.
-    """
+    """Read a CSV of numbers under a header; empty cells are NaN, words a ValueError."""
     header, *lines = [line.split(",") for line in path.read_text().splitlines()] or [["epoch"]]
     rows = [[float(cell or "nan") for cell in line] for line in lines]
     return dict(zip(header, np.array(rows).reshape(-1, len(header)).T, strict=True))
 
 
 def read_schedule(run_dir: Path) -> Table | None:
-    """Read a run's whole plan from `schedule.csv` (step,epoch,lr,momentum); None where the run has none.
-
-    In what is returned, `epoch` counts the epochs that are over after a step, with the fraction.
-    """
+    """A run's `schedule.csv` by step, if it has one; `epoch` counts those that are over after it, with the fraction."""
     path = run_dir / "schedule.csv"
     if not path.exists():
         return None

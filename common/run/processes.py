@@ -100,11 +100,7 @@ def make_accelerator(cfg: TrainConfig) -> tuple[Accelerator, str]:
 
 
 def tracker_names(trackers: str) -> list[str]:
-    """What --trackers names; Accelerate would pass over a package that is not there.
-
-    Raises:
-        UserError: one that does not exist, or is not installed.
-    """
+    """What --trackers names; UserError: unknown, or not installed, which Accelerate would pass over."""
     names = [] if trackers == "none" else trackers.split(",")
     for name in names:
         if name not in TRACKERS:
@@ -123,12 +119,9 @@ def idle_accelerator() -> str:
 
 
 def resolve_precision(asked: Precision | None, cpu: bool) -> tuple[Precision, str]:
-    """The precision in force and a line that says why; "" where there is nothing to say.
+    """The precision in force and a line that says why, or ""; UserError: fp16 on a CPU.
 
     On a CPU, `mixed_precision: no` of a launcher's file means that nobody asked, for Accelerate writes it always.
-
-    Raises:
-        UserError: fp16 on a CPU.
     """
     told = cast(Precision, os.environ.get("ACCELERATE_MIXED_PRECISION", "no"))
     if told not in ("no", "fp16", "bf16"):

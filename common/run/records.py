@@ -35,11 +35,7 @@ class Background:
         self._work.append(self._pool.submit(work, *args))
 
     def drain(self) -> None:
-        """Wait for all that was given.
-
-        Raises:
-            UserError, OSError: what the first failing work raised.
-        """
+        """Wait for all that was given; raises what the first failing work raised."""
         work, self._work = self._work, []
         for future in work:
             future.result()

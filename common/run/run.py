@@ -124,16 +124,10 @@ class Run:
     # --- looking up now and then -----------------------------------------------------------------------------------
 
     def look(self, step: int, problem: int) -> tuple[bool, int]:
-        """Agree on what to do after a step; a collective, about once a second.
+        """Agree on what to do after a step, about once a second; a collective.
 
-        Args:
-            problem: a number that is bad news, such as steps without a finite loss.
-
-        Returns:
-            Whether a checkpoint is due, and the largest problem of all processes.
-
-        Raises:
-            Interrupted: a process has been told to stop.
+        Returns whether a checkpoint is due, and the largest `problem` of all processes, a number that is bad news.
+        Raises Interrupted if a process has been told to stop.
         """
         now = time.monotonic()
         steps, seconds = step - self._looked_at[0], now - self._looked_at[1]

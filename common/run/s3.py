@@ -64,7 +64,7 @@ class S3Mirror:
     file during an outage cost one upload. What is sent together, a plain file or a checkpoint, is a unit.
 
     Attributes:
-        uploading: name of the checkpoint that must stay in the folder, else slow uploads might never get to an end.
+        uploading: the checkpoint that must stay in the folder, else slow uploads might never get to an end.
 
     Raises UserError if the address, the bucket or the credentials are wrong, or if the address already holds
     checkpoints while `run_dir` has none. A server out of reach is a warning: it is retried for ever.
@@ -117,7 +117,7 @@ class S3Mirror:
     # --- the folder ------------------------------------------------------------------------------------------------
 
     def _units(self) -> dict[str, dict[str, Version]]:
-        """The files of each unit as they are now, in the order of sending: plain files, then checkpoints, the oldest first.
+        """The files of each unit as they are now, in the order of sending: plain files, then checkpoints by age.
 
         So one that was begun is finished first, else many short outages might let none get to its end. Without
         symbolic links, as they may point to what is not the run's.
@@ -256,7 +256,7 @@ def probe(url: str) -> str:
 
 
 def restore(url: str, run_dir: Path, flag: str = "--resume") -> Path:
-    """Download the run at `url` into `run_dir`, which must be absent or empty and gets its name when everything is there.
+    """Download the run at `url` into `run_dir`, absent or empty; it gets its name when everything is there.
 
     Left out are checkpoints without their manifest, and keys that would leave the folder, which are not ours.
 
