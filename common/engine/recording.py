@@ -12,10 +12,11 @@ from common.engine.evaluate import Score
 from common.engine.trainer import Trainer
 from common.run import checkpoint
 from common.run.checkpoint import Progress
+from common.run.plots import write_plots
 from common.run.processes import rank0_errors
 from common.run.progress import closing_block, outlook, peak_memory_mb
 from common.run.receipt import write_receipt
-from common.run.records import upload_model
+from common.run.records import draw, upload_model
 from common.scheduling import EpochPlan, Rates
 
 # Checkpoints kept beside the best and the numbered ones: the newest may have been damaged by what ended the run.
@@ -112,7 +113,7 @@ def record(t: Trainer, epoch: EpochPlan, rates: Rates, scores: list[Score]) -> N
         save(t)
     if run.is_main:
         # Only now: a checkpoint waits for all work that was given before it.
-        run.records.plot()
+        run.background.submit(draw, write_plots, run.folder)
     run.sync()
     # After the first epoch, and at each stage's end.
     if progress.forecast and progress.epochs_done in {1, *accumulate(s.epochs for s in t.plan.stages)}:

@@ -16,7 +16,6 @@ from accelerate import Accelerator
 from common.config import TrainConfig, as_plain
 from common.run import checkpoint
 from common.run.checkpoint import Progress
-from common.run.plots import write_plots
 from common.scheduling import Plan, Rates
 
 log = logging.getLogger(__name__)
@@ -55,8 +54,8 @@ def draw(plot: Callable[[Path], None], folder: Path) -> None:
 class Records:
     """The files of a run that people and tools read; only the main process writes them."""
 
-    def __init__(self, folder: Path, background: Background) -> None:
-        self.folder, self.background = folder, background
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
         self.csv_path = folder / "training_log.csv"
 
     def rows(self) -> list[dict[str, str]]:
@@ -73,10 +72,6 @@ class Records:
         """Add an epoch to the CSV."""
         rounded = {key: f"{value:.6g}" if isinstance(value, float) else value for key, value in row.items()}
         self._write_log([*self.rows(), rounded])
-
-    def plot(self) -> None:
-        """Draw the curves anew, beside the training."""
-        self.background.submit(draw, write_plots, self.folder)
 
     def _write_log(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Replace the whole CSV: rows that an older version wrote may have fewer columns than the new one's."""

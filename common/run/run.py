@@ -77,7 +77,7 @@ class Run:
         self.signals = Signals()
         self.energy = EnergyMeter(gpus=self.accelerator.device.type == "cuda")
         self.background = Background()
-        self.records = Records(self.folder, self.background)
+        self.records = Records(self.folder)
         self.mirror: Any = None
         self._save_due = time.monotonic() + 60 * cfg.checkpoint_minutes
         self.next_look, self._looked_at = 0, (0, time.monotonic())

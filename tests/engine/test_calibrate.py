@@ -36,7 +36,7 @@ def data(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def young(monkeypatch, tmp_path):
     """Each run begins its own program, with a cache of its own, and draws no curves."""
-    monkeypatch.setattr("common.run.records.write_plots", lambda folder: None)
+    monkeypatch.setattr("common.engine.recording.write_plots", lambda folder: None)
     monkeypatch.setattr("common.engine.measure.write_plots", lambda folder: None)
     monkeypatch.setattr("common.run.run.program_age_s", lambda: 1.0)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))

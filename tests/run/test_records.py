@@ -34,10 +34,9 @@ def test_a_plot_that_fails_is_a_warning(tmp_path, caplog):
 
 
 def test_columns_are_those_of_the_first_row_and_late_rows_are_dropped(tmp_path):
-    records = Records(tmp_path, Background())
+    records = Records(tmp_path)
     for epoch in (1, 2, 3):
         records.add({"epoch": epoch, "total_s": epoch / 3})
-    records.background.drain()
     records.keep_epochs(2)
     with open(records.csv_path) as file:
         assert list(csv.reader(file)) == [["epoch", "total_s"], ["1", "0.333333"], ["2", "0.666667"]]
@@ -46,11 +45,10 @@ def test_columns_are_those_of_the_first_row_and_late_rows_are_dropped(tmp_path):
 
 
 def test_a_log_that_an_older_version_began_gets_the_columns_it_lacks(tmp_path):
-    records = Records(tmp_path, Background())
+    records = Records(tmp_path)
     records.csv_path.write_text("epoch,gone,total_s\r\n1,7,0.5\r\n2,7,1\r\n")
     records.keep_epochs(1)
     records.add({"epoch": 2, "balanced": 50.0, "total_s": 2.0})
-    records.background.drain()
     assert records.rows() == [
         {"epoch": "1", "gone": "7", "total_s": "0.5", "balanced": ""},
         {"epoch": "2", "gone": "", "total_s": "2", "balanced": "50"},
