@@ -9,14 +9,13 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-Parsed = TypeVar("Parsed")
 log = logging.getLogger(__name__)
 
 
@@ -56,31 +55,21 @@ def map_arrow(path: Path) -> pa.Table | None:
 
 
 def derived(
-    path: Path, make: Callable[[], pa.Table], parse: Callable[[pa.Table | None], Parsed | None]
-) -> Parsed | None:
-    """Take a table from the cache file `path`, or make it: one process of the machine does, the others wait and map it.
+    path: Path, make: Callable[[], pa.Table], current: Callable[[pa.Table], bool] = lambda table: True
+) -> pa.Table:
+    """Map the table in the cache file `path`, or make it where that is missing, damaged or not `current`.
 
-    Args:
-        path: of the Arrow file.
-        make: derives the table from the dataset.
-        parse: turns a table into what is wanted; None where it is missing, damaged or out of date.
-
-    Returns:
-        What `parse` makes of the table; None only if a table just made does not serve.
+    One process of the machine makes it, the others wait and map it.
     """
-    parsed = parse(map_arrow(path))
-    if parsed is not None:
-        return parsed
     with locked(path.with_suffix(".lock")):
-        parsed = parse(map_arrow(path))
-        if parsed is None:
+        table = map_arrow(path)
+        if table is None or not current(table):
             table = make()
             try:
                 write_arrow(path, table)
             except OSError as error:
                 log.warning("%s is not kept for the next start: %s", path, error.strerror)
-            parsed = parse(table)
-    return parsed
+    return table
 
 
 @contextmanager

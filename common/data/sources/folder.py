@@ -40,11 +40,7 @@ class FolderSource:
         self.location = str(folder)
         self._root = root = os.fsencode(folder) + b"/"
         cached = cache_folder() / "manifests" / f"{hashlib.sha256(root).hexdigest()[:16]}.arrow"
-        manifest = derived(
-            cached, lambda: _scan(root), lambda table: table if _current(table, root) else None
-        )
-        if manifest is None:
-            raise UserError(f"{folder} changes while it is being listed")
+        manifest = derived(cached, lambda: _scan(root), lambda table: _current(table, root))
         facts = _facts(manifest)
         self.classes, self.fingerprint, self._place = facts["classes"], facts["fingerprint"], facts["place"]
         self._paths, self.labels = manifest.column("path").chunk(0), manifest.column("label").to_numpy()
@@ -70,7 +66,7 @@ def _scan(root: bytes) -> pa.Table:
     """List a tree: a row per image, by class and name, and in the metadata what a `FolderSource` has to know.
 
     Raises:
-        UserError: no class folders, or an empty one.
+        UserError: no class folders, an empty one, or one that changes meanwhile.
     """
     log.info("listing the images of %s", os.fsdecode(root))
     directories = [("", os.stat(root).st_mtime_ns)]
@@ -107,7 +103,10 @@ def _scan(root: bytes) -> pa.Table:
         "place": fingerprint_of(root, directories, fingerprint),
     }
     table = pa.table({"path": pa.array(paths, pa.large_binary()), "label": labels})
-    return table.replace_schema_metadata({MANIFEST: json.dumps(facts)})
+    manifest = table.replace_schema_metadata({MANIFEST: json.dumps(facts)})
+    if not _current(manifest, root):
+        raise UserError(f"{os.fsdecode(root)} changes while it is being listed")
+    return manifest
 
 
 _EXTENSIONS = tuple(extension.encode() for extension in EXTENSIONS)
@@ -117,10 +116,8 @@ def _facts(manifest: pa.Table) -> dict[str, Any]:
     return json.loads(manifest.schema.metadata[MANIFEST])
 
 
-def _current(manifest: pa.Table | None, root: bytes) -> bool:
-    """Whether there is a manifest, and no directory has changed since."""
-    if manifest is None or MANIFEST not in (manifest.schema.metadata or {}):
-        return False
+def _current(manifest: pa.Table, root: bytes) -> bool:
+    """Whether no directory has changed since."""
     try:
         times = _facts(manifest)["directories"]
         return all(os.stat(root + os.fsencode(name)).st_mtime_ns == modified for name, modified in times)

@@ -16,16 +16,9 @@ log = logging.getLogger(__name__)
 
 def cached_sizes(source: Source, key: str, read_head: Callable[[int], np.ndarray]) -> np.ndarray:
     """Scan the headers once; the result lives beside the manifests, under a key that changes with the data."""
-
-    def parse(table: pa.Table | None) -> np.ndarray | None:
-        if table is None or table.schema.names != ["height", "width"] or len(table) != len(source):
-            return None
-        return np.stack([table.column(side).to_numpy() for side in ("height", "width")], 1)
-
     cached = cache_folder() / "sizes" / f"{key}.arrow"
-    sizes = derived(cached, lambda: _scan_sizes(source, read_head), parse)
-    assert sizes is not None
-    return sizes
+    table = derived(cached, lambda: _scan_sizes(source, read_head))
+    return np.stack([table.column(side).to_numpy() for side in ("height", "width")], 1)
 
 
 def _scan_sizes(source: Source, read_head: Callable[[int], np.ndarray]) -> pa.Table:

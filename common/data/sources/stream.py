@@ -111,9 +111,7 @@ class StreamSource:
             table = pa.concat_tables([part for _, part in parts])
             return table.append_column("shard", pa.array(shards)).append_column("group", pa.array(groups))
 
-        rows = derived(self._folder / "rows.arrow", read_all, lambda table: table)
-        assert rows is not None
-        return rows
+        return derived(self._folder / "rows.arrow", read_all)
 
     def __len__(self) -> int:
         return len(self.labels)
