@@ -68,66 +68,34 @@ def read_small(
     return numbers, classes, np.stack(sides, 1) if sides else None
 
 
-class Places(NamedTuple):
-    """Where the bytes of each row of an image column lie."""
-
-    chunks: list[np.ndarray]  # uint8 each
-    chunk: np.ndarray  # int32 [N]
-    start: np.ndarray  # int64 [N], in the chunk
-    length: np.ndarray  # int32 [N]; 0 where the row is null
-
-    def read(self, row: int) -> np.ndarray:
-        begin = self.start[row]
-        return self.chunks[self.chunk[row]][begin : begin + self.length[row]]
+def image_bytes(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """The bytes of an image column, which has them in structs or bare; nothing is copied."""
+    if pa.types.is_struct(column.type):
+        field = column.type.get_field_index("bytes")
+        return pa.chunked_array([chunk.flatten()[field] for chunk in column.chunks], column.type[field].type)
+    return column
 
 
-def find_places(column: pa.ChunkedArray) -> Places:
-    """Look up where a column of bytes, or of structs with a field `bytes`, has them; nothing is copied."""
-    chunks: list[np.ndarray] = []
-    numbers, starts, lengths = [np.empty(0, np.int32)], [np.empty(0, np.int64)], [np.empty(0, np.int32)]
-    for chunk in column.chunks:
-        if pa.types.is_struct(chunk.type):
-            chunk = chunk.flatten()[chunk.type.get_field_index("bytes")]
-        offset_type = np.int64 if pa.types.is_large_binary(chunk.type) else np.int32
-        _, offsets, content = chunk.buffers()
-        offsets = np.frombuffer(offsets, offset_type)[chunk.offset : chunk.offset + len(chunk) + 1]
-        length = np.diff(offsets)
-        if chunk.null_count:
-            length[chunk.is_null().to_numpy(zero_copy_only=False)] = 0
-        numbers.append(np.full(len(chunk), len(chunks), np.int32))
-        starts.append(offsets[:-1].astype(np.int64))
-        lengths.append(length.astype(np.int32))
-        chunks.append(np.frombuffer(content or b"", np.uint8))
-    return Places(chunks, *(np.concatenate(parts) for parts in (numbers, starts, lengths)))
-
-
-def read_level(levels: list[int], short_side: int, read: Callable[[int], np.ndarray]) -> np.ndarray:
+def read_level(levels: list[int], short_side: int, read: Callable[[int], pa.Scalar]) -> np.ndarray:
     """Read an image from the smallest level with a margin as Resize(256) leaves for CenterCrop(224); else from the largest.
 
-    Small images are stored once: where a level has none (`read(level)` is empty), the next smaller one has it.
+    Small images are stored once: where a level has none (`read(level)` is null), the next smaller one has it.
     """
     wanted = next((level for level in levels if level >= short_side * 8 // 7), levels[-1])
     for level in reversed(levels[: levels.index(wanted) + 1]):
-        if len(encoded := read(level)):
-            break
-    return encoded
+        encoded = read(level).as_buffer()
+        if encoded:
+            return np.frombuffer(encoded, np.uint8)
+    return np.empty(0, np.uint8)
 
 
 class ArrowSource:
-    """One split of an Arrow table, memory-mapped: a Hugging Face dataset, or a pyramid of smaller copies.
-
-    Where the bytes of a row lie is three numbers (chunk, start, length): reading makes no Arrow object.
-    """
+    """One split of an Arrow table, memory-mapped: a Hugging Face dataset, or a pyramid of smaller copies."""
 
     group_rows = None
 
     def __init__(self, tables: dict[str, pa.Table], fingerprint: str):
-        """Look up where everything is.
-
-        Args:
-            tables: by the name they have in messages; with the features of `datasets` in their metadata.
-            fingerprint: changes when the data change.
-        """
+        """`tables` by the name they have in messages, with the features of `datasets` in their metadata."""
         self.fingerprint = fingerprint
         self._names = list(tables)
         self.location = self._names[0]
@@ -136,14 +104,14 @@ class ArrowSource:
         columns = find_columns(table.schema, self._names[0])
         self.labels, self.classes, self._sizes = read_small(table, columns, self._names[0])
         self.prepared = columns.prepared
-        self._places = {level: find_places(table.column(name)) for level, name in columns.levels.items()}
+        self._images = {level: image_bytes(table.column(name)) for level, name in columns.levels.items()}
         self._levels = list(columns.levels)
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def read(self, index: int, short_side: int) -> np.ndarray:
-        return read_level(self._levels, short_side, lambda level: self._places[level].read(index))
+        return read_level(self._levels, short_side, lambda level: self._images[level][index])
 
     def describe(self, index: int) -> str:
         place = int(np.searchsorted(self._first_rows, index, "right")) - 1
@@ -157,7 +125,7 @@ class ArrowSource:
 
 def open_shards(data_dir: str, shards: list[Path], names: tuple[str, ...]) -> ArrowSource:
     """Map the Arrow shards that `prepare` wrote."""
-    by_name = ([shard for shard in shards if shard.name.startswith(f"{name}-")] for name in names)
+    by_name = [[shard for shard in shards if shard.name.startswith(f"{name}-")] for name in names]
     chosen = next(filter(None, by_name), None)
     if chosen is None:
         raise MissingSplit(f"--data_dir {data_dir} has no data/{names[0]}-*.arrow")

@@ -13,9 +13,8 @@ the machine map it: a row group travels once, whoever asks first.
 import logging
 import os
 import re
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from functools import lru_cache, partial
 from pathlib import Path
 
@@ -25,7 +24,7 @@ import pyarrow.parquet as pq
 from pyarrow import fs
 
 from common import UserError
-from common.data.sources.arrow import Places, find_columns, find_places, read_level, read_small
+from common.data.sources.arrow import find_columns, image_bytes, read_level, read_small
 from common.data.sources.base import VAL_NAMES, MissingSplit
 from common.data.sources.cache import cache_folder, derived, locked, map_arrow, write_arrow
 from common.data.sources.remote import Storage
@@ -36,55 +35,34 @@ KEEP_BYTES = 16 << 30  # an epoch is at 20,000 images at a time, 2 GB of photogr
 MAPPED = 256  # row groups that a worker keeps mapped
 
 
-class Shard:
-    """One Parquet or Arrow file."""
+def read_schema(storage: Storage, path: str) -> pa.Schema:
+    with storage.system().open_input_file(path) as file:
+        return pq.read_schema(file) if path.endswith(".parquet") else pa.ipc.open_file(file).schema
 
-    def __init__(self, storage: Storage, path: str):
-        self.storage, self.path = storage, path
 
-    @contextmanager
-    def _opened(self, columns: list[str] | None) -> Iterator[pq.ParquetFile | pa.ipc.RecordBatchFileReader]:
-        with self.storage.system().open_input_file(self.path) as file:
-            if self.path.endswith(".parquet"):
-                yield pq.ParquetFile(file)
-            else:
-                schema = pa.ipc.open_file(file).schema
-                fields = [schema.get_field_index(column) for column in columns or []]
-                options = pa.ipc.IpcReadOptions(included_fields=fields)
-                yield pa.ipc.open_file(file, options=options)
-
-    def schema(self) -> pa.Schema:
-        with self._opened(None) as file:
-            return file.schema_arrow if isinstance(file, pq.ParquetFile) else file.schema
-
-    def read_small(self, columns: list[str]) -> tuple[list[int], pa.Table]:
-        """Return the rows of each group, and some columns of all."""
-        with self._opened(columns) as file:
-            if isinstance(file, pq.ParquetFile):
-                groups = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
-                return groups, file.read(columns)
-            batches = [file.get_batch(group) for group in range(file.num_record_batches)]
-            return [len(batch) for batch in batches], pa.Table.from_batches(batches)
-
-    def read_images(self, group: int, column: str) -> pa.Table:
-        """Fetch one image column of one group."""
-        with self._opened([column]) as file:
-            if isinstance(file, pq.ParquetFile):
-                return file.read_row_group(group, [column])
-            return pa.Table.from_batches([file.get_batch(group)])
+def read_groups(storage: Storage, path: str, columns: list[str], group: int | None = None) -> list[pa.Table]:
+    """Fetch some columns of one group of a Parquet or Arrow file, or of each."""
+    with storage.system().open_input_file(path) as file:
+        if path.endswith(".parquet"):
+            parquet = pq.ParquetFile(file)
+            groups = range(parquet.num_row_groups) if group is None else [group]
+            return [parquet.read_row_group(number, columns) for number in groups]
+        schema = pa.ipc.open_file(file).schema
+        fields = [schema.get_field_index(column) for column in columns]
+        arrow = pa.ipc.open_file(file, options=pa.ipc.IpcReadOptions(included_fields=fields))
+        groups = range(arrow.num_record_batches) if group is None else [group]
+        return [pa.Table.from_batches([arrow.get_batch(number)]) for number in groups]
 
 
 class StreamSource:
     """One split of shards that stay where they are."""
 
     def __init__(self, storage: Storage, files: list[fs.FileInfo]):
-        self._shards = [Shard(storage, info.path) for info in files]
-        self._storage = storage
+        self._paths, self._storage = [info.path for info in files], storage
         self.location = name = files[0].path
         self.fingerprint = storage.fingerprint(files)
         self._folder = cache_folder() / "streams" / self.fingerprint
-        schema = storage.retry(name, self._shards[0].schema)
-        columns = find_columns(schema, name)
+        columns = find_columns(storage.retry(name, lambda: read_schema(storage, name)), name)
         self._columns, self._levels, self.prepared = columns.levels, list(columns.levels), columns.prepared
         rows = self._read_rows(columns.small)
         self.labels, self.classes, self._sizes = read_small(rows, columns, name)
@@ -98,18 +76,21 @@ class StreamSource:
     def _read_rows(self, columns: list[str]) -> pa.Table:
         """Read all that is not images, and where each row lies: once, and then from the cache folder."""
 
-        def read(shard: Shard) -> tuple[list[int], pa.Table]:
-            return self._storage.retry(shard.path, lambda: shard.read_small(columns))
+        def read(path: str) -> list[pa.Table]:
+            return self._storage.retry(path, lambda: read_groups(self._storage, path, columns))
 
         def read_all() -> pa.Table:
-            log.info("reading the footers of %d files below %s", len(self._shards), self._storage.url)
+            log.info("reading the footers of %d files below %s", len(self._paths), self._storage.url)
             with ThreadPoolExecutor(16) as pool:
-                parts = list(pool.map(read, self._shards))
-            counts = [rows for rows, _ in parts]
-            shards = np.repeat(np.arange(len(parts)), [sum(rows) for rows in counts])
-            groups = np.concatenate([np.repeat(np.arange(len(rows)), rows) for rows in counts])
-            table = pa.concat_tables([part for _, part in parts])
-            return table.append_column("shard", pa.array(shards)).append_column("group", pa.array(groups))
+                shards = list(pool.map(read, self._paths))
+            parts = [
+                part.append_column("shard", [np.full(len(part), shard)]).append_column(
+                    "group", [np.full(len(part), group)]
+                )
+                for shard, groups in enumerate(shards)
+                for group, part in enumerate(groups)
+            ]
+            return pa.concat_tables(parts)
 
         return derived(self._folder / "rows.arrow", read_all)
 
@@ -123,32 +104,30 @@ class StreamSource:
 
     def read(self, index: int, short_side: int) -> np.ndarray:
         number, row = self._place(index)
-        return read_level(self._levels, short_side, lambda level: self._group(number, level).read(row))
+        return read_level(self._levels, short_side, lambda level: self._group(number, level)[row])
 
-    def _map(self, number: int, level: int) -> Places:
-        """Map a group's images, fetching them if no process has before."""
-        return find_places(self._fetched(number, level).column(0))
-
-    def _fetched(self, number: int, level: int) -> pa.Table:
+    def _map(self, number: int, level: int) -> pa.ChunkedArray:
+        """Map the bytes of a group's images, fetching them if no process has before."""
         path = self._folder / f"{number}-{level}.arrow"
-        table = map_arrow(path)
-        if table is not None:
-            with suppress(FileNotFoundError):  # another process may need the room
-                os.utime(path)  # what was not used for longest makes room first
-            return table
-        with locked(self._folder / f"lock{number % 64}"):
+        with locked(self._folder / f"{number}.lock"):
             table = map_arrow(path)
-            if table is None:  # no other worker has fetched it meanwhile
-                shard, group = self._groups[number].tolist()
-                fetch = partial(self._shards[shard].read_images, group, self._columns[level])
-                table = self._storage.retry(f"row group {group} of {self._shards[shard].path}", fetch)
+            if table is None:
+                table = self._fetch(number, level)
                 try:
                     self._make_room()
                     write_arrow(path, table)
                 except OSError as error:
                     raise UserError(f"cannot keep row groups in {self._folder}: {error.strerror}") from error
                 table = map_arrow(path) or table  # rather the pages all share than this memory
-        return table
+        with suppress(FileNotFoundError):  # another process may need the room
+            os.utime(path)  # what was not used for longest makes room first
+        return image_bytes(table.column(0))
+
+    def _fetch(self, number: int, level: int) -> pa.Table:
+        shard, group = self._groups[number].tolist()
+        path, columns = self._paths[shard], [self._columns[level]]
+        fetch = partial(read_groups, self._storage, path, columns, group)
+        return self._storage.retry(f"row group {group} of {path}", fetch)[0]
 
     def _make_room(self) -> None:
         """Remove what was not used for longest; processes that still map it are not disturbed."""
@@ -167,7 +146,7 @@ class StreamSource:
     def describe(self, index: int) -> str:
         number, row = self._place(index)
         shard, group = self._groups[number].tolist()
-        return f"row {row} of row group {group} of {self._shards[shard].path}"
+        return f"row {row} of row group {group} of {self._paths[shard]}"
 
     def sizes(self) -> np.ndarray:
         if self._sizes is None:

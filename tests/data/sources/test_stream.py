@@ -158,7 +158,7 @@ def test_rows_labels_and_groups_come_from_the_footers(shards):
 
 def test_the_second_start_does_not_read_the_footers(shards, monkeypatch):
     before, _ = opened(shards)
-    monkeypatch.setattr(streaming.Shard, "read_small", None)
+    monkeypatch.setattr(streaming, "read_groups", None)
     after, _ = opened(shards)
     assert after.fingerprint == before.fingerprint
     assert after.labels.tolist() == before.labels.tolist()
@@ -167,15 +167,15 @@ def test_the_second_start_does_not_read_the_footers(shards, monkeypatch):
 
 def test_a_group_is_fetched_once_for_all_processes(shards, monkeypatch, tmp_path):
     fetches = tmp_path / "fetches"
-    original = streaming.Shard.read_images
+    original = streaming.read_groups
 
-    def counted(self, group, column):
+    def counted(storage, path, columns, group):
         with open(fetches, "a") as file:
-            file.write(f"{self.path} {group}\n")
-        return original(self, group, column)
+            file.write(f"{path} {group}\n")
+        return original(storage, path, columns, group)
 
-    monkeypatch.setattr(streaming.Shard, "read_images", counted)
     train, val = opened(shards)
+    monkeypatch.setattr(streaming, "read_groups", counted)
     order = np.random.default_rng(0).permutation(119)
     loader = make_loader(train, val, seed=0, workers=2)
     items = [BatchItem(0, chosen, 32, 32, 0, VIEW) for chosen in np.array_split(order, 20)]
@@ -269,8 +269,9 @@ def test_shards_of_a_split_are_found_by_name(tmp_path, path):
     for name in (path, path.replace("train", "test"), path.replace("train", "trainer")):
         (tmp_path / "d" / name).parent.mkdir(parents=True, exist_ok=True)
         pq.write_table(table, tmp_path / "d" / name)
-    [shard] = open_stream(str(tmp_path / "d"), "train")._shards
-    assert shard.path.endswith(path)
+    source = open_stream(str(tmp_path / "d"), "train")
+    assert len(source) == 1
+    assert source.location.endswith(path)
 
 
 # --- shards in S3 -------------------------------------------------------------------------------------------
