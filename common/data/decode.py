@@ -18,6 +18,7 @@ from PIL import Image, ImageOps
 
 from common.data.order import BatchItem, View
 from common.data.rng import CROP, uniforms
+from common.data.sources.base import first_line
 
 MAX_PIXELS = 178_956_970  # Pillow's limit for a decompression bomb, held before anything is decoded
 TRIES = 10  # random boxes drawn until one fits the image, as in torchvision's RandomResizedCrop
@@ -261,4 +262,4 @@ def _reason(error: Exception, data: np.ndarray) -> str:
         return "the header is cut short"
     if isinstance(error, Image.UnidentifiedImageError):
         return "not an image in a known format"
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
+    return first_line(error)

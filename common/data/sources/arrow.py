@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 
 from common import UserError
-from common.data.sources.base import HEAD_BYTES, MissingSplit
+from common.data.sources.base import HEAD_BYTES, MissingSplit, first_line
 from common.data.sources.cache import fingerprint_of
 from common.data.sources.sizes import cached_sizes
 
@@ -150,9 +150,10 @@ def open_datasets(data_dir: str, names: tuple[str, ...]) -> ArrowSource:
             raise MissingSplit(f"--data_dir {data_dir} has the splits {found} but no {names[0]}")
         dataset = datasets.load_dataset(data_dir, split=name)
     except (ConnectionError, datasets.exceptions.DatasetNotFoundError) as error:
-        why = f"is no folder here, and the hub gave no such dataset: {error}"
-        raise UserError(f"--data_dir {data_dir} {why}") from error
+        raise UserError(
+            f"--data_dir {data_dir} is no folder here, and the hub gave no such dataset: {error}"
+        ) from error
     except datasets.exceptions.DatasetGenerationError as error:
-        why = str(error.__cause__).partition("\n")[0]
+        why = first_line(error.__cause__ or error)
         raise UserError(f"--data_dir {data_dir}: a split is empty, or a file damaged: {why}") from error
     return ArrowSource({f"{name} of {data_dir}": dataset.data.table}, dataset._fingerprint)

@@ -2,7 +2,6 @@
 
 import re
 import shlex
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,13 +29,8 @@ def open_dataset(settings: DataSettings) -> tuple[Source, Source]:
     """
     from common.data.sample import ensure_sample_data
 
-    open_split: Callable[[str, str], Source] = open_source
-    if settings.streaming:
-        from common.data.sources.stream import open_stream
-
-        open_split = open_stream
     data_dir = settings.data_dir or str(ensure_sample_data())
-    train, val = open_split(data_dir, "train"), open_split(data_dir, "val")
+    train, val = (open_source(data_dir, split, settings.streaming) for split in ("train", "val"))
     for split in (train, val):
         if not len(split):
             raise UserError(f"--data_dir {data_dir}: {split.location} holds no images")
@@ -54,13 +48,8 @@ def open_dataset(settings: DataSettings) -> tuple[Source, Source]:
     return train, val
 
 
-def open_source(data_dir: str, split: str) -> Source:
-    """Open one split of what `--data_dir` names.
-
-    Args:
-        data_dir: an ImageFolder tree, a folder of Arrow or Parquet files, a hub dataset `org/name`, or
-            s3://bucket/prefix with Arrow or Parquet files, which are downloaded.
-        split: "train" or "val", which stands for the first of val, validation, valid and test that is there.
+def open_source(data_dir: str, split: str, streaming: bool = False) -> Source:
+    """Open one split, "train" or "val", of what `--data_dir` names; `VAL_NAMES` are other names of val.
 
     Raises:
         MissingSplit: there are other splits, or maybe another layout.
@@ -69,6 +58,11 @@ def open_source(data_dir: str, split: str) -> Source:
     from common.data.sources.arrow import open_datasets, open_shards
     from common.data.sources.folder import FolderSource
 
+    names = ("train",) if split == "train" else VAL_NAMES
+    if streaming:
+        from common.data.sources.stream import open_stream
+
+        return open_stream(data_dir, names)
     if not data_dir:
         raise UserError("--data_dir is empty; it names a folder with train/ and val/, or a dataset org/name")
     if data_dir.startswith("s3://"):
@@ -78,7 +72,6 @@ def open_source(data_dir: str, split: str) -> Source:
     elif data_dir.startswith("hf://"):
         data_dir = data_dir.removeprefix("hf://").removeprefix("datasets/")
     folder = Path(data_dir).expanduser()
-    names = ("train",) if split == "train" else VAL_NAMES
     if not folder.is_dir():
         if folder.exists() or not re.fullmatch(r"\w[\w.-]*/[\w.-]+", data_dir):
             raise UserError(f"--data_dir {data_dir} is not a folder")

@@ -7,19 +7,19 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from time import sleep
-from typing import TypeVar
+from typing import Any
 from urllib.parse import quote
 
 from pyarrow import fs
 from tqdm import tqdm
 
 from common import UserError
+from common.data.sources.base import first_line
 from common.data.sources.cache import cache_folder, fingerprint_of, locked
 
 log = logging.getLogger(__name__)
 
-TRIES = 5  # of a fetch, with pauses of 1, 2, 4 and 8 s
-Fetched = TypeVar("Fetched")
+LONGEST_PAUSE_S = 8
 
 
 class Storage:
@@ -51,7 +51,7 @@ class Storage:
             system = self.system()
             found = system.get_file_info(fs.FileSelector(self.root, recursive=True))
         except OSError as error:
-            raise UserError(f"--data_dir {self.url} cannot be read: {_first_line(error)}") from error
+            raise UserError(f"--data_dir {self.url} cannot be read: {first_line(error)}") from error
         shards = [info for info in found if info.is_file and info.extension in ("parquet", "arrow")]
         if not shards:
             raise UserError(f"--data_dir {self.url} holds no Parquet or Arrow files")
@@ -61,26 +61,25 @@ class Storage:
         """Hash the names, sizes and times of files: it changes when one of them does."""
         return fingerprint_of([(info.path[len(self.root) :], info.size, info.mtime_ns) for info in files])
 
-    def retry(self, what: str, fetch: Callable[[], Fetched]) -> Fetched:
-        """Call `fetch()`, again after a pause if the network fails.
+    def retry(self, what: str, fetch: Callable[[], Any], pause_s: int = 1) -> Any:
+        """Call `fetch()`, again after longer and longer pauses if the network fails.
 
         Raises:
-            UserError: it failed `TRIES` times.
+            UserError: it failed after the longest pause too.
         """
-        for attempt in range(TRIES):
-            try:
-                return fetch()
-            except OSError as error:
-                if attempt == TRIES - 1 or isinstance(error, FileNotFoundError):
-                    raise UserError(f"cannot read {what}: {_first_line(error)}") from error
-                log.warning("cannot read %s, trying again: %s", what, _first_line(error))
-                self._process = 0  # with a new connection
-                sleep(2**attempt)
-        raise AssertionError("the last attempt returns or raises")
+        try:
+            return fetch()
+        except OSError as error:
+            if pause_s > LONGEST_PAUSE_S or isinstance(error, FileNotFoundError):
+                raise UserError(f"cannot read {what}: {first_line(error)}") from error
+            log.warning("cannot read %s, trying again: %s", what, first_line(error))
+        self._process = 0  # with a new connection
+        sleep(pause_s)
+        return self.retry(what, fetch, 2 * pause_s)
 
 
 def download(data_dir: str) -> Path:
-    """Copy all shards below a URL to the user's cache folder; those that are there already stay.
+    """Copy the shards below a URL that are not there yet to the user's cache folder.
 
     Raises:
         UserError: cannot be read, or there is not enough space.
@@ -108,14 +107,6 @@ def download(data_dir: str) -> Path:
 def _copy(storage: Storage, path: str, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_suffix(".tmp")
-
-    def fetch() -> None:
-        with storage.system().open_input_stream(path) as source, open(temporary, "wb") as sink:
-            shutil.copyfileobj(source, sink, 1 << 22)
-
-    storage.retry(path, fetch)
+    here = fs.LocalFileSystem()
+    storage.retry(path, lambda: fs.copy_files(path, str(temporary), storage.system(), here))
     temporary.rename(target)
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__

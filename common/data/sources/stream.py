@@ -25,7 +25,7 @@ from pyarrow import fs
 
 from common import UserError
 from common.data.sources.arrow import find_columns, image_bytes, read_level, read_small
-from common.data.sources.base import VAL_NAMES, MissingSplit
+from common.data.sources.base import MissingSplit
 from common.data.sources.cache import cache_folder, derived, locked, map_arrow, write_arrow
 from common.data.sources.remote import Storage
 
@@ -154,12 +154,8 @@ class StreamSource:
         return self._sizes
 
 
-def open_stream(data_dir: str, split: str) -> StreamSource:
-    """Open one split of the shards below a URL or folder.
-
-    Args:
-        data_dir: s3://bucket/prefix, hf://datasets/org/name, a hub dataset org/name, or a folder.
-        split: "train" or "val", as in `open_source`.
+def open_stream(data_dir: str, names: tuple[str, ...]) -> StreamSource:
+    """Open the first of some splits of the shards below a URL or folder; a file's or folder's name begins with the split's.
 
     Raises:
         UserError: cannot be read, or holds no such shards.
@@ -167,16 +163,10 @@ def open_stream(data_dir: str, split: str) -> StreamSource:
     if "://" not in data_dir and not Path(data_dir).expanduser().is_dir():
         data_dir = f"hf://datasets/{data_dir}"
     storage = Storage(data_dir)
-    return StreamSource(storage, _of_split(storage, split))
-
-
-def _of_split(storage: Storage, split: str) -> list[fs.FileInfo]:
-    """Choose shards by the split's name at the beginning of a file's or folder's name."""
     files = storage.files()
-    names = ("train",) if split == "train" else VAL_NAMES
     for name in names:
         pattern = re.compile(rf"(^|/){name}([^a-zA-Z].*)?$")
         stems = (info.path[len(storage.root) :].removesuffix(f".{info.extension}") for info in files)
         if chosen := [info for info, stem in zip(files, stems, strict=True) if pattern.search(stem)]:
-            return chosen
+            return StreamSource(storage, chosen)
     raise MissingSplit(f"--data_dir {storage.url} has no shards named {' or '.join(names)}")

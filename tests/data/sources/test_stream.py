@@ -248,7 +248,7 @@ def test_what_is_refused(tmp_path, shards):
             with pytest.raises(UserError, match=why):
                 opened(data_dir)
     with pytest.raises(UserError, match="no image sizes beforehand"):
-        open_stream(str(shards), "train").sizes()
+        open_stream(str(shards), ("train",)).sizes()
     (shards / "validation-00000.parquet").unlink()
     with pytest.raises(UserError, match="no shards named val or validation"):
         opened(shards)
@@ -269,7 +269,7 @@ def test_shards_of_a_split_are_found_by_name(tmp_path, path):
     for name in (path, path.replace("train", "test"), path.replace("train", "trainer")):
         (tmp_path / "d" / name).parent.mkdir(parents=True, exist_ok=True)
         pq.write_table(table, tmp_path / "d" / name)
-    source = open_stream(str(tmp_path / "d"), "train")
+    source = open_stream(str(tmp_path / "d"), ("train",))
     assert len(source) == 1
     assert source.location.endswith(path)
 
@@ -290,7 +290,7 @@ def epoch_numbers(source: StreamSource, rank: int, world: int, steps: slice = sl
 PROCESS = """
 import json, sys
 from tests.data.sources.test_stream import epoch_numbers, open_stream
-source, rank = open_stream(sys.argv[1], "train"), int(sys.argv[2])
+source, rank = open_stream(sys.argv[1], ("train",)), int(sys.argv[2])
 print(json.dumps([epoch_numbers(source, rank, 2), epoch_numbers(source, rank, 2, slice(3))]))
 """
 
@@ -307,7 +307,7 @@ def test_two_processes_see_every_image_once_and_resume_loses_none(shards, endpoi
     for process in processes:
         process.join(500)
     whole, before = zip(*(json.loads((output / "stdout").read_text()) for output in outputs), strict=True)
-    after = epoch_numbers(open_stream(url, "train"), 0, 1, slice(3, None))  # goes on, with one process
+    after = epoch_numbers(open_stream(url, ("train",)), 0, 1, slice(3, None))  # goes on, with one process
     steps = [a + b for a, b in zip(*whole, strict=True)]
     assert len(steps) == 119 // 16
     seen = [number for step in steps for number in step]
@@ -379,5 +379,5 @@ def test_hub_names_become_urls(monkeypatch):
     monkeypatch.setattr(remote.Storage, "files", files)
     for name in ("org/name", "hf://datasets/org/name"):
         with pytest.raises(Listed):
-            open_stream(name, "train")
+            open_stream(name, ("train",))
     assert urls == [("hf://datasets/org/name", "datasets/org/name")] * 2
