@@ -7,17 +7,16 @@ through all of them.
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import math
 import os
 import signal
-import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from time import perf_counter, sleep
+from time import perf_counter
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -39,6 +38,7 @@ log = logging.getLogger(__name__)
 
 PREFETCH = 4  # batches that each worker keeps ready
 MAX_WORKERS = 16
+PR_SET_PDEATHSIG = 1  # as in <linux/prctl.h>
 CPU_MAX = Path("/sys/fs/cgroup/cpu.max")  # a container's quota and period, us
 
 
@@ -133,35 +133,16 @@ class _BatchDecoder(Dataset):
                 return f"cannot decode {path}: {why}; nor any other image of its class"
 
 
-class _Sampler:
-    """Whatever is to be loaded next. A DataLoader keeps its workers while this changes."""
-
-    def __init__(self, slots: Slots) -> None:
-        self.items: Iterable[BatchItem] = ()
-        self._slots = slots
-
-    def __iter__(self) -> Iterator[tuple[BatchItem, int | None]]:
-        self._slots.recall()  # the workers are done with the stream before, the DataLoader saw to that
-        for item in self.items:
-            yield item, self._slots.take()
-
-
-def _start_worker(parent: int, worker: int) -> None:
+def _start_worker(worker: int) -> None:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         # Ctrl-C and a scheduler's SIGTERM reach workers too; they are still needed for the step under way.
         signal.signal(number, signal.SIG_IGN)
-    end_with(parent)
+    end_with_parent()
 
 
-def end_with(parent: int) -> None:
-    """Let this worker process end when its parent was killed; with answers that nobody takes it would wait for ever."""
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            sleep(1)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
+def end_with_parent() -> None:
+    """Have the kernel kill this worker process when its parent was; with answers that nobody takes it would wait for ever."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 class Loader:
@@ -194,17 +175,16 @@ class Loader:
         self._sources = (train, val)
         # As many as can be waiting, and a few for the batches in the caller's hands.
         self._slots = Slots(self.workers * PREFETCH + 4 if self.workers else 0)
-        self._sampler = _Sampler(self._slots)
         self._loader = DataLoader(
             _BatchDecoder(self._sources, seed, settings.skip_unreadable, self._slots.slots),
             batch_size=None,
             collate_fn=lambda answer: answer,  # the default would turn an item's arrays into tensors
-            sampler=self._sampler,
+            sampler=self._slots,
             num_workers=self.workers,
             prefetch_factor=PREFETCH if self.workers else None,
             persistent_workers=self.workers > 0,
             multiprocessing_context="fork" if self.workers else None,
-            worker_init_fn=partial(_start_worker, os.getpid()),
+            worker_init_fn=_start_worker,
             generator=torch.Generator(),  # or each new iterator would draw from the one that dropout uses
         )
         self._streams = 0
@@ -221,7 +201,7 @@ class Loader:
         """
         self._streams += 1
         this = self._streams
-        self._sampler.items = items
+        self._slots.items = items
         answers = self._answers(iter(self._loader))
         batches = self._prefetched(answers) if self.device.type == "cuda" else answers
         while True:

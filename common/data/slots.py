@@ -4,6 +4,7 @@ import math
 import mmap
 import os
 import weakref
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 import torch
@@ -35,29 +36,31 @@ class Slot:
 
 
 class Slots:
-    """Hands out slots with the items, and takes them back when nobody looks at the images any more."""
+    """A sampler of whatever `items` are to be loaded next: a DataLoader keeps its workers while they change.
+
+    Each goes with a free slot's number, or with None if the caller keeps more batches than expected. A slot is free
+    again when nobody looks at its images any more.
+    """
 
     def __init__(self, count: int):
+        self.items: Iterable[BatchItem] = ()
         self.slots = [Slot() for _ in range(count)]
         self._free = list(range(count))
         self._sent: set[int] = set()
 
-    def take(self) -> int | None:
-        """A free slot's number; None if the caller keeps more batches than expected, so that one travels alone."""
-        if not self._free:
-            return None
-        number = self._free.pop()
-        self._sent.add(number)
-        return number
+    def __iter__(self) -> Iterator[tuple[BatchItem, int | None]]:
+        # Of a stream that was left: nobody waits for the answers, and the workers are done, the DataLoader saw to that.
+        self._free += self._sent
+        self._sent.clear()
+        for item in self.items:
+            number = self._free.pop() if self._free else None
+            if number is not None:
+                self._sent.add(number)
+            yield item, number
 
     def images(self, number: int, item: BatchItem) -> torch.Tensor:
-        """Show a slot's images, uint8 [B, 3, H, W]; the slot is free again when the tensor is gone."""
+        """Show a slot's images, uint8 [B, 3, H, W]."""
         self._sent.discard(number)
         array = self.slots[number].images(item)
         weakref.finalize(array, self._free.append, number)
         return torch.from_numpy(array).permute(0, 3, 1, 2)
-
-    def recall(self) -> None:
-        """Take back what was sent with items whose answers nobody waits for any more."""
-        self._free += self._sent
-        self._sent.clear()

@@ -42,7 +42,7 @@ from tqdm import tqdm
 
 from common import UserError
 from common.data.decode import DecodeError, decode_batch, read_header
-from common.data.loader import available_workers, end_with
+from common.data.loader import available_workers, end_with_parent
 from common.data.order import BatchItem, View
 from common.data.sources.base import MissingSplit, Source
 from common.data.sources.folder import FolderSource
@@ -168,8 +168,8 @@ class _Calls(Dataset):
         return self.function(argument)
 
 
-def _start_worker(parent: int, _worker: int) -> None:
-    end_with(parent)
+def _start_worker(_worker: int) -> None:
+    end_with_parent()
 
 
 def map_in_workers(function: Callable, arguments: Sequence, workers: int) -> Iterator:
@@ -183,7 +183,7 @@ def map_in_workers(function: Callable, arguments: Sequence, workers: int) -> Ite
         batch_size=None,
         sampler=arguments,
         num_workers=min(workers, len(arguments)),
-        worker_init_fn=partial(_start_worker, os.getpid()),
+        worker_init_fn=_start_worker,
     )
     try:
         yield from loader
