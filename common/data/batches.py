@@ -58,17 +58,16 @@ class ViewSettings:
     """Draw rare classes more often, frequent ones less: balanced = all equally often, sqrt = by the root of their size."""
 
 
-class Batches:
-    """What each process loads at each step; a pure function of the plan, the seed and the position.
+def stage_shapes(stage: Stage, train: Source, settings: ViewSettings) -> list[tuple[int, int]]:
+    """Heights and widths that training batches of a stage can have."""
+    if stage.shape == "square":
+        return [(stage.img_size, stage.img_size)]
+    shapes = choose_shapes(train.sizes(), stage.img_size, settings.rect_area)
+    return [(height, width) for height, width in shapes.tolist()]
 
-    Args:
-        plan: the run's epochs.
-        train: labels and image sizes of split 0.
-        val: the same of split 1.
-        settings: of crops and shapes.
-        seed: of the run.
-        rank: this process.
-        world: how many there are.
+
+class Batches:
+    """What process `rank` of `world` loads at each step; a pure function of the plan, the seed and the position.
 
     Raises:
         UserError: settings that exclude each other.
@@ -137,11 +136,8 @@ class Batches:
     def eval_items(self, img_size: int, batch_size: int, crop: float | None = None) -> list[BatchItem]:
         """This process's share of the validation images, each exactly once over all processes.
 
-        Args:
-            img_size: side of the square, or what `rect_area` makes of it, in pixels.
-            batch_size: images per batch at most.
-            crop: share of the shorter side that a centred square keeps; `WHOLE` = everything, at its own aspect
-                ratio; None = as `--rect_val` and `--crop_pct` say.
+        `crop` is the share of the shorter side that a centred square keeps; `WHOLE` = everything, at its own aspect
+        ratio; None = as `--rect_val` and `--crop_pct` say.
         """
         if crop is None:
             crop = WHOLE if self.settings.rect_val else self.settings.crop_pct

@@ -4,47 +4,30 @@ Only the logarithm of an aspect (width / height) is used: cropping from aspect a
 1 - exp(-|log a - log b|) of the area, so the shape that loses least is the nearest.
 """
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import numpy as np
 
 from common.data.rng import ASPECT, uniforms
 
-if TYPE_CHECKING:
-    from common.data.batches import ViewSettings
-    from common.data.sources.base import Source
-    from common.scheduling import Stage
-
-Mode = Literal["short", "constant"]
+MAX_SHAPES = 9
+# Images beyond it are cropped. At 2 a batch of one short side takes at most twice the square's memory, and few photographs are longer.
+MAX_ASPECT = 2.0
+ASPECT_JITTER = 4 / 3  # docs/rectangular.md tells what less and more of it did
 
 
-def choose_shapes(
-    sizes: np.ndarray,
-    target_size: int,
-    mode: Mode,
-    max_buckets: int = 9,
-    multiple: int | None = None,
-    max_aspect: float = 2.0,
-) -> np.ndarray:
+def choose_shapes(sizes: np.ndarray, target_size: int, mode: Literal["short", "constant"]) -> np.ndarray:
     """Choose shapes that lose little of the images' area to cropping: int32 [K, 2], ordered by aspect.
 
     `sizes`: height and width of the original images, int [N, 2].
     `mode`: "short" holds the shorter side at `target_size` pixels; "constant" holds the area between 1/16
         less and 1/32 more than the square's.
-    `multiple`: of which sides are multiples, unless they equal the target. By default 32 from 224 pixels on,
-        the stride of the usual networks, so that no feature map is rounded up; below, the largest power of
-        two that still cuts the target into seven, as 32 does 224, since 64 by 32 leaves next to no choice.
-    `max_aspect`: the limit of shapes; images beyond it are cropped. At 2 a "short" batch takes at most twice
-        the square's memory, and few photographs are longer.
 
     Each shape costs a warm-up and a compiled plan. So the choice begins with all candidates and drops the one that
-    is missed least, down to `max_buckets`, and further while that loses no more than 0.1 % of the area in all. On
+    is missed least, down to `MAX_SHAPES`, and further while that loses no more than 0.1 % of the area in all. On
     600 random sets of aspects nine shapes lost 0.01 % more than the best nine on average, 0.16 % at most.
     """
-    multiple = multiple or min(32, 2 ** int(np.log2(max(target_size / 7, 1))))
-    shapes = _candidate_shapes(target_size, mode, multiple, max_aspect)
+    shapes = _candidate_shapes(target_size, mode)
     # Aspects to the nearest 0.4 %: a few hundred distinct ones, however many images.
     aspects, images = np.unique(np.rint(log_aspect(sizes) * 256) / 256, return_counts=True)
     lost = images[:, None] * area_lost(aspects[:, None], log_aspect(shapes))
@@ -52,7 +35,7 @@ def choose_shapes(
     while len(shapes) > 1:
         without = [np.delete(lost, k, axis=1).min(axis=1).sum() for k in range(len(shapes))]
         cheapest = int(np.argmin(without))
-        if len(shapes) > max_buckets:
+        if len(shapes) > MAX_SHAPES:
             limit = without[cheapest] + 0.001 * len(sizes)
         elif without[cheapest] > limit:
             break
@@ -60,17 +43,15 @@ def choose_shapes(
     return shapes
 
 
-def stage_shapes(stage: Stage, train: Source, settings: ViewSettings) -> list[tuple[int, int]]:
-    """Heights and widths that training batches of a stage can have."""
-    if stage.shape == "square":
-        return [(stage.img_size, stage.img_size)]
-    shapes = choose_shapes(train.sizes(), stage.img_size, settings.rect_area)
-    return [(height, width) for height, width in shapes.tolist()]
+def _candidate_shapes(target: int, mode: str) -> np.ndarray:
+    """List the shapes a bucket may have, int32 [C, 2], ordered by aspect; the square is always among them.
 
-
-def _candidate_shapes(target: int, mode: Mode, multiple: int, max_aspect: float) -> np.ndarray:
-    """List the shapes a bucket may have, int32 [C, 2], ordered by aspect; the square is always among them."""
-    grid = range(multiple, int(target * max_aspect) + 1, multiple)
+    Other sides are multiples of 32 from 224 pixels on, the stride of the usual networks, so that no feature map is
+    rounded up; below, of the largest power of two that still cuts the target into seven, as 32 does 224, since 64 by
+    32 leaves next to no choice.
+    """
+    multiple = min(32, 2 ** int(np.log2(max(target / 7, 1))))
+    grid = range(multiple, int(target * MAX_ASPECT) + 1, multiple)
     if mode == "short":
         pairs = [(target, long) for long in grid if long > target]
     else:
@@ -79,13 +60,10 @@ def _candidate_shapes(target: int, mode: Mode, multiple: int, max_aspect: float)
             for short in grid
             for below in [target**2 // short // multiple * multiple]
             for long in (below, below + multiple)
-            if short < long <= short * max_aspect and 15 / 16 <= short * long / target**2 <= 33 / 32
+            if short < long <= short * MAX_ASPECT and 15 / 16 <= short * long / target**2 <= 33 / 32
         ]
     shapes = np.array([(target, target), *pairs, *[pair[::-1] for pair in pairs]], np.int32)
     return shapes[np.argsort(log_aspect(shapes))]
-
-
-ASPECT_JITTER = 4 / 3  # docs/rectangular.md tells what less and more of it did
 
 
 def log_aspect(sizes: np.ndarray) -> np.ndarray:
@@ -120,12 +98,12 @@ def bucket_table(sizes: np.ndarray, shapes: np.ndarray) -> str:
     `lost` is the mean share of the images' area that is cropped away to get the shape's aspect.
     """
     bucket = assign(sizes, shapes)
-    images = np.bincount(bucket, minlength=len(shapes))
     lost = area_lost(log_aspect(sizes), log_aspect(shapes)[bucket])
-    mean_lost = np.bincount(bucket, lost, minlength=len(shapes)) / np.maximum(images, 1)
-    share = images / len(sizes)
     lines = [f"{'high':>5} × {'wide':<5}{'images':>8}{'lost':>8}"]
-    for (height, width), part, loss in zip(shapes.tolist(), share, mean_lost, strict=True):
-        lines.append(f"{height:>5} × {width:<5}{part:>8.1%}{loss:>8.1%}")
-    pixels = shapes.prod(axis=1) @ share
+    for row, (height, width) in enumerate(shapes.tolist()):
+        own = lost[bucket == row]
+        lines.append(
+            f"{height:>5} × {width:<5}{len(own) / len(lost):>8.1%}{own.sum() / max(len(own), 1):>8.1%}"
+        )
+    pixels = shapes.prod(axis=1)[bucket].mean()
     return "\n".join([*lines, f"{'all':<13}{1:>8.1%}{lost.mean():>8.1%}   {pixels:,.0f} pixels per image"])

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from common import UserError
-from common.data.shapes import stage_shapes
+from common.data.batches import stage_shapes
 from common.data.sources.base import Source
 from common.model.freezing import set_trainable_layers, train_mode
 from common.run.checkpoint import TrainState, rng_state, set_rng_state

@@ -9,10 +9,9 @@ from accelerate.utils import set_seed
 from torch import nn
 
 from common import UserError
-from common.data.batches import Batches
+from common.data.batches import Batches, stage_shapes
 from common.data.decode import DecodeError, read_header
 from common.data.loader import Loader
-from common.data.shapes import stage_shapes
 from common.data.sources.base import Source
 from common.engine.memory import fit_memory
 from common.engine.trainer import Trainer

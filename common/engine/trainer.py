@@ -13,9 +13,8 @@ from torch import nn
 
 from common import UserError
 from common.augment import Augment
-from common.data.batches import Batches
+from common.data.batches import Batches, stage_shapes
 from common.data.loader import Batch, Loader
-from common.data.shapes import stage_shapes
 from common.engine.evaluate import Score, evaluate
 from common.engine.memory import warm_up
 from common.model.freezing import set_trainable_layers, train_mode

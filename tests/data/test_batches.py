@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 
 from common import UserError
-from common.data.batches import Batches, ViewSettings
-from common.data.shapes import stage_shapes
+from common.data.batches import Batches, ViewSettings, stage_shapes
 from common.scheduling import Stage
 
 
