@@ -1,8 +1,7 @@
 """Encoded bytes + crop box + size -> uint8 pixels: the hot path of every worker.
 
-Three ideas keep the Python per image small: the headers say how large the images are before anything is
-decoded, so all crop boxes of a batch are drawn at once with numpy; the decoder's result is cropped as a view;
-and the antialiased resize writes straight into the batch's own memory, so there is nothing to collate.
+The headers say how large the images are before anything is decoded, so all crop boxes of a batch are drawn at once
+with numpy; the decoder's result is cropped as a view; and the antialiased resize writes straight into the batch.
 """
 
 import io
@@ -48,9 +47,7 @@ class Header(NamedTuple):
 
 
 def read_header(encoded: np.ndarray) -> Header:
-    """Read an image's size from its first bytes (uint8 [n]); 10 us for a JPEG.
-
-    The beginning of a file is enough if it reaches the frame header.
+    """Read an image's size from its first bytes (uint8 [n]), as far as the frame header; 10 us for a JPEG.
 
     Raises:
         DecodeError: not an image, or too large to be one in good faith.
@@ -114,19 +111,12 @@ def _other_header(data: memoryview) -> Header:
 def crop_boxes(
     sizes: np.ndarray, height: int, width: int, view: View, draws: np.ndarray | None
 ) -> np.ndarray:
-    """Choose the part of each image that a batch shows.
+    """Choose the part of each image (`sizes` [B, 2]) that a batch of height x width shows.
 
     Random: area a uniform share of the image, aspect log-uniform about the target's, place uniform; up to
     ten tries and then the largest centred box within the aspect's range (Szegedy et al., 2014, as in
-    torchvision's RandomResizedCrop). Evaluation: the centred box of the target's aspect, `crop_pct` of the
-    largest there is.
-
-    Args:
-        sizes: [B, 2] heights and widths.
-        height: of the target, pixels.
-        width: of the target, pixels.
-        view: random where it has a scale.
-        draws: float64 [B, 40] in [0, 1), only for random boxes.
+    torchvision's RandomResizedCrop), by `draws` (float64 [B, 40] in [0, 1)). Evaluation: the centred box of the
+    target's aspect, `crop_pct` of the largest there is.
 
     Returns:
         int64 [B, 4]: top, left, height, width in the images' own pixels.
@@ -209,8 +199,6 @@ def decode_batch(
 
 def _decode(data: np.ndarray, fast: bool) -> torch.Tensor:
     """Decode with the library that suits, or with the other where that one refuses: uint8 [3, H, W].
-
-    Raises DecodeError where both do.
 
     Their strictness differs at damaged metadata, not their pixels: both read JPEGs by libjpeg, and neither
     accepts an image that is cut short. So an image trains that any other program shows, and as it shows it.

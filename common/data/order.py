@@ -5,8 +5,8 @@ computes the same matrix and takes its own columns, so all have the same number 
 each step; resuming means starting at a later row; another number of processes means cutting the same rows
 differently. Nothing here has state, and nothing has to be saved in a checkpoint but the row.
 
-Orders are sorts by a hash of (seed, epoch, image), not a generator's shuffle: they stay what they are on any
-machine and under any version of numpy.
+Orders are sorts by a hash of (seed, epoch, image), not a generator's shuffle: they stay what they are under any
+version of numpy.
 """
 
 import math
@@ -72,14 +72,8 @@ def subset(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:
 def even_out(pool: np.ndarray, labels: np.ndarray, evenness: float, seed: int, epoch: int) -> np.ndarray:
     """Draw as many images as `pool` (int [N], dataset indices) has, a class of n of them in proportion to n ** (1 - evenness).
 
-    Within a class all are drawn equally often, give or take one; who is, changes with the epoch.
-
-    Args:
-        labels: of the dataset, int [images].
-        evenness: 0 = as they are, 1 = each class equally often.
-
-    Returns:
-        int64 [N], with copies as in `BatchItem`.
+    Within a class all are drawn equally often, give or take one; who is, changes with the epoch. Returns int64 [N], with
+    copies as in `BatchItem`; `labels` (int [images]) are the dataset's.
     """
     _, row, sizes = np.unique(labels[pool], return_inverse=True, return_counts=True)
     shares = sizes ** (1.0 - evenness)
@@ -106,9 +100,12 @@ def square_epoch(pool: np.ndarray, size: int, global_batch: int, seed: int, epoc
 def _shuffle(pool: np.ndarray, global_batch: int, seed: int, epoch: int) -> np.ndarray:
     """Put `pool` in the epoch's order and cut it to whole global batches: int32 [steps * global_batch]."""
     steps = _steps(len(pool), global_batch)
-    # Stable, because a tie between two hashes must fall the same way on every machine.
-    order = np.argsort(uniforms(seed, epoch, pool, ORDER, 1)[:, 0], kind="stable")
-    return pool[order[: steps * global_batch]].astype(np.int32)
+    return pool[_by_hash(seed, epoch, pool, ORDER)[: steps * global_batch]].astype(np.int32)
+
+
+def _by_hash(seed: int, epoch: int, indices: np.ndarray, stream: int) -> np.ndarray:
+    """Sort by hashes; stable, because a tie between two must fall the same way on every machine."""
+    return np.argsort(uniforms(seed, epoch, indices, stream, 1)[:, 0], kind="stable")
 
 
 def _steps(images: int, global_batch: int) -> int:
@@ -124,8 +121,7 @@ def local_items(
 ) -> Iterator[BatchItem]:
     """Yield one process's micro-batches from row `start_step` on, `accumulation` of them per optimizer step.
 
-    The micro-batches of all processes tile the row, so any `world * accumulation` that divides the global
-    batch sees the same images at each step.
+    All processes' tile the row: whatever `world * accumulation` divides it sees the same images at each step.
     """
     indices, shapes = epoch_matrix.indices[start_step:], epoch_matrix.shapes[start_step:].tolist()
     global_batch = indices.shape[1]
@@ -141,11 +137,9 @@ def eval_items(
 ) -> list[BatchItem]:
     """List one process's evaluation batches: no padding, every image exactly once over all processes.
 
-    `size` is the side of a square, or the shape of every image, int [num_images, 2]: for rectangular
-    evaluation `shapes[assign(sizes, shapes)]`, with `View(None, crop_pct=1.0)` for the whole image. Images
-    are sorted by shape and dealt out in turn, so that processes differ by at most one image. They may differ
-    in the number of batches, and have none when images are few: a forward pass in evaluation must not wait
-    for other processes.
+    `size` is the side of a square, or the shape of every image, int [num_images, 2]. Images are sorted by shape and
+    dealt out in turn, so that processes differ by at most one image. They may differ in the number of batches, and have
+    none when images are few: a forward pass in evaluation must not wait for other processes.
     """
     shape_of_image = np.broadcast_to(size, (num_images, 2))
     mine = np.lexsort(shape_of_image.T)[rank::world]
@@ -168,27 +162,19 @@ def rect_epoch(
 ) -> Epoch:
     """Shuffle the images of `pool` (int [N], dataset indices) into batches of one shape each.
 
-    `bucket_of_image` (int [dataset], from `assign`) are rows of `shapes` (int32 [K, 2], from
-    `choose_shapes`). The shuffled images are sorted by bucket and cut into global batches, and the batches
-    are shuffled. A batch across a border of buckets takes the shape that loses least of its images: leftovers
-    go to a neighbour, and an epoch is `len(pool) // global_batch` steps, as with squares. The images that do
-    not fill a global batch stay out, each with the same chance. For training, `View(scale, ratio=(1, 1))`
-    keeps the images' own aspect.
-
-    All batches have the same number of images, so in mode "short" steps differ in pixels, by `max_aspect` at
-    most. Mode "constant" is the way to level them: it leaves the batch, the number of steps and the learning
-    rate alone.
-    Raises UserError when the pool is smaller than one global batch.
+    `bucket_of_image` (int [dataset], from `assign`) are rows of `shapes` (int32 [K, 2], from `choose_shapes`). The
+    shuffled images are sorted by bucket and cut into global batches, and the batches are shuffled. A batch across a
+    border of buckets takes the shape that loses least of its images: leftovers go to a neighbour, and an epoch has as
+    many steps, and leaves out as many images, as with squares.
     """
     aspects = log_aspect(shapes)
-    assert (np.diff(aspects) > 0).all(), "shapes are not in the order of their aspect"
     indices = _shuffle(pool, global_batch, seed, epoch)
     by_bucket = np.argsort(bucket_of_image[indices % len(bucket_of_image)], kind="stable")
     indices = indices[by_bucket].reshape(-1, global_batch)
     bucket = bucket_of_image[indices % len(bucket_of_image)]
     images = np.stack([(bucket == k).sum(axis=1) for k in range(len(shapes))], axis=1)  # [steps, K]
     shape = np.argmin(images @ area_lost(aspects[:, None], aspects), axis=1)
-    rows = np.argsort(uniforms(seed, epoch, np.arange(len(indices)), ROWS, 1)[:, 0], kind="stable")
+    rows = _by_hash(seed, epoch, np.arange(len(indices)), ROWS)
     return Epoch(indices[rows], shapes[shape[rows]])
 
 
@@ -203,19 +189,15 @@ def streaming_epoch(group_rows: np.ndarray, size: int, global_batch: int, seed: 
     function. The order is cut into `LANES` lanes, each of which fills its own columns of every batch, so that
     a batch has images of many places and a process fetches the groups of its own lanes only. Rows that do not
     fill a global batch stay out; which ones varies with the epoch.
-
-    Raises UserError when there are fewer rows than one global batch.
     """
     steps = _steps(int(group_rows.sum()), global_batch)
     first = np.cumsum(group_rows) - group_rows
-    groups = np.argsort(uniforms(seed, epoch, np.arange(len(group_rows)), ROWS, 1)[:, 0], kind="stable")
+    groups = _by_hash(seed, epoch, np.arange(len(group_rows)), ROWS)
     rows = group_rows[groups]
     place = np.arange(rows.sum())
     indices = place + np.repeat(first[groups] - (np.cumsum(rows) - rows), rows)
     moved = place + WINDOW * uniforms(seed, epoch, place, ORDER, 1)[:, 0]
     indices = indices[np.argsort(moved, kind="stable")][: steps * global_batch].astype(np.int32)
     lanes = math.gcd(LANES, global_batch)
-    matrix = (
-        indices.reshape(lanes, steps, global_batch // lanes).transpose(1, 0, 2).reshape(steps, global_batch)
-    )
-    return Epoch(matrix, np.full((steps, 2), size, np.int32))
+    side_by_side = indices.reshape(lanes, steps, -1).transpose(1, 0, 2)
+    return Epoch(side_by_side.reshape(steps, global_batch), np.full((steps, 2), size, np.int32))

@@ -84,16 +84,12 @@ def _draw_all(folder: Path) -> None:
                 (folder / split / name / f"{name}_{number:03d}.jpg").write_bytes(render(split, label, number))
 
 
-def ensure_sample_data(cache: Path | None = None) -> Path:
-    """Make the sample unless it is there; return its folder, an ImageFolder tree: 2,000 train, 500 val.
+def ensure_sample_data() -> Path:
+    """Make the sample in the user's cache folder unless it is there: an ImageFolder tree, 2,000 train, 500 val.
 
-    `cache` is the folder to put `sample-v2` into (default: the user's cache folder). It gets its name when
-    it is whole, so a process that is killed leaves none; of several that start at once, one draws.
-    UserError: cannot be written.
+    It gets its name when it is whole; of several processes that start at once, one draws. UserError: cannot be written.
     """
-    folder = (cache or cache_folder()) / VERSION
-    if folder.is_dir():
-        return folder
+    folder = cache_folder() / VERSION
     unfinished = folder.with_name(f".{VERSION}.tmp")
     with locked(folder.with_name(f".{VERSION}.lock")):
         try:

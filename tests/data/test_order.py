@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common import UserError
-from common.data.order import Epoch, View, eval_items, even_out, local_items, rect_epoch, square_epoch, subset
+from common.data.order import View, eval_items, even_out, local_items, rect_epoch, square_epoch, subset
 from common.data.shapes import assign, choose_shapes
 from tests.data.test_shapes import image_sizes, modes, targets
 
@@ -303,17 +303,6 @@ def test_epoch_of_an_odd_lot():
     matrix = rect_epoch(np.arange(5), assign(sizes, shapes), shapes, 1, 0, 0)
     shape_of = dict(zip(matrix.indices[:, 0].tolist(), matrix.shapes.tolist(), strict=True))
     assert shape_of == {0: [224, 224], 1: [224, 448], 2: [448, 224], 3: [224, 224], 4: [224, 288]}
-
-
-@settings(max_examples=20)
-@given(st.permutations([[448, 224], [224, 224], [224, 448]]))
-def test_shapes_out_of_order_are_a_mistake_of_ours(shapes):
-    arguments = np.arange(8), np.zeros(8, int), np.array(shapes, np.int32), 4, 0, 0
-    if shapes == [[448, 224], [224, 224], [224, 448]]:
-        assert isinstance(rect_epoch(*arguments), Epoch)
-    else:
-        with pytest.raises(AssertionError, match="order"):
-            rect_epoch(*arguments)
 
 
 def test_imagenet_takes_no_time_and_little_memory():

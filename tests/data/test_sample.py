@@ -73,31 +73,32 @@ def test_colour_alone_does_not_tell_the_class():
 
 
 @pytest.mark.usefixtures("few")
-def test_the_folder_is_an_image_folder_and_is_made_once(tmp_path: Path, monkeypatch):
-    folder = ensure_sample_data(tmp_path)
+def test_the_folder_is_an_image_folder_and_is_made_once(cache: Path, monkeypatch):
+    folder = ensure_sample_data()
+    assert folder == cache / "sample-v2"
     assert sorted(path.name for path in folder.iterdir()) == ["train", "val"]
     for split, count in sample.IMAGES_PER_CLASS.items():
         assert sorted(path.name for path in (folder / split).iterdir()) == sorted(CLASSES)
         assert len(list((folder / split).glob("*/*.jpg"))) == count * len(CLASSES)
     # Whoever wants to draw again fails.
     monkeypatch.setattr(sample, "_draw_all", None)
-    assert ensure_sample_data(tmp_path) == folder
-    assert names(tmp_path) == [folder.name]
+    assert ensure_sample_data() == folder
+    assert names(cache) == [folder.name]
 
 
-def test_nothing_half_made_is_left_behind(tmp_path: Path, monkeypatch):
+def test_nothing_half_made_is_left_behind(cache: Path, monkeypatch):
     def fail(folder: Path):
         (folder / "train").mkdir(parents=True)
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(sample, "_draw_all", fail)
     with pytest.raises(UserError, match=r"cannot write the sample data to .*sample-v2: No space left"):
-        ensure_sample_data(tmp_path)
-    assert names(tmp_path) == []
+        ensure_sample_data()
+    assert names(cache) == []
 
 
 @pytest.mark.usefixtures("few")
-def test_of_two_processes_one_draws(tmp_path: Path, monkeypatch):
+def test_of_two_processes_one_draws(cache: Path, monkeypatch):
     draw, drawn = sample._draw_all, []
 
     def slowly(folder: Path) -> None:
@@ -107,22 +108,18 @@ def test_of_two_processes_one_draws(tmp_path: Path, monkeypatch):
 
     monkeypatch.setattr(sample, "_draw_all", slowly)
     with ThreadPoolExecutor(2) as pool:
-        assert set(pool.map(ensure_sample_data, [tmp_path] * 2)) == {tmp_path / sample.VERSION}
+        starts = [pool.submit(ensure_sample_data) for _ in range(2)]
+    assert [start.result() for start in starts] == [cache / sample.VERSION] * 2
     assert len(drawn) == 1
-    assert names(tmp_path) == [sample.VERSION]
+    assert names(cache) == [sample.VERSION]
 
 
 def names(folder: Path) -> list[str]:
     return [path.name for path in folder.iterdir() if path.suffix != ".lock"]
 
 
-def test_a_cache_that_cannot_be_written_is_one_sentence(tmp_path: Path):
-    (tmp_path / "file").write_text("in the way")
+def test_a_cache_that_cannot_be_written_is_one_sentence(cache: Path):
+    cache.parent.mkdir()
+    cache.write_text("in the way")
     with pytest.raises(UserError, match="cannot write the sample data"):
-        ensure_sample_data(tmp_path / "file" / "cache")
-
-
-@pytest.mark.usefixtures("few")
-def test_the_default_place_is_the_users_cache(tmp_path: Path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert ensure_sample_data() == tmp_path / "image-classification-training" / "sample-v2"
+        ensure_sample_data()
