@@ -146,7 +146,10 @@ def end_with_parent() -> None:
 
 
 class Loader:
-    """Loads any batches of a train and a validation source with one set of workers, for a whole run."""
+    """Loads any batches of a train and a validation source with one set of workers, for a whole run.
+
+    `seed` is the run's, for random crops; `channels_last` = False gives contiguous NCHW. Workers start with the first batch.
+    """
 
     def __init__(
         self,
@@ -158,16 +161,6 @@ class Loader:
         device: torch.device | str = "cpu",
         channels_last: bool = True,
     ):
-        """Prepare to load; workers start with the first batch.
-
-        Args:
-            train: split 0 of the items.
-            val: split 1.
-            seed: of the run, for random crops.
-            settings: number of workers, and what becomes of unreadable images.
-            device: where batches go.
-            channels_last: memory layout of the images; False = contiguous NCHW.
-        """
         self.device = torch.device(device)
         self.workers = available_workers() if settings.workers is None else settings.workers
         self.unreadable: dict[str, str] = {}  # path -> why, of every image replaced so far
@@ -192,9 +185,7 @@ class Loader:
         jpeg_decoder()
 
     def stream(self, items: Iterable[BatchItem]) -> Iterator[Batch]:
-        """Yield one batch per item, in order.
-
-        A stream may be left before its end, and ends when the next one is begun.
+        """Yield one batch per item, in order. A stream may be left before its end, and ends when the next one is begun.
 
         Raises:
             UserError: an image cannot be decoded; the sentence names it.

@@ -9,9 +9,8 @@ import numpy as np
 import pyarrow as pa
 
 from common import UserError
-from common.data.sources.base import HEAD_BYTES, MissingSplit, first_line
-from common.data.sources.cache import fingerprint_of
-from common.data.sources.sizes import cached_sizes
+from common.data.sources.base import MissingSplit, first_line
+from common.data.sources.cache import cached_sizes, fingerprint_of
 
 
 class Columns(NamedTuple):
@@ -94,15 +93,10 @@ class ArrowSource:
 
     group_rows = None
 
-    def __init__(self, tables: dict[str, pa.Table], fingerprint: str):
-        """`tables` by the name they have in messages, with the features of `datasets` in their metadata."""
-        self.fingerprint = fingerprint
-        self._names = list(tables)
-        self.location = self._names[0]
-        self._first_rows = np.cumsum([0] + [len(table) for table in tables.values()])
-        table = pa.concat_tables(tables.values())
-        columns = find_columns(table.schema, self._names[0])
-        self.labels, self.classes, self._sizes = read_small(table, columns, self._names[0])
+    def __init__(self, table: pa.Table, location: str, fingerprint: str):
+        self.location, self.fingerprint = location, fingerprint
+        columns = find_columns(table.schema, location)
+        self.labels, self.classes, self._sizes = read_small(table, columns, location)
         self.prepared = columns.prepared
         self._images = {level: image_bytes(table.column(name)) for level, name in columns.levels.items()}
         self._levels = list(columns.levels)
@@ -114,29 +108,29 @@ class ArrowSource:
         return read_level(self._levels, short_side, lambda level: self._images[level][index])
 
     def describe(self, index: int) -> str:
-        place = int(np.searchsorted(self._first_rows, index, "right")) - 1
-        return f"row {index - self._first_rows[place]} of {self._names[place]}"
+        return f"row {index} of {self.location}"
 
     def sizes(self) -> np.ndarray:
         if self._sizes is None:
-            self._sizes = cached_sizes(self, self.fingerprint, lambda i: self.read(i, 0)[:HEAD_BYTES])
+            self._sizes = cached_sizes(self, self.fingerprint, lambda index: self.read(index, 0))
         return self._sizes
 
 
 def open_shards(data_dir: str, shards: list[Path], names: tuple[str, ...]) -> ArrowSource:
     """Map the Arrow shards that `prepare` wrote."""
-    by_name = [[shard for shard in shards if shard.name.startswith(f"{name}-")] for name in names]
-    chosen = next(filter(None, by_name), None)
-    if chosen is None:
+    for name in names:
+        if chosen := [shard for shard in shards if shard.name.startswith(f"{name}-")]:
+            break
+    else:
         raise MissingSplit(f"--data_dir {data_dir} has no data/{names[0]}-*.arrow")
-    tables = {}
+    tables, known = [], []
     for shard in chosen:
         try:
-            tables[str(shard)] = pa.ipc.open_file(pa.memory_map(str(shard))).read_all()
+            tables.append(pa.ipc.open_file(pa.memory_map(str(shard))).read_all())
         except pa.ArrowInvalid as error:
             raise UserError(f"{shard} is damaged ({error}); remove it and run prepare again") from error
-    known = [(shard.name, shard.stat().st_size, len(tables[str(shard)])) for shard in chosen]
-    return ArrowSource(tables, fingerprint_of(known))
+        known.append((shard.name, shard.stat().st_size, len(tables[-1])))
+    return ArrowSource(pa.concat_tables(tables), f"{data_dir}/data/{name}-*.arrow", fingerprint_of(known))
 
 
 def open_datasets(data_dir: str, names: tuple[str, ...]) -> ArrowSource:
@@ -156,4 +150,4 @@ def open_datasets(data_dir: str, names: tuple[str, ...]) -> ArrowSource:
     except datasets.exceptions.DatasetGenerationError as error:
         why = first_line(error.__cause__ or error)
         raise UserError(f"--data_dir {data_dir}: a split is empty, or a file damaged: {why}") from error
-    return ArrowSource({f"{name} of {data_dir}": dataset.data.table}, dataset._fingerprint)
+    return ArrowSource(dataset.data.table, f"{name} of {data_dir}", dataset._fingerprint)

@@ -8,7 +8,6 @@ from common import UserError
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 VAL_NAMES = ("val", "validation", "valid", "test")  # the first that is there
-HEAD_BYTES = 16 << 10  # enough for most headers; the whole file is read where it is not
 
 
 class MissingSplit(UserError):

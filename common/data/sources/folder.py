@@ -16,13 +16,13 @@ import numpy as np
 import pyarrow as pa
 
 from common import UserError
-from common.data.sources.base import EXTENSIONS, HEAD_BYTES
-from common.data.sources.cache import cache_folder, derived, fingerprint_of
-from common.data.sources.sizes import cached_sizes
+from common.data.sources.base import EXTENSIONS
+from common.data.sources.cache import cache_folder, cached_sizes, derived, fingerprint_of
 
 log = logging.getLogger(__name__)
 
 MANIFEST = b"manifest"
+HEAD_BYTES = 16 << 10  # enough for most headers; the whole file is read where it is not
 
 
 class FolderSource:
@@ -48,18 +48,15 @@ class FolderSource:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def _read(self, index: int, limit: int = -1) -> np.ndarray:
+    def read(self, index: int, short_side: int, limit: int = -1) -> np.ndarray:
         with open(self._root + self._paths[index].as_py(), "rb", buffering=0) as file:
             return np.frombuffer(file.read(limit), np.uint8)
-
-    def read(self, index: int, short_side: int) -> np.ndarray:
-        return self._read(index)
 
     def describe(self, index: int) -> str:
         return os.fsdecode(self._root + self._paths[index].as_py())
 
     def sizes(self) -> np.ndarray:
-        return cached_sizes(self, self._place, lambda index: self._read(index, HEAD_BYTES))
+        return cached_sizes(self, self._place, lambda index: self.read(index, 0, HEAD_BYTES))
 
 
 def _scan(root: bytes) -> pa.Table:

@@ -89,18 +89,17 @@ def download(data_dir: str) -> Path:
     folder = cache_folder() / "downloads" / storage.fingerprint(files)
     # One process of the machine downloads, the others wait.
     with locked(folder / ".lock"):
-        targets = [folder / info.path[len(storage.root) :].lstrip("/") for info in files]
-        missing = [pair for pair in zip(files, targets, strict=True) if not pair[1].exists()]
-        needed, free = sum(info.size for info, _ in missing), shutil.disk_usage(folder).free
+        targets = {folder / info.path[len(storage.root) :].lstrip("/"): info for info in files}
+        missing = {target: info for target, info in targets.items() if not target.exists()}
+        needed, free = sum(info.size for info in missing.values()), shutil.disk_usage(folder).free
         if needed > free:
             raise UserError(
                 f"--data_dir {data_dir} takes {needed / 1e9:.1f} GB and the disk of {folder} has "
                 f"{free / 1e9:.1f} GB free; pass --streaming"
             )
         with ThreadPoolExecutor(8) as pool:
-            copies = [pool.submit(_copy, storage, info.path, target) for info, target in missing]
-            for copy in tqdm(copies, desc="download", unit="file", disable=not missing):
-                copy.result()
+            copies = pool.map(lambda target: _copy(storage, missing[target].path, target), missing)
+            list(tqdm(copies, "download", len(missing), unit="file", disable=not missing))
     return folder
 
 

@@ -49,7 +49,7 @@ def test_a_pyramid_gives_the_level_that_serves_the_size(tmp_path):
     assert [short_side(2, size) for size in (56, 128, 224)] == [40, 40, 40]
     assert train.sizes().tolist() == [[400, 500], [100, 200], [40, 50], [250, 300]]
     assert train.labels.tolist() == [0, 1, 0, 1]
-    assert train.describe(3) == f"row 0 of {tmp_path}/pyramid/data/train-00001-of-00002.arrow"
+    assert train.describe(3) == f"row 3 of {tmp_path}/pyramid/data/train-*.arrow"
 
 
 def test_plain_datasets_opens_a_pyramid(tmp_path):

@@ -15,7 +15,6 @@ import pytest
 
 from common.data.sources import cache as cache_module
 from common.data.sources import folder as sources
-from common.data.sources import sizes
 from common.data.sources.folder import FolderSource
 from common.data.sources.open import open_source
 from tests.data.examples import opened, picture
@@ -141,7 +140,7 @@ def test_one_process_of_a_machine_lists_the_folder_and_reads_the_headers(tree, t
         return noted
 
     monkeypatch.setattr(sources, "_scan", slow(sources._scan, "scan"))
-    monkeypatch.setattr(sizes, "_scan_sizes", slow(sizes._scan_sizes, "sizes"))
+    monkeypatch.setattr(cache_module, "_scan_sizes", slow(cache_module._scan_sizes, "sizes"))
 
     def start() -> None:
         source = FolderSource(tree / "train")

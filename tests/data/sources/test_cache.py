@@ -5,7 +5,7 @@ import shutil
 import numpy as np
 from PIL import Image
 
-from common.data.sources import sizes as sizes_module
+from common.data.sources import cache as cache_module
 from common.data.sources.open import open_source
 from tests.data.examples import picture
 
@@ -19,7 +19,7 @@ def test_sizes_are_as_seen_and_cached(tree, monkeypatch, cache, caplog):
     train = open_source(str(tree), "train")
     assert train.sizes()[:4].tolist() == [[70, 30], [44, 33], [1, 1], [40, 50]]
     assert "cat/2.jpg" in caplog.text
-    monkeypatch.setattr(sizes_module, "_scan_sizes", None)
+    monkeypatch.setattr(cache_module, "_scan_sizes", None)
     again = open_source(str(tree), "train").sizes()
     assert again.shape == (18, 2)
     assert again.dtype == np.int32
