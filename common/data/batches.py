@@ -10,18 +10,8 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from common import UserError
-from common.data.order import (
-    EVENNESS,
-    BatchItem,
-    View,
-    eval_items,
-    even_out,
-    local_items,
-    rect_epoch,
-    square_epoch,
-    streaming_epoch,
-    subset,
-)
+from common.data import order
+from common.data.order import BatchItem, View
 from common.data.shapes import assign, bucket_table, choose_shapes, jittered
 from common.data.sources.base import Source
 from common.scheduling import EpochPlan, Plan, Stage
@@ -105,22 +95,16 @@ class Batches:
         stage = epoch.stage
         size, key = stage.img_size, (epoch.global_batch, self.seed, epoch.index)
         if self.train.group_rows is not None:
-            matrix = streaming_epoch(self.train.group_rows, size, *key)
+            matrix = order.streaming_epoch(self.train.group_rows, size, *key)
         elif stage.shape == "rect":
             shapes = self._shapes(size)
             buckets = assign(jittered(self.train.sizes(), self.seed, epoch.index), shapes)
-            matrix = rect_epoch(self._pool(epoch), buckets, shapes, *key)
+            matrix = order.rect_epoch(self._pool(epoch), buckets, shapes, *key)
         else:
-            matrix = square_epoch(self._pool(epoch), size, *key)
-        yield from local_items(
-            matrix,
-            epoch=epoch.index,
-            view=self.train_view(stage),
-            rank=self.rank,
-            world=self.world,
-            accumulation=self.plan.accumulation(epoch.stage_index),
-            start_step=max(0, start_step - epoch.first_step),
-        )
+            matrix = order.square_epoch(self._pool(epoch), size, *key)
+        view, accumulation = self.train_view(stage), self.plan.accumulation(epoch.stage_index)
+        start = max(0, start_step - epoch.first_step)
+        yield from order.local_items(matrix, epoch.index, view, self.rank, self.world, accumulation, start)
 
     def train_view(self, stage: Stage) -> View:
         """A stage's random crops and edits: the weaker its strength, the larger the smallest crop and the fewer images are edited."""
@@ -146,7 +130,7 @@ class Batches:
         if crop == WHOLE:
             shapes = self._shapes(img_size)
             size = shapes[assign(self.val.sizes(), shapes)]
-        return eval_items(len(self.val), size, batch_size, self.rank, self.world, view)
+        return order.eval_items(len(self.val), size, batch_size, self.rank, self.world, view)
 
     def bucket_tables(self) -> str:
         """For each image size of the plan that has rectangular batches: shapes, shares and what cropping loses."""
@@ -158,11 +142,12 @@ class Batches:
         pool = self._subset(epoch.stage.data_fraction)
         if self.settings.sampler == "none":
             return pool
-        return even_out(pool, self.train.labels, EVENNESS[self.settings.sampler], self.seed, epoch.index)
+        evenness = order.EVENNESS[self.settings.sampler]
+        return order.even_out(pool, self.train.labels, evenness, self.seed, epoch.index)
 
     @lru_cache(maxsize=4)  # noqa: B019 -- lives as long as the run
     def _subset(self, fraction: float) -> np.ndarray:
-        return subset(self.train.labels, fraction, self.seed)
+        return order.subset(self.train.labels, fraction, self.seed)
 
     @lru_cache(maxsize=4)  # noqa: B019
     def _shapes(self, img_size: int) -> np.ndarray:

@@ -67,11 +67,9 @@ def _jpeg_header(data: memoryview) -> Header:
     position, turned = 2, False
     while True:
         marker, length = struct.unpack_from(">HH", data, position)
-        if marker <= 0xFF00 or marker == 0xFFFF:  # junk, a stuffed zero, padding
+        # Junk, a stuffed zero, the markers without a length, padding.
+        if marker <= 0xFF01 or 0xFFD0 <= marker <= 0xFFD7 or marker == 0xFFFF:
             position += 1
-            continue
-        if marker == 0xFF01 or 0xFFD0 <= marker <= 0xFFD7:  # the markers without a length
-            position += 2
             continue
         if 0xFFC0 <= marker <= 0xFFCF and marker not in (0xFFC4, 0xFFC8, 0xFFCC):  # any start of frame
             height, width, components = struct.unpack_from(">HHB", data, position + 5)

@@ -1,12 +1,8 @@
 """Which images, in which order, at which shape: pure functions of (seed, epoch).
 
-An epoch is a matrix: a row is one optimizer step, a column a place in the global batch. Every process
-computes the same matrix and takes its own columns, so all have the same number of steps and the same shape at
-each step; resuming means starting at a later row; another number of processes means cutting the same rows
-differently. Nothing here has state, and nothing has to be saved in a checkpoint but the row.
-
-Orders are sorts by a hash of (seed, epoch, image), not a generator's shuffle: they stay what they are under any
-version of numpy.
+An epoch is a matrix: a row is one optimizer step, a column a place in the global batch. Every process computes the
+same matrix and takes its own columns; resuming means starting at a later row, another number of processes means cutting
+the same rows differently. Orders are sorts by a hash of (seed, epoch, image), which no version of numpy changes.
 """
 
 import math
@@ -90,8 +86,7 @@ def even_out(pool: np.ndarray, labels: np.ndarray, evenness: float, seed: int, e
 def square_epoch(pool: np.ndarray, size: int, global_batch: int, seed: int, epoch: int) -> Epoch:
     """Shuffle the images of `pool` (int [N], dataset indices) into square batches of `size` pixels.
 
-    Images that do not fill a global batch stay out; which ones varies with the epoch.
-    Raises UserError when the pool is smaller than one global batch.
+    Images that do not fill a global batch stay out; which ones varies with the epoch. UserError: they do not fill one.
     """
     indices = _shuffle(pool, global_batch, seed, epoch).reshape(-1, global_batch)
     return Epoch(indices, np.full((len(indices), 2), size, np.int32))
@@ -117,7 +112,7 @@ def _steps(images: int, global_batch: int) -> int:
 
 
 def local_items(
-    epoch_matrix: Epoch, *, epoch: int, view: View, rank: int, world: int, accumulation: int, start_step: int
+    epoch_matrix: Epoch, epoch: int, view: View, rank: int, world: int, accumulation: int, start_step: int
 ) -> Iterator[BatchItem]:
     """Yield one process's micro-batches from row `start_step` on, `accumulation` of them per optimizer step.
 
@@ -185,10 +180,9 @@ WINDOW = 2048  # rows of a lane that are shuffled among each other
 def streaming_epoch(group_rows: np.ndarray, size: int, global_batch: int, seed: int, epoch: int) -> Epoch:
     """Shuffle rows that are fetched in groups (int [G] rows each, in order), with few groups in use at a time.
 
-    The groups are shuffled, and then each row moves on by up to `WINDOW` places: a shuffle buffer as a pure
-    function. The order is cut into `LANES` lanes, each of which fills its own columns of every batch, so that
-    a batch has images of many places and a process fetches the groups of its own lanes only. Rows that do not
-    fill a global batch stay out; which ones varies with the epoch.
+    The groups are shuffled, and then each row moves on by up to `WINDOW` places: a shuffle buffer as a pure function. The
+    order is cut into `LANES` lanes, each of which fills its own columns of every batch, so that a batch has images of
+    many places and a process fetches the groups of its own lanes only.
     """
     steps = _steps(int(group_rows.sum()), global_batch)
     first = np.cumsum(group_rows) - group_rows

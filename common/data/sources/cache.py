@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from common import UserError
 from common.data.decode import DecodeError, read_header
 from common.data.sources.base import Source
 
@@ -59,11 +60,14 @@ def map_arrow(path: Path) -> pa.Table | None:
 
 
 def derived(
-    path: Path, make: Callable[[], pa.Table], current: Callable[[pa.Table], bool] = lambda table: True
+    path: Path,
+    make: Callable[[], pa.Table],
+    current: Callable[[pa.Table], bool] = lambda table: True,
+    required: bool = False,
 ) -> pa.Table:
     """Map the table in the cache file `path`, or make it where that is missing, damaged or not `current`.
 
-    One process of the machine makes it, the others wait and map it.
+    One process of the machine makes it, the others wait and map it. UserError: it is `required` and cannot be written.
     """
     with locked(path.with_suffix(".lock")):
         table = map_arrow(path)
@@ -72,7 +76,11 @@ def derived(
             try:
                 write_arrow(path, table)
             except OSError as error:
+                if required:
+                    raise UserError(f"cannot write {path}: {error.strerror}") from error
                 log.warning("%s is not kept for the next start: %s", path, error.strerror)
+            # Rather the pages that all processes share than this memory.
+            table = map_arrow(path) or table
     return table
 
 

@@ -1,13 +1,10 @@
 """Shards in object storage or on the hub, as a source: fetched by row group when an image of it is wanted.
 
-A row group of a Parquet file, or a record batch of an Arrow file, is what can be fetched at once: some
-hundred images. The files' footers say how many rows each has, so every image has its index from the start,
-and an order of training is a matrix of indices as for any other source (`order.streaming_epoch`), only one
-that stays within a few row groups for a while. Position, resume and number of processes need nothing of their
-own.
-
-What was fetched is kept in the user's cache folder, up to `KEEP_BYTES`, where all workers of all processes of
-the machine map it: a row group travels once, whoever asks first.
+A row group of a Parquet file, or a record batch of an Arrow file, is what can be fetched at once: some hundred images.
+The files' footers say how many rows each has, so every image has its index from the start, and an order of training is
+a matrix of indices as for any other source, only one that stays within a few row groups for a while
+(`order.streaming_epoch`). What was fetched is kept in the user's cache folder, up to `KEEP_BYTES`, where all workers of
+all processes of the machine map it.
 """
 
 import logging
@@ -26,7 +23,7 @@ from pyarrow import fs
 from common import UserError
 from common.data.sources.arrow import find_columns, image_bytes, read_level, read_small
 from common.data.sources.base import MissingSplit
-from common.data.sources.cache import cache_folder, derived, locked, map_arrow, write_arrow
+from common.data.sources.cache import cache_folder, derived
 from common.data.sources.remote import Storage
 
 log = logging.getLogger(__name__)
@@ -109,21 +106,13 @@ class StreamSource:
     def _map(self, number: int, level: int) -> pa.ChunkedArray:
         """Map the bytes of a group's images, fetching them if no process has before."""
         path = self._folder / f"{number}-{level}.arrow"
-        with locked(self._folder / f"{number}.lock"):
-            table = map_arrow(path)
-            if table is None:
-                table = self._fetch(number, level)
-                try:
-                    self._make_room()
-                    write_arrow(path, table)
-                except OSError as error:
-                    raise UserError(f"cannot keep row groups in {self._folder}: {error.strerror}") from error
-                table = map_arrow(path) or table  # rather the pages all share than this memory
+        table = derived(path, lambda: self._fetch(number, level), required=True)
         with suppress(FileNotFoundError):  # another process may need the room
             os.utime(path)  # what was not used for longest makes room first
         return image_bytes(table.column(0))
 
     def _fetch(self, number: int, level: int) -> pa.Table:
+        self._make_room()
         shard, group = self._groups[number].tolist()
         path, columns = self._paths[shard], [self._columns[level]]
         fetch = partial(read_groups, self._storage, path, columns, group)
