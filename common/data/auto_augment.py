@@ -1,7 +1,6 @@
 """Random edits of colour and geometry, in the workers: TrivialAugmentWide, RandAugment and 3-Augment.
 
-On one image at a time and in Pillow, as their authors did it, which on a CPU is faster than the same on tensors
-(docs/input-pipeline.md); nothing of it is left for the device to do.
+In Pillow, as their authors did it, which on a CPU is faster than the same on tensors (docs/input-pipeline.md).
 """
 
 from collections.abc import Callable
@@ -63,13 +62,7 @@ EDITS: tuple[Callable[[Image.Image, float, Ranges], Image.Image], ...] = (
 
 
 def auto_augment(images: np.ndarray, item: BatchItem, seed: int) -> None:
-    """Edit a batch in place, as its view says; the edits depend on (seed, epoch, image) alone.
-
-    Args:
-        images: uint8 [B, H, W, 3].
-        item: whose images they are.
-        seed: of the run.
-    """
+    """Edit a batch (uint8 [B, H, W, 3]) in place, as its view says; the edits depend on (seed, epoch, image) alone."""
     draws = uniforms(seed, item.epoch, item.indices, AUTO, 6).tolist()
     for image, (chance, *own) in zip(images, draws, strict=True):
         if chance < item.view.strength:

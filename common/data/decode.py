@@ -154,13 +154,12 @@ def decode_batch(
     """Decode, crop and resize one micro-batch, with the antialiased bilinear filter that Pillow uses.
 
     Args:
-        encoded: B arrays, uint8 [n]: JPEG, PNG, WebP, BMP, anything that Pillow reads.
+        encoded: B arrays, uint8 [n]: anything that Pillow reads.
         item: whose images they are, how large and how cropped they shall be.
         seed: of the run, for random crops.
         images: uint8 [B, 3, height, width] in channels_last memory, which is written.
-        original_sizes: [B, 2] heights and widths of the originals, if the bytes are smaller copies written by
-            `prepare` (upright JPEGs, so no header is read). Boxes are drawn in the original's pixels, so that
-            every copy gives the same crop.
+        original_sizes: [B, 2], if the bytes are smaller copies written by `prepare` (upright JPEGs, so no header is
+            read). Boxes are drawn in the original's pixels, so that every copy gives the same crop.
 
     Raises:
         DecodeError: for the first image that cannot be decoded.

@@ -1,8 +1,7 @@
 """From batch items to batches on the device: the one `Loader` of a run.
 
-The unit that travels is a whole micro-batch: the sampler yields `BatchItem`s (which images, how large, which
-crop) and a worker answers with one finished uint8 tensor. So the workers know nothing of stages, and live
-through all of them.
+The sampler yields `BatchItem`s (which images, how large, which crop) and a worker answers with one finished uint8 tensor.
+So the workers know nothing of stages, and live through all of them.
 """
 
 from __future__ import annotations

@@ -17,11 +17,10 @@ ASPECT_JITTER = 4 / 3  # docs/rectangular.md tells what less and more of it did
 
 
 def choose_shapes(sizes: np.ndarray, target_size: int, mode: Literal["short", "constant"]) -> np.ndarray:
-    """Choose shapes that lose little of the images' area to cropping: int32 [K, 2], ordered by aspect.
+    """Choose shapes that lose little of the area of images (`sizes` int [N, 2]) to cropping: int32 [K, 2], ordered by aspect.
 
-    `sizes`: height and width of the original images, int [N, 2].
-    `mode`: "short" holds the shorter side at `target_size` pixels; "constant" holds the area between 1/16
-        less and 1/32 more than the square's.
+    Mode "short" holds the shorter side at `target_size` pixels, "constant" the area between 1/16 less and 1/32 more than
+    the square's.
 
     Each shape costs a warm-up and a compiled plan. So the choice begins with all candidates and drops the one that
     is missed least, down to `MAX_SHAPES`, and further while that loses no more than 0.1 % of the area in all. On

@@ -15,9 +15,8 @@ from common.data.order import BatchItem
 class Slot:
     """Memory for one batch that this process and its workers share, used again and again.
 
-    A DataLoader would pass each tensor in new shared memory, by a file descriptor through a socket, which
-    costs a worker a quarter of its time. Workers inherit a slot when they are forked, and only its number is
-    passed. It does not lie in /dev/shm, which has 64 MB in a container.
+    A DataLoader would pass each tensor in new shared memory, which costs a worker a quarter of its time. Workers inherit
+    a slot when they are forked. It does not lie in /dev/shm, which has 64 MB in a container.
     """
 
     def __init__(self) -> None:

@@ -1,7 +1,7 @@
 """Arrow tables as sources: Hugging Face datasets, and pyramids of smaller copies."""
 
 import re
-from collections.abc import Callable
+from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,11 +28,7 @@ class Columns(NamedTuple):
 
 
 def find_columns(schema: pa.Schema, name: str) -> Columns:
-    """Find the image and label columns by the features that `datasets` keeps in a schema.
-
-    Raises:
-        UserError: there are none, or several image columns that are no pyramid.
-    """
+    """Find the image and label columns by the features that `datasets` keeps in a schema. UserError: there are none."""
     from datasets import ClassLabel, Features, Image
 
     features = Features.from_arrow_schema(schema)
@@ -48,25 +44,6 @@ def find_columns(schema: pa.Schema, name: str) -> Columns:
     return Columns(dict(sorted(levels.items())) or {0: images[0]}, label, named.get(label, []), bool(levels))
 
 
-def read_small(
-    table: pa.Table, columns: Columns, name: str
-) -> tuple[np.ndarray, list[str], np.ndarray | None]:
-    """Return a table's labels, int64 [N], the names of its classes, and a pyramid's original sizes, int32 [N, 2].
-
-    Raises:
-        UserError: some row has no label.
-    """
-    labels = table.column(columns.label)
-    if labels.null_count or not pa.types.is_integer(labels.type):
-        raise UserError(f"--data_dir: column {columns.label} of {name} is not a class number in every row")
-    numbers = labels.to_numpy().astype(np.int64)
-    if numbers.min(initial=0) < 0:
-        raise UserError(f"--data_dir: {name} has rows without a label (-1)")
-    classes = columns.classes or [str(number) for number in range(numbers.max(initial=-1) + 1)]
-    sides = [table.column(side).to_numpy() for side in ("height", "width")] if columns.prepared else None
-    return numbers, classes, np.stack(sides, 1) if sides else None
-
-
 def image_bytes(column: pa.ChunkedArray) -> pa.ChunkedArray:
     """The bytes of an image column, which has them in structs or bare; nothing is copied."""
     if pa.types.is_struct(column.type):
@@ -75,37 +52,65 @@ def image_bytes(column: pa.ChunkedArray) -> pa.ChunkedArray:
     return column
 
 
-def read_level(levels: list[int], short_side: int, read: Callable[[int], pa.Scalar]) -> np.ndarray:
-    """Read an image from the smallest level with a margin as Resize(256) leaves for CenterCrop(224); else from the largest.
+class TableSource(ABC):
+    """Rows of Arrow tables.
 
-    Small images are stored once: where a level has none (`read(level)` is null), the next smaller one has it.
+    Args:
+        rows: all columns but the images, at least.
+        columns: which hold what.
+        location: of the rows, for messages.
+        fingerprint: changes when the data change.
+
+    Raises:
+        UserError: some row has no label.
     """
-    wanted = next((level for level in levels if level >= short_side * 8 // 7), levels[-1])
-    for level in reversed(levels[: levels.index(wanted) + 1]):
-        encoded = read(level).as_buffer()
-        if encoded:
-            return np.frombuffer(encoded, np.uint8)
-    return np.empty(0, np.uint8)
 
+    group_rows: np.ndarray | None = None
 
-class ArrowSource:
-    """One split of an Arrow table, memory-mapped: a Hugging Face dataset, or a pyramid of smaller copies."""
-
-    group_rows = None
-
-    def __init__(self, table: pa.Table, location: str, fingerprint: str):
-        self.location, self.fingerprint = location, fingerprint
-        columns = find_columns(table.schema, location)
-        self.labels, self.classes, self._sizes = read_small(table, columns, location)
-        self.prepared = columns.prepared
-        self._images = {level: image_bytes(table.column(name)) for level, name in columns.levels.items()}
+    def __init__(self, rows: pa.Table, columns: Columns, location: str, fingerprint: str):
+        self.location, self.fingerprint, self.prepared = location, fingerprint, columns.prepared
         self._levels = list(columns.levels)
+        labels = rows.column(columns.label)
+        if labels.null_count or not pa.types.is_integer(labels.type):
+            raise UserError(
+                f"--data_dir: column {columns.label} of {location} is not a class number in every row"
+            )
+        self.labels = labels.to_numpy().astype(np.int64)
+        if self.labels.min(initial=0) < 0:
+            raise UserError(f"--data_dir: {location} has rows without a label (-1)")
+        self.classes = columns.classes or [str(number) for number in range(self.labels.max(initial=-1) + 1)]
+        self._sizes: np.ndarray | None = None
+        if columns.prepared:
+            self._sizes = np.stack([rows.column(side).to_numpy() for side in ("height", "width")], 1)
 
     def __len__(self) -> int:
         return len(self.labels)
 
+    @abstractmethod
+    def _image(self, level: int, index: int) -> pa.Scalar:
+        """A row's bytes at a level."""
+
     def read(self, index: int, short_side: int) -> np.ndarray:
-        return read_level(self._levels, short_side, lambda level: self._images[level][index])
+        # The smallest level with a margin as Resize(256) leaves for CenterCrop(224); else the largest.
+        wanted = next((level for level in self._levels if level >= short_side * 8 // 7), self._levels[-1])
+        # Small images are stored once: where a level has none, the next smaller one has it.
+        for level in reversed(self._levels[: self._levels.index(wanted) + 1]):
+            encoded = self._image(level, index).as_buffer()
+            if encoded:
+                return np.frombuffer(encoded, np.uint8)
+        return np.empty(0, np.uint8)
+
+
+class ArrowSource(TableSource):
+    """One split of an Arrow table, memory-mapped: a Hugging Face dataset, or a pyramid of smaller copies."""
+
+    def __init__(self, table: pa.Table, location: str, fingerprint: str):
+        columns = find_columns(table.schema, location)
+        super().__init__(table, columns, location, fingerprint)
+        self._images = {level: image_bytes(table.column(name)) for level, name in columns.levels.items()}
+
+    def _image(self, level: int, index: int) -> pa.Scalar:
+        return self._images[level][index]
 
     def describe(self, index: int) -> str:
         return f"row {index} of {self.location}"

@@ -34,11 +34,7 @@ class Source(Protocol):
     def __len__(self) -> int: ...
 
     def read(self, index: int, short_side: int) -> np.ndarray:
-        """Return an image's bytes, uint8 [n], from the level of a pyramid that serves `short_side` pixels.
-
-        Raises:
-            OSError: the storage fails.
-        """
+        """Return an image's bytes, uint8 [n], from the level of a pyramid that serves `short_side` pixels; OSError: it fails."""
 
     def describe(self, index: int) -> str:
         """Say where an image lies, for messages."""

@@ -1,7 +1,7 @@
 """A folder of class folders, listed once.
 
-No source keeps Python objects per image: file names, offsets and labels are a few long arrays, memory-mapped
-where they are large, so that 1.28 million images start at once and all processes share the pages.
+No source keeps Python objects per image, but long arrays, memory-mapped where they are large, so that 1.28 million
+images start at once and all processes share the pages.
 """
 
 import hashlib
@@ -28,8 +28,7 @@ HEAD_BYTES = 16 << 10  # enough for most headers; the whole file is read where i
 class FolderSource:
     """One split of an ImageFolder tree: `<folder>/<class>/**/*.jpg`.
 
-    The list of files is a manifest in the user's cache folder. It is valid as long as no directory has
-    changed, so that the second start costs one `stat` per directory.
+    The list of files is a manifest in the user's cache folder, valid as long as no directory has changed.
     """
 
     prepared = False
@@ -71,9 +70,8 @@ def _scan(root: bytes) -> pa.Table:
     counts: list[int] = []
 
     def images_below(prefix: bytes) -> Iterator[bytes]:
-        directory = root + prefix
-        directories.append((os.fsdecode(prefix), os.stat(directory).st_mtime_ns))
-        with os.scandir(directory) as entries:
+        directories.append((os.fsdecode(prefix), os.stat(root + prefix).st_mtime_ns))
+        with os.scandir(root + prefix) as entries:
             for entry in sorted(entries, key=lambda entry: entry.name):
                 if entry.is_dir():
                     yield from images_below(prefix + entry.name + b"/")

@@ -42,11 +42,7 @@ class Storage:
         return self._system
 
     def files(self) -> list[fs.FileInfo]:
-        """List Parquet and Arrow files, sorted by name.
-
-        Raises:
-            UserError: the storage cannot be reached, or there are none.
-        """
+        """List Parquet and Arrow files, sorted by name. UserError: there are none, or the storage cannot be reached."""
         try:
             system = self.system()
             found = system.get_file_info(fs.FileSelector(self.root, recursive=True))
@@ -62,11 +58,7 @@ class Storage:
         return fingerprint_of([(info.path[len(self.root) :], info.size, info.mtime_ns) for info in files])
 
     def retry(self, what: str, fetch: Callable[[], Any], pause_s: int = 1) -> Any:
-        """Call `fetch()`, again after longer and longer pauses if the network fails.
-
-        Raises:
-            UserError: it failed after the longest pause too.
-        """
+        """Call `fetch()`, again after longer and longer pauses if the network fails. UserError: the last pause did not help."""
         try:
             return fetch()
         except OSError as error:
@@ -79,11 +71,7 @@ class Storage:
 
 
 def download(data_dir: str) -> Path:
-    """Copy the shards below a URL that are not there yet to the user's cache folder.
-
-    Raises:
-        UserError: cannot be read, or there is not enough space.
-    """
+    """Copy the shards below a URL that are not there yet to the user's cache folder. UserError: it cannot be done."""
     storage = Storage(data_dir)
     files = storage.files()
     folder = cache_folder() / "downloads" / storage.fingerprint(files)

@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 from pyarrow import fs
 
 from common import UserError
-from common.data.sources.arrow import find_columns, image_bytes, read_level, read_small
+from common.data.sources.arrow import TableSource, find_columns, image_bytes
 from common.data.sources.base import MissingSplit
 from common.data.sources.cache import cache_folder, derived
 from common.data.sources.remote import Storage
@@ -51,18 +51,16 @@ def read_groups(storage: Storage, path: str, columns: list[str], group: int | No
         return [pa.Table.from_batches([arrow.get_batch(number)]) for number in groups]
 
 
-class StreamSource:
+class StreamSource(TableSource):
     """One split of shards that stay where they are."""
 
     def __init__(self, storage: Storage, files: list[fs.FileInfo]):
         self._paths, self._storage = [info.path for info in files], storage
-        self.location = name = files[0].path
-        self.fingerprint = storage.fingerprint(files)
-        self._folder = cache_folder() / "streams" / self.fingerprint
+        name, fingerprint = files[0].path, storage.fingerprint(files)
+        self._folder = cache_folder() / "streams" / fingerprint
         columns = find_columns(storage.retry(name, lambda: read_schema(storage, name)), name)
-        self._columns, self._levels, self.prepared = columns.levels, list(columns.levels), columns.prepared
-        rows = self._read_rows(columns.small)
-        self.labels, self.classes, self._sizes = read_small(rows, columns, name)
+        self._columns, rows = columns.levels, self._read_rows(columns.small)
+        super().__init__(rows, columns, name, fingerprint)
         # A row's group is known by the number of the shard and of the group in it.
         shard, group = (rows.column(which).to_numpy() for which in ("shard", "group"))
         first = np.flatnonzero(np.diff(shard, prepend=-1) | np.diff(group, prepend=-1))
@@ -91,17 +89,14 @@ class StreamSource:
 
         return derived(self._folder / "rows.arrow", read_all)
 
-    def __len__(self) -> int:
-        return len(self.labels)
-
     def _place(self, index: int) -> tuple[int, int]:
         """The number of a row's group, and of the row in it."""
         number = int(np.searchsorted(self._first_rows, index, "right")) - 1
         return number, index - int(self._first_rows[number])
 
-    def read(self, index: int, short_side: int) -> np.ndarray:
+    def _image(self, level: int, index: int) -> pa.Scalar:
         number, row = self._place(index)
-        return read_level(self._levels, short_side, lambda level: self._group(number, level)[row])
+        return self._group(number, level)[row]
 
     def _map(self, number: int, level: int) -> pa.ChunkedArray:
         """Map the bytes of a group's images, fetching them if no process has before."""
