@@ -38,10 +38,6 @@ def _affine(image: Image.Image, *inverse: float) -> Image.Image:
     return image.transform(image.size, Image.Transform.AFFINE, inverse, fillcolor=GREY)
 
 
-def _enhance(kind: type) -> Callable[[Image.Image, float, Ranges], Image.Image]:
-    return lambda image, m, most: kind(image).enhance(1 + most.enhance * m)
-
-
 # Image, magnitude from -1 to 1, and ranges in; both papers have these fourteen.
 EDITS: tuple[Callable[[Image.Image, float, Ranges], Image.Image], ...] = (
     lambda image, m, most: image,
@@ -54,10 +50,10 @@ EDITS: tuple[Callable[[Image.Image, float, Ranges], Image.Image], ...] = (
     lambda image, m, most: _affine(image, 1, 0, 0, most.shear * m, 1, 0),
     lambda image, m, most: _affine(image, 1, 0, most.translate * m * image.width, 0, 1, 0),
     lambda image, m, most: _affine(image, 1, 0, 0, 0, 1, most.translate * m * image.height),
-    _enhance(ImageEnhance.Brightness),
-    _enhance(ImageEnhance.Color),
-    _enhance(ImageEnhance.Contrast),
-    _enhance(ImageEnhance.Sharpness),
+    lambda image, m, most: ImageEnhance.Brightness(image).enhance(1 + most.enhance * m),
+    lambda image, m, most: ImageEnhance.Color(image).enhance(1 + most.enhance * m),
+    lambda image, m, most: ImageEnhance.Contrast(image).enhance(1 + most.enhance * m),
+    lambda image, m, most: ImageEnhance.Sharpness(image).enhance(1 + most.enhance * m),
 )
 
 

@@ -7,8 +7,7 @@ with numpy; the decoder's result is cropped as a view; and the antialiased resiz
 import io
 import struct
 import warnings
-from collections.abc import Callable, Sequence
-from functools import cache
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -210,18 +209,12 @@ def _decode(data: np.ndarray, fast: bool) -> torch.Tensor:
             raise DecodeError(_reason(error, data)) from error
 
 
-@cache
-def jpeg_decoder() -> Callable[[torch.Tensor], torch.Tensor]:
-    """torchvision's, from uint8 [n] to [3, H, W]; its import, which is as long as torch's, waits until an image is to be decoded."""
-    import torchvision.io
-
-    mode = torchvision.io.ImageReadMode.RGB.value
-    decode = torch.ops.image.decode_jpeg  # torchvision.io.decode_jpeg less 4 us of Python
-    return lambda encoded: decode(encoded, mode, True)
-
-
 def _torchvision(data: np.ndarray) -> torch.Tensor:
-    return jpeg_decoder()(torch.from_numpy(data))
+    # Registers the operator. It takes as long as torch's import, so it waits until an image is to be decoded.
+    import torchvision.io  # noqa: F401
+
+    # `torchvision.io.decode_jpeg` to RGB, less 4 us of Python.
+    return torch.ops.image.decode_jpeg(torch.from_numpy(data), 3, True)
 
 
 def _pillow(data: np.ndarray) -> torch.Tensor:

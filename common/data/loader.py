@@ -7,6 +7,7 @@ So the workers know nothing of stages, and live through all of them.
 from __future__ import annotations
 
 import ctypes
+import importlib
 import logging
 import math
 import os
@@ -25,7 +26,7 @@ from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from common import UserError
 from common.data.auto_augment import auto_augment
-from common.data.decode import DecodeError, decode_batch, jpeg_decoder
+from common.data.decode import DecodeError, decode_batch
 from common.data.order import BatchItem
 from common.data.slots import Slot, Slots
 from common.data.sources.base import Source
@@ -181,7 +182,7 @@ class Loader:
         )
         self._streams = 0
         # Before the workers fork, or each would import it.
-        jpeg_decoder()
+        importlib.import_module("torchvision.io")
 
     def stream(self, items: Iterable[BatchItem]) -> Iterator[Batch]:
         """Yield one batch per item, in order. A stream may be left before its end, and ends when the next one is begun.

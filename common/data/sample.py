@@ -79,7 +79,8 @@ def render(split: str, label: int, number: int) -> bytes:
 def _draw_all(folder: Path) -> None:
     for split, count in IMAGES_PER_CLASS.items():
         for label, name in enumerate(CLASSES):
-            (folder / split / name).mkdir(parents=True)
+            # A process that was killed leaves some.
+            (folder / split / name).mkdir(parents=True, exist_ok=True)
             for number in range(count):
                 (folder / split / name / f"{name}_{number:03d}.jpg").write_bytes(render(split, label, number))
 
@@ -95,8 +96,6 @@ def ensure_sample_data() -> Path:
         try:
             if not folder.is_dir():
                 print(f"making the sample data in {folder} (once, a few seconds)", file=sys.stderr)
-                # Of a process that was killed.
-                shutil.rmtree(unfinished, ignore_errors=True)
                 _draw_all(unfinished)
                 unfinished.rename(folder)
         except OSError as error:

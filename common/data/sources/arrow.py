@@ -45,25 +45,13 @@ def find_columns(schema: pa.Schema, name: str) -> Columns:
 
 
 def image_bytes(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    """The bytes of an image column, which has them in structs or bare; nothing is copied."""
-    if pa.types.is_struct(column.type):
-        field = column.type.get_field_index("bytes")
-        return pa.chunked_array([chunk.flatten()[field] for chunk in column.chunks], column.type[field].type)
-    return column
+    """The bytes of an image column, which has them in structs; nothing is copied."""
+    field = column.type.get_field_index("bytes")
+    return pa.chunked_array([chunk.flatten()[field] for chunk in column.chunks], column.type[field].type)
 
 
 class TableSource(ABC):
-    """Rows of Arrow tables.
-
-    Args:
-        rows: all columns but the images, at least.
-        columns: which hold what.
-        location: of the rows, for messages.
-        fingerprint: changes when the data change.
-
-    Raises:
-        UserError: some row has no label.
-    """
+    """Rows of Arrow tables: `rows` have all columns but the images, at least. UserError: some row has no label."""
 
     group_rows: np.ndarray | None = None
 

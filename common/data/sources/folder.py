@@ -4,13 +4,11 @@ No source keeps Python objects per image, but long arrays, memory-mapped where t
 images start at once and all processes share the pages.
 """
 
-import hashlib
 import json
 import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -38,9 +36,9 @@ class FolderSource:
         folder = folder.resolve()
         self.location = str(folder)
         self._root = root = os.fsencode(folder) + b"/"
-        cached = cache_folder() / "manifests" / f"{hashlib.sha256(root).hexdigest()[:16]}.arrow"
+        cached = cache_folder() / "manifests" / f"{fingerprint_of(root)}.arrow"
         manifest = derived(cached, lambda: _scan(root), lambda table: _current(table, root))
-        facts = _facts(manifest)
+        facts = json.loads(manifest.schema.metadata[MANIFEST])
         self.classes, self.fingerprint, self._place = facts["classes"], facts["fingerprint"], facts["place"]
         self._paths, self.labels = manifest.column("path").chunk(0), manifest.column("label").to_numpy()
 
@@ -107,14 +105,10 @@ def _scan(root: bytes) -> pa.Table:
 _EXTENSIONS = tuple(extension.encode() for extension in EXTENSIONS)
 
 
-def _facts(manifest: pa.Table) -> dict[str, Any]:
-    return json.loads(manifest.schema.metadata[MANIFEST])
-
-
 def _current(manifest: pa.Table, root: bytes) -> bool:
     """Whether no directory has changed since."""
     try:
-        times = _facts(manifest)["directories"]
+        times = json.loads(manifest.schema.metadata[MANIFEST])["directories"]
         return all(os.stat(root + os.fsencode(name)).st_mtime_ns == modified for name, modified in times)
     except OSError:
         return False

@@ -1,6 +1,5 @@
 """Folders of class folders: listed once, by one process, and again when they change."""
 
-import hashlib
 import json
 import multiprocessing
 import os
@@ -210,7 +209,7 @@ def test_one_million_images_start_at_once(tmp_path, monkeypatch, cache):
     table = pa.table({"path": array, "label": labels}).replace_schema_metadata(
         {"manifest": json.dumps(facts)}
     )
-    name = hashlib.sha256(os.fsencode(root) + b"/").hexdigest()[:16]
+    name = cache_module.fingerprint_of(os.fsencode(root) + b"/")
     cache_module.write_arrow(cache / "manifests" / f"{name}.arrow", table)
     sides = np.full(MANY, 500, np.int32)
     cache_module.write_arrow(cache / "sizes" / "place.arrow", pa.table({"height": sides, "width": sides}))
