@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from common.data.order import BatchItem, View
+from common.data.order import BatchItem
 from common.data.rng import CROP, uniforms
 from common.data.sources.base import first_line
 
@@ -55,7 +55,7 @@ def read_header(encoded: np.ndarray) -> Header:
     try:
         header = _jpeg_header(data) if data[:2] == b"\xff\xd8" else _other_header(data)
     except _DECODE_ERRORS as error:
-        raise DecodeError(_reason(error, encoded)) from error
+        raise DecodeError(_reason(error)) from error
     if header.height * header.width > MAX_PIXELS:
         raise DecodeError(f"{header.width} x {header.height} pixels are more than {MAX_PIXELS}")
     return header
@@ -105,27 +105,25 @@ def _other_header(data: memoryview) -> Header:
         return Header(*((width, height) if turned else (height, width)), fast=False)
 
 
-def crop_boxes(
-    sizes: np.ndarray, height: int, width: int, view: View, draws: np.ndarray | None
-) -> np.ndarray:
-    """Choose the part of each image (`sizes` [B, 2]) that a batch of height x width shows.
+def crop_boxes(sizes: np.ndarray, item: BatchItem, seed: int) -> np.ndarray:
+    """Choose the part of each image (`sizes` [B, 2]) that a batch shows.
 
     Random: area a uniform share of the image, aspect log-uniform about the target's, place uniform; up to
     ten tries and then the largest centred box within the aspect's range (Szegedy et al., 2014, as in
-    torchvision's RandomResizedCrop), by `draws` (float64 [B, 40] in [0, 1)). Evaluation: the centred box of the
-    target's aspect, `crop_pct` of the largest there is.
+    torchvision's RandomResizedCrop). Evaluation: the centred box of the target's aspect, `crop_pct` of the
+    largest there is.
 
     Returns:
         int64 [B, 4]: top, left, height, width in the images' own pixels.
     """
     image_h, image_w = np.asarray(sizes, np.float64).T
-    aspect = width / height
+    view, aspect = item.view, item.width / item.height
     if view.scale is None:
         box_h = view.crop_pct * np.minimum(image_h, image_w / aspect)
         box_h, box_w = np.maximum(np.rint(box_h), 1), np.maximum(np.rint(box_h * aspect), 1)
         return np.stack([(image_h - box_h) // 2, (image_w - box_w) // 2, box_h, box_w], 1).astype(np.int64)
 
-    assert draws is not None
+    draws = uniforms(seed, item.epoch, item.indices, CROP, 4 * TRIES)
     low, high = np.multiply(view.ratio, aspect)
     area, shape, top, left = draws.reshape(len(sizes), 4, TRIES).transpose(1, 0, 2)
     area = (view.scale[0] + area * (view.scale[1] - view.scale[0])) * (image_h * image_w)[:, None]
@@ -171,16 +169,12 @@ def decode_batch(
                 position = len(headers)
                 headers.append(read_header(data))
             original_sizes = np.array([header[:2] for header in headers])
-        random = item.view.scale is not None
-        draws = uniforms(seed, item.epoch, item.indices, CROP, 4 * TRIES) if random else None
-        boxes = crop_boxes(original_sizes, item.height, item.width, item.view, draws)
-
+        boxes = crop_boxes(original_sizes, item, seed)
         target = [item.height, item.width]
-        for position, (data, (original_h, original_w), box, out) in enumerate(
+        for position, (data, (original_h, original_w), (top, left, box_h, box_w), out) in enumerate(
             zip(encoded, original_sizes.tolist(), boxes.tolist(), images.split(1), strict=True)
         ):
             pixels = _decode(data, not headers or headers[position].fast)
-            top, left, box_h, box_w = box
             _, height, width = pixels.shape
             # A smaller copy: the same box, in its pixels.
             if (height, width) != (original_h, original_w):
@@ -206,7 +200,7 @@ def _decode(data: np.ndarray, fast: bool) -> torch.Tensor:
         try:
             return second(data)
         except _DECODE_ERRORS:
-            raise DecodeError(_reason(error, data)) from error
+            raise DecodeError(_reason(error)) from error
 
 
 def _torchvision(data: np.ndarray) -> torch.Tensor:
@@ -233,11 +227,7 @@ def _scaled(start: int, length: int, factor: float, limit: int) -> tuple[int, in
     return first, last - first
 
 
-def _reason(error: Exception, data: np.ndarray) -> str:
-    if not len(data):
-        return "the file is empty"
-    if isinstance(error, struct.error):
-        return "the header is cut short"
-    if isinstance(error, Image.UnidentifiedImageError):
-        return "not an image in a known format"
+def _reason(error: Exception) -> str:
+    if isinstance(error, struct.error | Image.UnidentifiedImageError):
+        return "not an image in a known format, or its header is cut short"
     return first_line(error)

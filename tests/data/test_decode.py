@@ -92,8 +92,8 @@ def pillow(encoded: np.ndarray, size: tuple[int, int], view: View) -> np.ndarray
     if image.mode == "I;16":
         image = Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
     image = image.convert("RGBA").convert("RGB") if image.mode == "P" else image.convert("RGB")
-    draws = uniforms(5, 3, np.arange(1), CROP, 40) if view.scale else None
-    [[top, left, height, width]] = crop_boxes(np.array([image.size[::-1]]), *size, view, draws)
+    item = BatchItem(0, np.arange(1), *size, 3, view)
+    [[top, left, height, width]] = crop_boxes(np.array([image.size[::-1]]), item, 5)
     crop = image.crop((left, top, left + width, top + height))
     return np.asarray(crop.resize(size[::-1], Image.Resampling.BILINEAR))
 
@@ -195,7 +195,7 @@ def test_the_other_library_is_asked_where_one_refuses(monkeypatch, broken, mode)
 
 
 FAULTS = {
-    "empty": (np.empty(0, np.uint8), "empty"),
+    "empty": (np.empty(0, np.uint8), "not an image"),
     "text": (np.frombuffer(b"<html>Not found</html>", np.uint8), "not an image"),
     "only the start marker": (np.frombuffer(b"\xff\xd8", np.uint8), "cut short"),
     "header cut short": (encode(photograph(), "JPEG")[:100], "cut short"),
@@ -258,24 +258,26 @@ sides = st.integers(1, 3000)
 def test_boxes_are_torchvisions_and_lie_inside(sizes, height, width, epoch):
     sizes = np.array(sizes)
     draws = uniforms(1, epoch, np.arange(len(sizes)), CROP, 40)
-    boxes = crop_boxes(sizes, height, width, RANDOM, draws)
+    item = BatchItem(0, np.arange(len(sizes)), height, width, epoch, RANDOM)
+    boxes = crop_boxes(sizes, item, 1)
     np.testing.assert_array_equal(boxes, boxes_one_by_one(sizes, height, width, RANDOM, draws))
-    for box in (boxes, crop_boxes(sizes, height, width, CENTRED, None)):
+    for box in (boxes, crop_boxes(sizes, item._replace(view=CENTRED), 1)):
         assert (box[:, :2] >= 0).all()
         assert (box[:, 2:] >= 1).all()
         assert (box[:, :2] + box[:, 2:] <= sizes).all()
 
 
 def test_centred_box_is_resize_256_then_crop_224():
-    [box] = crop_boxes(np.array([[512, 700]]), 224, 224, CENTRED, None)
+    [box] = crop_boxes(np.array([[512, 700]]), BatchItem(0, np.arange(1), 224, 224, 0, CENTRED), 0)
     assert box.tolist() == [32, 126, 448, 448]
-    [box] = crop_boxes(np.array([[400, 1200]]), 224, 448, View(None, crop_pct=1.0), None)
+    whole = View(None, crop_pct=1.0)
+    [box] = crop_boxes(np.array([[400, 1200]]), BatchItem(0, np.arange(1), 224, 448, 0, whole), 0)
     assert box.tolist() == [0, 200, 400, 800]
 
 
 def test_areas_are_uniform_and_positions_reach_both_ends():
-    draws = uniforms(0, 0, np.arange(4000), CROP, 40)
-    top, left, height, width = crop_boxes(np.full((4000, 2), 1000), 10, 10, RANDOM, draws).T
+    item = BatchItem(0, np.arange(4000), 10, 10, 0, RANDOM)
+    top, left, height, width = crop_boxes(np.full((4000, 2), 1000), item, 0).T
     # Boxes of more than three quarters of the image may stick out and be drawn again, so look below that.
     shares, _ = np.histogram(height * width / 1e6, [0.08, 0.24, 0.40, 0.56, 0.72])
     assert shares.min() > 0.85 * shares.max()

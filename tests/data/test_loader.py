@@ -185,7 +185,7 @@ def test_a_slot_is_free_when_its_bytes_are_pinned(tree, monkeypatch):
 BAD = {
     "cut short": (lambda path: path.write_bytes(path.read_bytes()[:-200]), "truncated"),
     "text": (lambda path: path.write_text("<html>"), "not an image"),
-    "empty": (lambda path: path.write_bytes(b""), "empty"),
+    "empty": (lambda path: path.write_bytes(b""), "not an image"),
     "gone": (lambda path: path.unlink(), "No such file"),
 }
 
