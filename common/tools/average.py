@@ -39,6 +39,7 @@ from common.data.sources.open import open_dataset, open_source
 from common.model.create import WEIGHTS
 from common.model.pretrained_cfg import CONFIG, PretrainedCfg, read_pretrained_cfg
 from common.run import checkpoint
+from common.tools.command_line import check_least, new_parser, one_sentence
 from common.tools.evaluate import answer, open_split, wilson
 from common.tools.model_folder import TrainedModel, add_target, check_target, model_place
 
@@ -252,12 +253,7 @@ def average(args: argparse.Namespace) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line; what the user can mend ends in one sentence and exit code 2."""
-    parser = argparse.ArgumentParser(
-        prog="python -m common.tools.average",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = new_parser("average", __doc__)
     add = parser.add_argument
     add("models", type=Path, nargs="+", metavar="RUN|MODEL_DIR|CHECKPOINT", help="two or more")
     add_target(parser)
@@ -273,14 +269,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add("--batch_size", type=int, default=BATCH_SIZE, help="images at a time (default: %(default)s)")
     add("--workers", type=int, help="processes that read images (default: one per usable CPU)")
     args = parser.parse_args(arguments)
-    try:
-        for flag, least in (("batch_size", 2), ("workers", 0)):
-            value = getattr(args, flag)
-            if value is not None and value < least:
-                raise UserError(f"--{flag} must be at least {least}, not {value}")
+    with one_sentence(parser):
+        check_least(args, batch_size=2, workers=0)
         print(average(args))
-    except UserError as error:
-        parser.exit(2, f"error: {error}\n")
     print(f"the model is in {args.to}")
 
 

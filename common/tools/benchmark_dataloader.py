@@ -26,6 +26,7 @@ from common.data.order import BatchItem, View
 from common.data.sources.base import Source
 from common.data.sources.folder import FolderSource
 from common.data.sources.open import open_source
+from common.tools.command_line import new_parser, one_sentence
 
 SCALE = (0.08, 1.0)  # of the random crops, the same for all
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -223,11 +224,7 @@ def benchmark(options: argparse.Namespace) -> pd.DataFrame:
 
 
 def main(args: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m common.tools.benchmark_dataloader",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = new_parser("benchmark_dataloader", __doc__)
     add = parser.add_argument
     add("--data_dir", required=True, help="whatever the training scripts read")
     add("--originals", help="the folder of class folders a pyramid was made of, for the other loaders")
@@ -240,10 +237,8 @@ def main(args: list[str] | None = None) -> None:
     add("--device_rate", type=float, nargs="+", help="images/s the device trains on, for each of --sizes")
     add("--json", type=Path, help="write the rows to this file")
     options = parser.parse_args(args)
-    try:
+    with one_sentence(parser):
         rows = benchmark(options)
-    except UserError as error:
-        parser.exit(2, f"error: {error}\n")
     if options.json:
         rows.to_json(options.json, orient="records", indent=1)
 

@@ -6,7 +6,6 @@
 A run may still be going on; what it has logged so far is compared. What is no run yet is left out.
 """
 
-import argparse
 import json
 from collections.abc import Sequence
 from itertools import product
@@ -18,6 +17,7 @@ import pandas as pd
 
 from common import UserError
 from common.run import plots
+from common.tools.command_line import new_parser, one_sentence
 
 COLOURS = (plots.BLUE, plots.VERMILION, plots.GREEN, plots.PURPLE, plots.ORANGE, plots.SKY, plots.INK)
 DASHES = ("-", "--", "-.", ":")
@@ -218,10 +218,8 @@ def compare(
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line; what the user can mend ends in one sentence and exit code 2."""
-    parser = argparse.ArgumentParser(
-        prog="python -m common.tools.compare",
-        description="Compare runs by their logs: accuracy, time and cost, as a table and three plots.",
+    parser = new_parser(
+        "compare", "Compare runs by their logs: accuracy, time and cost, as a table and three plots."
     )
     add = parser.add_argument
     add("runs", nargs="+", type=Path, metavar="RUN", help="run folders, such as runs/*")
@@ -231,10 +229,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add("--markdown", action="store_true", help="print the table as Markdown")
     add("--out", type=Path, default=Path("comparison"), help="folder for the plots (default: %(default)s)")
     args = parser.parse_args(arguments)
-    try:
+    with one_sentence(parser):
         print(compare(args.runs, args.target, args.usd_per_hour, args.out, args.markdown))
-    except UserError as error:
-        parser.exit(2, f"error: {error}\n")
 
 
 if __name__ == "__main__":

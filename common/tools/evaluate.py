@@ -34,6 +34,7 @@ from common.data.sources.open import open_dataset, open_source
 from common.engine.evaluate import one_view, with_flip
 from common.run import plots
 from common.run.receipt import wilson
+from common.tools.command_line import check_least, new_parser, one_sentence
 from common.tools.evaluation_plots import (
     COLUMNS,
     ROWS,
@@ -320,12 +321,7 @@ def evaluate(args: argparse.Namespace) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line; what the user can mend ends in one sentence and exit code 2."""
-    parser = argparse.ArgumentParser(
-        prog="python -m common.tools.evaluate",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = new_parser("evaluate", __doc__)
     add_arguments(parser)
     add = parser.add_argument
     add("--data_dir", help="whatever the training scripts read (default: the run's)")
@@ -335,14 +331,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add("--batch_size", type=int, help=f"images at a time (default: the run's, or {BATCH_SIZE})")
     add("--workers", type=int, help="processes that read images (default: one per usable CPU)")
     args = parser.parse_args(arguments)
-    try:
-        for flag, least in (("batch_size", 1), ("workers", 0)):
-            value = getattr(args, flag)
-            if value is not None and value < least:
-                raise UserError(f"--{flag} must be at least {least}, not {value}")
+    with one_sentence(parser):
+        check_least(args, batch_size=1, workers=0)
         print(evaluate(args))
-    except UserError as error:
-        parser.exit(2, f"error: {error}\n")
     print(f"tables and plots are in {args.to}")
 
 

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from common import UserError
 from common.model.create import WEIGHTS
 from common.model.pretrained_cfg import CONFIG
+from common.tools.command_line import new_parser, one_sentence
 from common.tools.model_card import Card, write_card
 from common.tools.model_folder import TrainedModel, add_target, check_target, model_place
 
@@ -191,12 +192,7 @@ def export(args: argparse.Namespace) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line; what the user can mend ends in one sentence and exit code 2."""
-    parser = argparse.ArgumentParser(
-        prog="python -m common.tools.export",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = new_parser("export", __doc__)
     add = parser.add_argument
     place = "a run's folder, or one with model.safetensors and config.json"
     add("model", type=Path, metavar="RUN|MODEL_DIR", help=place)
@@ -219,10 +215,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         help="upload to the Hugging Face Hub, into a private repository if it is new",
     )
     args = parser.parse_args(arguments)
-    try:
+    with one_sentence(parser):
         print(export(args))
-    except UserError as error:
-        parser.exit(2, f"error: {error}\n")
 
 
 if __name__ == "__main__":

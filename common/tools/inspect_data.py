@@ -11,7 +11,6 @@ Every image is decoded by the code that training uses. The report is printed, an
 `--data_dir` is whatever the training scripts read, or one folder of class folders that is not split yet.
 """
 
-import argparse
 import hashlib
 import io
 import os
@@ -35,6 +34,7 @@ from common.data.order import BatchItem, View
 from common.data.sources.base import MissingSplit, Source
 from common.data.sources.folder import FolderSource
 from common.run import plots
+from common.tools.command_line import check_least, new_parser, one_sentence
 from common.tools.prepare import PIECE, Piece, cut, map_in_workers, open_splits
 
 UNREADABLE = "unreadable"
@@ -265,22 +265,15 @@ def inspect_into(out: Path, data_dir: str, workers: int) -> str:
 
 
 def main(args: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m common.tools.inspect_data",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = new_parser("inspect_data", __doc__)
     add = parser.add_argument
     add("--data_dir", required=True, help="a folder, Parquet or Arrow files, or hub dataset org/name")
     add("--out", type=Path, default=Path("inspection"), help="for the results (default: inspection)")
     add("--workers", type=int, default=available_workers(), help="processes (default: one per usable CPU)")
     options = parser.parse_args(args)
-    try:
-        if options.workers < 0:
-            raise UserError(f"--workers must not be negative, not {options.workers}")
+    with one_sentence(parser):
+        check_least(options, workers=0)
         text = inspect_into(options.out, options.data_dir, options.workers)
-    except UserError as error:
-        parser.exit(2, f"error: {error}\n")
     print(text)
     print(f"plots and lists are in {options.out}")
 

@@ -8,7 +8,6 @@ right as its log says. Any format that training reads. What cannot be read is na
 be.
 """
 
-import argparse
 import csv
 import json
 import os
@@ -28,6 +27,7 @@ from common import UserError
 from common.data.decode import DecodeError, decode_batch, read_header
 from common.data.order import BatchItem
 from common.data.sources.base import EXTENSIONS
+from common.tools.command_line import check_least, new_parser, one_sentence
 from common.tools.model_folder import TrainedModel, add_arguments
 
 VAL = 1
@@ -137,11 +137,7 @@ def as_line(prediction: Prediction) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line; what the user can mend ends in one sentence and exit code 2."""
-    parser = argparse.ArgumentParser(
-        prog="python -m common.tools.predict",
-        description="Name what is on images, with the weights of a run or of a model folder.",
-    )
+    parser = new_parser("predict", "Name what is on images, with the weights of a run or of a model folder.")
     add_arguments(parser)
     add = parser.add_argument
     add("paths", type=Path, nargs="+", metavar="PATH", help="image files, and folders of them")
@@ -151,10 +147,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add("--batch_size", type=int, default=64, help="images at a time (default: %(default)s)")
     args = parser.parse_args(arguments)
     unreadable: list[str] = []
-    try:
-        for flag in ("topk", "batch_size"):
-            if getattr(args, flag) < 1:
-                raise UserError(f"--{flag} must be at least 1, not {getattr(args, flag)}")
+    with one_sentence(parser):
+        check_least(args, topk=1, batch_size=1)
         paths = find_images(args.paths)
         model = TrainedModel(args.model, args.mixed_precision)
         predictions = []
@@ -163,8 +157,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
             tqdm.write(as_line(prediction))
         if predictions:
             write(predictions, args.csv, args.json)
-    except UserError as error:
-        parser.exit(2, f"error: {error}\n")
     for line in unreadable:
         print(f"not readable: {line}", file=sys.stderr)
     if not predictions:

@@ -15,7 +15,6 @@ so a run that was killed goes on after it when the same command is given again; 
 the byte. `sha256sum --check sha256.txt`, given in the finished folder, verifies every shard.
 """
 
-import argparse
 import errno
 import fcntl
 import hashlib
@@ -48,6 +47,7 @@ from common.data.sources.base import MissingSplit, Source
 from common.data.sources.folder import FolderSource
 from common.data.sources.open import open_source
 from common.run.checkpoint import write_durably
+from common.tools.command_line import check_least, new_parser, one_sentence
 
 SPLITS = {"train": "train", "val": "validation"}  # our names, and those of `datasets`
 PIECE = 16  # images a worker encodes at a time
@@ -69,8 +69,6 @@ class Settings:
             raise UserError(f"--levels must be different short sides of 8 pixels or more, not {self.levels}")
         if not 1 <= self.quality <= 100:
             raise UserError(f"--quality must be from 1 to 100, not {self.quality}")
-        if self.shard_size < 1:
-            raise UserError(f"--shard_size must be at least 1 image, not {self.shard_size}")
 
 
 # --- encoding -------------------------------------------------------------------------------------
@@ -471,11 +469,7 @@ def _size(count: float) -> str:
 
 
 def main(args: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m common.tools.prepare",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = new_parser("prepare", __doc__)
     add, defaults = parser.add_argument, Settings()
     where = "folder with train/<class>/ and val/<class>/, Parquet or Arrow files, or hub dataset org/name"
     add("--data_dir", help=where)
@@ -489,18 +483,16 @@ def main(args: list[str] | None = None) -> None:
     leave = "leave out images that cannot be decoded, and list them"
     add("--skip_unreadable", action="store_true", help=leave)
     options = parser.parse_args(args)
-    try:
+    with one_sentence(parser):
         if not (options.data_dir and options.out):
             raise UserError("--data_dir and --out are both needed")
-        if options.workers < 0:
-            raise UserError(f"--workers must not be negative, not {options.workers}")
+        check_least(options, workers=0, shard_size=1)
         levels = tuple(sorted(options.levels, reverse=True))
         settings = Settings(levels, options.quality, options.shard_size)
-        prepare(options.data_dir, options.out, settings, options.workers, options.skip_unreadable)
-    except UserError as error:
-        parser.exit(2, f"error: {error}\n")
-    except KeyboardInterrupt:
-        parser.exit(130, "\nstopped; the same command goes on after the last finished shard\n")
+        try:
+            prepare(options.data_dir, options.out, settings, options.workers, options.skip_unreadable)
+        except KeyboardInterrupt:
+            parser.exit(130, "\nstopped; the same command goes on after the last finished shard\n")
 
 
 if __name__ == "__main__":

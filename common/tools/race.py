@@ -28,6 +28,7 @@ from common import UserError
 from common.run import plots
 from common.run.run import EXIT_INTERRUPTED
 from common.scheduling.budget import BudgetSettings
+from common.tools.command_line import check_least, new_parser, one_sentence
 from common.tools.compare import COLOURS, as_text
 from common.tools.split import split
 from common.tools.yardstick import ROOT, SCRIPTS
@@ -215,8 +216,7 @@ def whole_race(args: argparse.Namespace) -> str:
     budget_s = BudgetSettings(args.budget, args.usd_per_hour).budget_s()
     if not (args.data_dir / "train").is_dir() or not (args.data_dir / "val").is_dir():
         raise UserError(f"--data_dir {args.data_dir} must hold train/ and val/ with a folder for each class")
-    if args.lanes < 1:
-        raise UserError(f"--lanes must be 1 or more, not {args.lanes}")
+    check_least(args, lanes=1)
     check_same_race(args)
     inner = args.output / "inner"
     if not inner.exists():
@@ -253,10 +253,8 @@ def whole_race(args: argparse.Namespace) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line; what the user can mend ends in one sentence and exit code 2."""
-    parser = argparse.ArgumentParser(
-        prog="python -m common.tools.race",
-        description="Which strategy for this data at equal cost: successive halving over whole runs.",
+    parser = new_parser(
+        "race", "Which strategy for this data at equal cost: successive halving over whole runs."
     )
     add = parser.add_argument
     add("--data_dir", type=Path, required=True, help="ImageFolder tree with train/ and val/")
@@ -279,10 +277,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         help="folder of the runs (default: %(default)s)",
     )
     args = parser.parse_args(arguments)
-    try:
+    with one_sentence(parser):
         print(whole_race(args))
-    except UserError as error:
-        parser.exit(2, f"error: {error}\n")
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@
 Ends with exit code 1 if a figure of `receipt.json` is not what `training_log.csv` says.
 """
 
-import argparse
 import csv
 import json
 import math
@@ -15,6 +14,7 @@ from typing import Any
 
 from common import UserError
 from common.run.receipt import accuracy
+from common.tools.command_line import new_parser, one_sentence
 
 # Of the training log's figures, which have six digits; and seconds by which clocks may disagree.
 ROUNDING, CLOCKS_S = 1e-4, 2.0
@@ -75,14 +75,10 @@ def check(folder: Path) -> tuple[str, bool]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m common.tools.receipt", description="Check a run's receipt against its log."
-    )
+    parser = new_parser("receipt", "Check a run's receipt against its log.")
     parser.add_argument("folder", type=Path, help="the run's folder")
-    try:
+    with one_sentence(parser):
         table, fine = check(parser.parse_args(arguments).folder)
-    except UserError as error:
-        parser.exit(2, f"error: {error}\n")
     print(table)
     if not fine:
         parser.exit(1, "the receipt does not agree with the log\n")

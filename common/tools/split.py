@@ -10,7 +10,6 @@ there. A split that was interrupted goes on when the same command is given again
 is whole in at least one place.
 """
 
-import argparse
 import errno
 import filecmp
 import json
@@ -25,6 +24,7 @@ from tqdm import tqdm
 from common import UserError
 from common.data.sources.base import VAL_NAMES
 from common.data.sources.folder import FolderSource
+from common.tools.command_line import check_least, new_parser, one_sentence
 
 PLAN = "plan.json"
 _TEMPORARY = "plan.tmp"
@@ -167,11 +167,7 @@ def _table(plan: dict[str, dict[str, list[str]]], limit: int = 20) -> str:
 
 
 def main(args: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m common.tools.split",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = new_parser("split", __doc__)
     parser.add_argument("--data_dir", type=Path, required=True, help="folder that holds one folder per class")
     parser.add_argument(
         "--out", type=Path, required=True, help="will hold train/ and val/; must not exist yet"
@@ -185,18 +181,15 @@ def main(args: list[str] | None = None) -> None:
     )
     parser.add_argument("--dry_run", action="store_true", help="say what would be done and do nothing")
     options = parser.parse_args(args)
-    try:
+    with one_sentence(parser):
         if not 0 < options.val_fraction < 1:
             raise UserError(f"--val_fraction must lie between 0 and 1, not {options.val_fraction}")
-        if options.seed < 0:
-            raise UserError(f"--seed must not be negative, not {options.seed}")
+        check_least(options, seed=0)
         if options.dry_run:
             _refuse(options.data_dir, options.out)
             plan = plan_split(options.data_dir, options.val_fraction, options.seed)
         else:
             plan = split(options.data_dir, options.out, options.val_fraction, options.seed, options.how)
-    except UserError as error:
-        parser.exit(2, f"error: {error}\n")
     print(_table(plan))
     print("nothing was done (--dry_run)" if options.dry_run else f"written to {options.out}")
 

@@ -25,6 +25,7 @@ import torch
 
 from common import UserError
 from common.run import plots
+from common.tools.command_line import new_parser, one_sentence
 from common.tools.compare import COLOURS, DASHES, as_text
 
 SCRIPTS = ("standard", "progressive", "hybrid", "rect")
@@ -183,10 +184,9 @@ def yardstick(args: argparse.Namespace) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line; what the user can mend ends in one sentence and exit code 2."""
-    parser = argparse.ArgumentParser(
-        prog="python -m common.tools.yardstick",
-        description="Our scripts' defaults beside timm's train.py: accuracy and CPU time, as a table and a plot.",
+    parser = new_parser(
+        "yardstick",
+        "Our scripts' defaults beside timm's train.py: accuracy and CPU time, as a table and a plot.",
     )
     add = parser.add_argument
     add("--data_dir", type=Path, required=True, help="ImageFolder tree with train/ and val/")
@@ -213,10 +213,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         help="folder of the runs (default: %(default)s)",
     )
     args = parser.parse_args(arguments)
-    try:
+    with one_sentence(parser):
         print(yardstick(args))
-    except UserError as error:
-        parser.exit(2, f"error: {error}\n")
 
 
 if __name__ == "__main__":
