@@ -24,11 +24,11 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import islice
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
@@ -36,7 +36,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from common import UserError
@@ -101,15 +101,14 @@ def encode_levels(encoded: np.ndarray, settings: Settings) -> tuple[list[bytes |
     short = min(width, height)
     own = max((place for place, level in enumerate(settings.levels) if level >= short), default=-1)
     copies: list[bytes | None] = [None] * len(settings.levels)
-    for place, level in enumerate(settings.levels):
-        if place > own:
+    for place in range(max(own, 0), len(copies)):
+        if place != own:
             # From the level above, and from large originals by way of a box filter: faster at equal PSNR.
-            size = [max(1, round(side * level / short)) for side in (width, height)]
+            size = [max(1, round(side * settings.levels[place] / short)) for side in (width, height)]
             image = image.resize(size, Image.Resampling.LANCZOS, reducing_gap=3)
-        if place >= own:
-            out = io.BytesIO()
-            image.save(out, "JPEG", quality=settings.quality, subsampling="4:2:0", optimize=True)
-            copies[place] = out.getvalue()
+        out = io.BytesIO()
+        image.save(out, "JPEG", quality=settings.quality, subsampling="4:2:0", optimize=True)
+        copies[place] = out.getvalue()
     if own >= 0 and fast and len(encoded) <= len(copies[own]):
         with Image.open(io.BytesIO(encoded)) as opened:
             if opened.getexif().get(0x0112, 1) == 1:
@@ -158,14 +157,6 @@ def encode_piece(
     return Encoded(pa.RecordBatch.from_pylist(rows, schemas[split]), failures, bytes_read)
 
 
-class _Calls(Dataset):
-    def __init__(self, function: Callable):
-        self.function = function
-
-    def __getitem__(self, argument):
-        return self.function(argument)
-
-
 def _start_worker(_worker: int) -> None:
     end_with_parent()
 
@@ -173,13 +164,12 @@ def _start_worker(_worker: int) -> None:
 def map_in_workers(function: Callable, arguments: Sequence, workers: int) -> Iterator:
     """Call a function of one argument in worker processes; the answers come in order.
 
-    Few answers are kept ready, so a slow taker does not fill the memory. Arrays in an answer would become
-    tensors. UserError: a worker was killed.
+    Few answers are kept ready, so a slow taker does not fill the memory. UserError: a worker was killed.
     """
     loader = DataLoader(
-        _Calls(function),
+        arguments,
         batch_size=None,
-        sampler=arguments,
+        collate_fn=function,
         num_workers=min(workers, len(arguments)),
         worker_init_fn=_start_worker,
     )
@@ -266,8 +256,7 @@ def _checksum(path: Path) -> str:
 def occupy(partial_dir: Path) -> TextIO:
     """Make the unfinished pyramid's folder, and keep other processes out as long as the file returned is open.
 
-    Raises:
-        UserError: another is there, or something else is.
+    UserError: another process is there, or something else.
     """
     notes = partial_dir / NOTES
     if partial_dir.exists() and not notes.is_dir() and os.listdir(partial_dir):
@@ -286,49 +275,41 @@ def occupy(partial_dir: Path) -> TextIO:
 def agree(partial_dir: Path, data_dir: str, settings: Settings, sources: dict[str, Source]) -> None:
     """Write down what is done here from which images; if that is written down already, compare.
 
-    Raises:
-        UserError: settings or source differ; the sentence names the first file that has changed.
+    UserError: settings or source differ; the sentence names the first file that has changed.
     """
-    notes, anew = partial_dir / NOTES, f"remove {partial_dir} to start anew"
-    names = {split: source.fingerprint for split, source in sources.items()}
-    stamps = {split: _stamps(source) for split, source in sources.items()}
-    if not (notes / "plan.json").exists():
-        for split, values in stamps.items():
-            np.save(notes / f"{split}.npy", values)
-        write_durably(notes / "plan.json", json.dumps([asdict(settings), names]).encode())
+    path, anew = partial_dir / NOTES / "plan.json", f"remove {partial_dir} to start anew"
+    names = [source.fingerprint for source in sources.values()]
+    plan = [asdict(settings), names, {split: _stamps(source) for split, source in sources.items()}]
+    if not path.exists():
+        write_durably(path, json.dumps(plan).encode())
         return
-    begun, names_then = json.loads((notes / "plan.json").read_text())
+    begun, names_then, stamps_then = json.loads(path.read_text())
     for name, value in asdict(settings).items():
         if json.dumps(value) != json.dumps(begun[name]):
             raise UserError(f"{partial_dir} was begun with --{name} {begun[name]}; take that, or {anew}")
     if names != names_then:
         raise UserError(f"--data_dir {data_dir} has got or lost images since {partial_dir} was begun; {anew}")
-    for split, source in sources.items():
-        changed = np.flatnonzero(np.load(notes / f"{split}.npy") != stamps[split])
-        if len(changed):
-            example = source.describe(int(changed[0]))
-            raise UserError(
-                f"{example} ({len(changed)} in all) changed since {partial_dir} was begun; {anew}"
-            )
+    for split, stamps in plan[2].items():
+        changed = [index for index, stamp in enumerate(stamps) if stamp != stamps_then[split][index]]
+        if changed:
+            first = sources[split].describe(changed[0])
+            raise UserError(f"{first} ({len(changed)} in all) changed since {partial_dir} was begun; {anew}")
 
 
-def _stamps(source: Source) -> np.ndarray:
-    """Size and modification time of each image's file as one number, uint64 [N]; [0] if they are no files."""
-    if not isinstance(source, FolderSource):
-        # The fingerprint of Arrow and Parquet files says it already.
-        return np.zeros(0, np.uint64)
-    stamps = np.zeros(len(source), np.uint64)
+def _stamps(source: Source) -> list[str | None]:
+    """Size and modification time of each image's file; nothing if they are no files."""
 
-    def stamp(indices: range) -> None:
-        for index in indices:
-            with suppress(FileNotFoundError):
-                status = os.stat(source.describe(index))
-                stamps[index] = (status.st_mtime_ns * 0x9E3779B1 + status.st_size) % (1 << 64)
+    def stamp(index: int) -> str | None:
+        with suppress(FileNotFoundError):
+            status = os.stat(source.describe(index))
+            return f"{status.st_size} {status.st_mtime_ns}"
+        return None
 
+    # The fingerprint of Arrow and Parquet files says it already.
+    files = range(len(source) if isinstance(source, FolderSource) else 0)
     # Threads, because on a network disk the time goes into waiting.
-    with ThreadPoolExecutor(16) as pool:
-        list(pool.map(stamp, (range(n, len(source), 1024) for n in range(min(1024, len(source))))))
-    return stamps
+    with ThreadPool(16) as pool:
+        return pool.map(stamp, files, chunksize=1024)
 
 
 def complete(partial_dir: Path, out: Path, entries: dict[str, dict[str, Any]]) -> None:
