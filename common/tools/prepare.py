@@ -24,11 +24,10 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, suppress
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import islice
-from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
@@ -44,7 +43,6 @@ from common.data.decode import DecodeError, decode_batch, read_header
 from common.data.loader import available_workers, end_with_parent
 from common.data.order import BatchItem, View
 from common.data.sources.base import MissingSplit, Source
-from common.data.sources.folder import FolderSource
 from common.data.sources.open import open_source
 from common.run.checkpoint import write_durably
 from common.tools.command_line import check_least, new_parser, one_sentence
@@ -275,41 +273,18 @@ def occupy(partial_dir: Path) -> TextIO:
 def agree(partial_dir: Path, data_dir: str, settings: Settings, sources: dict[str, Source]) -> None:
     """Write down what is done here from which images; if that is written down already, compare.
 
-    UserError: settings or source differ; the sentence names the first file that has changed.
+    UserError: the settings are others, or images have come or gone.
     """
-    path, anew = partial_dir / NOTES / "plan.json", f"remove {partial_dir} to start anew"
-    names = [source.fingerprint for source in sources.values()]
-    plan = [asdict(settings), names, {split: _stamps(source) for split, source in sources.items()}]
-    if not path.exists():
-        write_durably(path, json.dumps(plan).encode())
-        return
-    begun, names_then, stamps_then = json.loads(path.read_text())
+    plan, anew = partial_dir / NOTES / "plan.json", f"remove {partial_dir} to start anew"
+    names = {split: source.fingerprint for split, source in sources.items()}
+    if not plan.exists():
+        write_durably(plan, json.dumps([asdict(settings), names]).encode())
+    begun, names_then = json.loads(plan.read_text())
     for name, value in asdict(settings).items():
         if json.dumps(value) != json.dumps(begun[name]):
             raise UserError(f"{partial_dir} was begun with --{name} {begun[name]}; take that, or {anew}")
     if names != names_then:
         raise UserError(f"--data_dir {data_dir} has got or lost images since {partial_dir} was begun; {anew}")
-    for split, stamps in plan[2].items():
-        changed = [index for index, stamp in enumerate(stamps) if stamp != stamps_then[split][index]]
-        if changed:
-            first = sources[split].describe(changed[0])
-            raise UserError(f"{first} ({len(changed)} in all) changed since {partial_dir} was begun; {anew}")
-
-
-def _stamps(source: Source) -> list[str | None]:
-    """Size and modification time of each image's file; nothing if they are no files."""
-
-    def stamp(index: int) -> str | None:
-        with suppress(FileNotFoundError):
-            status = os.stat(source.describe(index))
-            return f"{status.st_size} {status.st_mtime_ns}"
-        return None
-
-    # The fingerprint of Arrow and Parquet files says it already.
-    files = range(len(source) if isinstance(source, FolderSource) else 0)
-    # Threads, because on a network disk the time goes into waiting.
-    with ThreadPool(16) as pool:
-        return pool.map(stamp, files, chunksize=1024)
 
 
 def complete(partial_dir: Path, out: Path, entries: dict[str, dict[str, Any]]) -> None:
@@ -319,9 +294,6 @@ def complete(partial_dir: Path, out: Path, entries: dict[str, dict[str, Any]]) -
     skipped = [f"{path}: {why}\n" for name in sorted(entries) for path, why in entries[name]["skipped"]]
     if skipped:
         (partial_dir / "skipped.txt").write_text("".join(skipped))
-    for temporary in (partial_dir / "data").glob("*.tmp"):
-        # Of a run that was killed.
-        temporary.unlink()
     partial_dir.rename(out)
     shutil.rmtree(out / NOTES)
 
@@ -366,9 +338,6 @@ def prepare(
             agree(partial_dir, data_dir, settings, sources)
             entries = read_notes(partial_dir)
             _write_missing(partial_dir, sources, settings, entries, workers, skip_unreadable)
-            # A hub dataset lies in a cache and does not change.
-            if Path(data_dir).is_dir():
-                agree(partial_dir, data_dir, settings, open_splits(data_dir))
             complete(partial_dir, out, entries)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
