@@ -15,7 +15,6 @@ so a run that was killed goes on after it when the same command is given again; 
 the byte. `sha256sum --check sha256.txt`, given in the finished folder, verifies every shard.
 """
 
-import errno
 import fcntl
 import hashlib
 import io
@@ -229,18 +228,8 @@ def write_shard(
         temporary.unlink(missing_ok=True)
 
 
-def read_notes(partial_dir: Path) -> dict[str, dict[str, Any]]:
-    """The notes on all finished shards by name; a shard that is not what it was is named and removed."""
-    entries = {}
-    shards = sorted((partial_dir / "data").glob("*.arrow"))
-    for path in tqdm(shards, desc="verifying finished shards", unit="shard", delay=1, leave=False):
-        entry = json.loads((partial_dir / NOTES / f"{path.name}.json").read_text())
-        if _checksum(path) == entry["sha256"]:
-            entries[path.name] = entry
-        else:
-            tell(f"{path} is damaged; it is made again")
-            path.unlink()
-    return entries
+def note_of(partial_dir: Path, shard: str) -> Path:
+    return partial_dir / NOTES / f"{shard}.json"
 
 
 def _checksum(path: Path) -> str:
@@ -336,16 +325,13 @@ def prepare(
     try:
         with occupy(partial_dir):
             agree(partial_dir, data_dir, settings, sources)
-            entries = read_notes(partial_dir)
+            finished = [path.name for path in (partial_dir / "data").glob("*.arrow")]
+            entries = {name: json.loads(note_of(partial_dir, name).read_text()) for name in finished}
             _write_missing(partial_dir, sources, settings, entries, workers, skip_unreadable)
             complete(partial_dir, out, entries)
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            why = "no space is left on the disk"
-            then = "make room and give the same command again, finished shards are kept"
-        else:
-            why, then = error.strerror or str(error), "the same command goes on from here"
-        raise UserError(f"cannot write {error.filename or partial_dir}: {why}; {then}") from error
+        why = f"{error.strerror or error}; the same command goes on from here"
+        raise UserError(f"cannot write {error.filename or partial_dir}: {why}") from error
     images, written, read = (
         sum(entry[key] for entry in entries.values()) for key in ("rows", "bytes", "read")
     )
@@ -409,7 +395,7 @@ def _write_missing(
     ):
         shown = iter(bar)
         for name, own in todo.items():
-            path, note = partial_dir / "data" / name, partial_dir / NOTES / f"{name}.json"
+            path, note = partial_dir / "data" / name, note_of(partial_dir, name)
             answers_of_shard = islice(shown, len(own))
             entries[name] = write_shard(path, note, schemas[own[0][0]], answers_of_shard, skip_unreadable)
 
