@@ -35,14 +35,7 @@ from common.engine.evaluate import one_view, with_flip
 from common.run import plots
 from common.run.receipt import wilson
 from common.tools.command_line import check_least, new_parser, one_sentence
-from common.tools.evaluation_plots import (
-    COLUMNS,
-    ROWS,
-    draw_confusion,
-    draw_mistakes,
-    draw_reliability,
-    shortened,
-)
+from common.tools.evaluation_plots import draw_confusion, draw_mistakes, draw_reliability
 from common.tools.model_folder import TrainedModel, add_arguments
 
 TOP = 5
@@ -65,11 +58,7 @@ class Answers(NamedTuple):
 
 
 def open_split(model: TrainedModel, data_dir: str | None, split: str) -> Source:
-    """The images to evaluate on: the run's own, unless told otherwise.
-
-    Raises:
-        UserError: there are none.
-    """
+    """The images to evaluate on: the run's own, unless told otherwise. UserError: there are none."""
     if data_dir is None:
         if not model.settings:
             raise UserError("a model's folder does not know its images; pass --data_dir, or the run's folder")
@@ -85,11 +74,7 @@ def open_split(model: TrainedModel, data_dir: str | None, split: str) -> Source:
 
 
 def answer(model: TrainedModel, source: Source, batch_size: int, workers: int | None, tta: bool) -> Answers:
-    """Ask the model about every image, once.
-
-    Raises:
-        UserError: an image cannot be decoded, or the model does not know a class.
-    """
+    """Ask the model about every image, once. UserError: one cannot be decoded, or the model does not know a class."""
     labels, classes = model.labels_of(source), len(model.cfg.classes)
     size = model.shape_of(source.sizes()) if len(model.shapes) > 1 else model.cfg.img_size
     items = eval_items(len(source), size, batch_size, 0, 1, model.view)
@@ -175,9 +160,7 @@ class Calibration(NamedTuple):
     temperature: float
     before: float  # of the other half
     after: float  # of the other half, at that temperature
-    confidence: np.ndarray  # of the answers, float [N]
-    tempered: np.ndarray  # of the answers at that temperature, float [N]
-    held_out: np.ndarray  # bool [N], the other half
+    curves: dict[str, tuple[np.ndarray, np.ndarray]]  # both, for `draw_reliability`
 
 
 def calibrate(answers: Answers) -> Calibration:
@@ -186,11 +169,14 @@ def calibrate(answers: Answers) -> Calibration:
     fitted = torch.from_numpy(~held_out)
     temperature = fit_temperature(logits[fitted], labels[fitted])
     confidence, tempered = (F.softmax(logits / t, 1).amax(1).numpy() for t in (1.0, temperature))
-    errors = [
-        expected_calibration_error(values[rows], answers.right[rows])
-        for values, rows in ((confidence, slice(None)), (confidence, held_out), (tempered, held_out))
-    ]
-    return Calibration(errors[0], temperature, errors[1], errors[2], confidence, tempered, held_out)
+    as_it_is, divided = ((values[held_out], answers.right[held_out]) for values in (confidence, tempered))
+    before, after = expected_calibration_error(*as_it_is), expected_calibration_error(*divided)
+    curves = {
+        f"as it is: ECE {before:.1%}": as_it_is,
+        f"temperature {temperature:.2f}: ECE {after:.1%}": divided,
+    }
+    error = expected_calibration_error(confidence, answers.right)
+    return Calibration(error, temperature, before, after, curves)
 
 
 # --- what is said and written ---------------------------------------------------------------------
@@ -245,7 +231,7 @@ def report(opening: str, table: pd.DataFrame, pairs: pd.DataFrame, calibration: 
     return "\n\n".join(parts) + "\n"
 
 
-def write_predictions(path: Path, source: Source, answers: Answers, names: Sequence[str]) -> None:
+def predictions(source: Source, answers: Answers, names: Sequence[str]) -> pd.DataFrame:
     """A row for each image: path, class, right, label_1, probability_1, label_2, ..."""
     probabilities = F.softmax(answers.logits, 1).gather(1, torch.from_numpy(answers.ranked)).numpy()
     labels = np.array(names, object)
@@ -257,40 +243,7 @@ def write_predictions(path: Path, source: Source, answers: Answers, names: Seque
     for rank in range(answers.ranked.shape[1]):
         columns[f"label_{rank + 1}"] = labels[answers.ranked[:, rank]]
         columns[f"probability_{rank + 1}"] = probabilities[:, rank]
-    pd.DataFrame(columns).to_csv(path, index=False)
-
-
-def draw(
-    out: Path,
-    source: Source,
-    answers: Answers,
-    matrix: np.ndarray,
-    pairs: pd.DataFrame,
-    calibration: Calibration,
-    names: Sequence[str],
-    note: str,
-) -> None:
-    """The three PNGs."""
-    draw_confusion(out / "confusion.png", matrix, names, pairs, note)
-    held_out, right = calibration.held_out, answers.right
-    curves = {
-        f"as it is: ECE {calibration.before:.1%}": (calibration.confidence[held_out], right[held_out]),
-        f"temperature {calibration.temperature:.2f}: ECE {calibration.after:.1%}": (
-            calibration.tempered[held_out],
-            right[held_out],
-        ),
-    }
-    draw_reliability(out / "reliability.png", curves, BINS, note)
-    wrong = np.flatnonzero(~right)
-    surest = wrong[np.argsort(-calibration.confidence[wrong], kind="stable")][: COLUMNS * ROWS]
-    captions = [
-        (
-            f"{calibration.confidence[i]:.0%} {shortened(names[answers.ranked[i, 0]])}",
-            f"is {shortened(names[answers.labels[i]])}",
-        )
-        for i in surest
-    ]
-    draw_mistakes(out / "mistakes.png", source, surest, captions, note)
+    return pd.DataFrame(columns)
 
 
 def evaluate(args: argparse.Namespace) -> str:
@@ -314,9 +267,12 @@ def evaluate(args: argparse.Namespace) -> str:
     text = report(head(title, answers, table, log_top1 if same_way else None), table, pairs, calibration)
     (args.to / "report.txt").write_text(text)
     table.to_csv(args.to / "per_class.csv")
-    write_predictions(args.to / "predictions.csv", source, answers, names)
+    every_image = predictions(source, answers, names)
+    every_image.to_csv(args.to / "predictions.csv", index=False)
     note = f"{args.model.resolve().name}: {len(source):,} images, {len(names):,} classes, {answers.right.mean():.1%} right"
-    draw(args.to, source, answers, matrix, pairs, calibration, names, note)
+    draw_confusion(args.to / "confusion.png", matrix, names, pairs, note)
+    draw_reliability(args.to / "reliability.png", calibration.curves, BINS, note)
+    draw_mistakes(args.to / "mistakes.png", source, every_image, note)
     return text
 
 

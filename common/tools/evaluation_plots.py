@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
@@ -12,9 +11,6 @@ from common.data.decode import decode_batch
 from common.data.order import BatchItem, View
 from common.data.sources.base import Source
 from common.run import plots
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 # Classes up to which cells hold numbers, and up to which every class is named at the axes.
 MOST_NUMBERS, MOST_NAMES = 30, 150
@@ -29,8 +25,8 @@ LETTER_WIDTH = 0.58 / 72
 TILE, COLUMNS, ROWS = 160, 6, 4
 
 
-def shortened(name: str, letters: int = LETTERS) -> str:
-    return name if len(name) <= letters else f"{name[: letters - 1]}…"
+def shortened(name: str) -> str:
+    return name if len(name) <= LETTERS else f"{name[: LETTERS - 1]}…"
 
 
 def draw_confusion(
@@ -75,7 +71,7 @@ def draw_confusion(
     plots.save(axes, path)
 
 
-def _draw_cells(axes: "Axes", matrix: np.ndarray, names: Sequence[str], letter: float) -> None:
+def _draw_cells(axes, matrix: np.ndarray, names: Sequence[str], letter: float) -> None:
     """A cell for each class and answer: right ones blue, wrong ones red, the darker the larger the class's share."""
     from matplotlib.colors import PowerNorm
 
@@ -99,7 +95,7 @@ def _draw_cells(axes: "Axes", matrix: np.ndarray, names: Sequence[str], letter: 
             axes.text(column, row, matrix[row, column], ha="center", va="center", fontsize=letter, color=ink)
 
 
-def _draw_dots(axes: "Axes", matrix: np.ndarray) -> None:
+def _draw_dots(axes, matrix: np.ndarray) -> None:
     """A dot for each class and answer, its area by the class's share, where cells would be too small to see."""
     count = len(matrix)
     shares = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
@@ -144,17 +140,13 @@ def draw_reliability(
     plots.save(axes, path)
 
 
-def draw_mistakes(
-    path: Path,
-    source: Source,
-    indices: np.ndarray,
-    captions: Sequence[tuple[str, str]],
-    note: str,
-) -> None:
-    """Draw images of a source (`indices`) as a sheet, each with the answer it was given and its class."""
+def draw_mistakes(path: Path, source: Source, predictions: pd.DataFrame, note: str) -> None:
+    """Draw the images of the surest mistakes as a sheet, each with the answer it was given and its class."""
     from matplotlib.figure import Figure
 
-    rows = max(1, -(-len(indices) // COLUMNS))
+    wrong = predictions[predictions["right"] == 0]
+    surest = wrong.sort_values("probability_1", ascending=False, kind="stable").head(COLUMNS * ROWS)
+    rows = max(1, -(-len(surest) // COLUMNS))
     width, height = COLUMNS * 1.75 + 0.2, rows * 2.2 + 0.6
     figure = Figure(figsize=(width, height), dpi=120)
     figure.text(
@@ -164,12 +156,13 @@ def draw_mistakes(
     axes = figure.add_axes((0, 0, 1, 1))
     axes.set_axis_off()
     axes.set(xlim=(0, width), ylim=(0, height))
-    for place, (index, (answer, name)) in enumerate(zip(indices.tolist(), captions, strict=True)):
+    for place, (index, one) in enumerate(surest.iterrows()):
         row, column = divmod(place, COLUMNS)
+        answer = f"{one['probability_1']:.0%} {shortened(one['label_1'])}"
         left, bottom = 0.15 + 1.75 * column, height - 0.55 - 2.2 * (row + 1) + 0.1
         axes.imshow(tile(source, index), extent=(left, left + 1.6, bottom, bottom + 1.6), aspect="auto")
         axes.text(left, bottom + 1.83, answer, fontsize=7.5, color=plots.VERMILION)
-        axes.text(left, bottom + 1.67, name, fontsize=7.5, color=plots.INK)
+        axes.text(left, bottom + 1.67, f"is {shortened(one['class'])}", fontsize=7.5, color=plots.INK)
     axes.set(xlim=(0, width), ylim=(0, height))
     plots.save(axes, path)
 

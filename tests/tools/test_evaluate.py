@@ -15,12 +15,13 @@ from common.tools.evaluate import (
     calibrate,
     confused_pairs,
     confusion_matrix,
-    draw,
     expected_calibration_error,
     fit_temperature,
     per_class,
+    predictions,
     wilson,
 )
+from common.tools.evaluation_plots import draw_confusion, draw_mistakes, draw_reliability
 from common.tools.model_folder import TrainedModel
 from tests.helpers import make_images, run_training
 from train_rect import RectConfig
@@ -227,21 +228,32 @@ def test_the_temperature_that_spoiled_probabilities_is_found(temperature: float)
     assert c.temperature == pytest.approx(temperature, rel=0.06)
     assert c.after < 0.015
     assert c.before > 0.05 or temperature == 1
-    assert c.held_out.sum() == 10_000
+    assert [len(confidence) for confidence, _ in c.curves.values()] == [10_000, 10_000]
+
+
+def draw(out: Path, source: FolderSource, answers: Answers, names: list[str]) -> None:
+    matrix = confusion_matrix(answers)
+    draw_confusion(out / "confusion.png", matrix, names, confused_pairs(matrix, names), "a note")
+    draw_reliability(out / "reliability.png", calibrate(answers).curves, tool.BINS, "a note")
+    draw_mistakes(out / "mistakes.png", source, predictions(source, answers, names), "a note")
 
 
 @pytest.mark.parametrize(("classes", "per_class_"), [(2, 5), (10, 20), (101, 8), (1000, 3)])
 def test_plots_of_few_and_many_classes(images: Path, tmp_path: Path, classes: int, per_class_: int) -> None:
     answers = fake(classes, per_class_)
     names = [f"a class with quite a long name, {number}" for number in range(classes)]
-    matrix = confusion_matrix(answers)
 
     class Repeated(FolderSource):
+        def __len__(self) -> int:
+            return len(answers.labels)
+
         def read(self, index: int, short_side: int) -> np.ndarray:
             return super().read(index % 21, short_side)
 
-    pairs = confused_pairs(matrix, names)
-    draw(tmp_path, Repeated(images / "val"), answers, matrix, pairs, calibrate(answers), names, "a note")
+        def describe(self, index: int) -> str:
+            return super().describe(index % 21)
+
+    draw(tmp_path, Repeated(images / "val"), answers, names)
     for name in ("confusion.png", "reliability.png", "mistakes.png"):
         with Image.open(tmp_path / name) as plot:
             assert plot.width < 2600
@@ -254,6 +266,5 @@ def test_no_mistake_is_no_trouble(images: Path, tmp_path: Path) -> None:
     assert answers.right.all()
     matrix, calibration = confusion_matrix(answers), calibrate(answers)
     pairs, table = confused_pairs(matrix, NAMES), per_class(matrix, NAMES)
-    source = FolderSource(images / "val")
-    draw(tmp_path, source, answers, matrix, pairs, calibration, NAMES, "")
+    draw(tmp_path, FolderSource(images / "val"), answers, NAMES)
     assert "no mistake" in tool.report("", table, pairs, calibration)
