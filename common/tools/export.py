@@ -16,6 +16,7 @@ It is there whole or not at all.
 
 import argparse
 import importlib.util
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
@@ -51,11 +52,7 @@ class Normalise(nn.Module):
 
 
 def write_onnx(net: nn.Module, side: int, path: Path) -> float:
-    """Write an ONNX program of any batch size, and return how far onnxruntime's answers are from PyTorch's.
-
-    Raises:
-        UserError: the network cannot be written as one, or answers otherwise; the file is removed.
-    """
+    """Write an ONNX program of any batch size, and return how far onnxruntime's answers are from PyTorch's."""
     import onnxruntime
 
     torch.onnx.export(
@@ -78,11 +75,7 @@ def write_onnx(net: nn.Module, side: int, path: Path) -> float:
 
 
 def write_pt2(net: nn.Module, side: int, path: Path) -> float:
-    """Write a torch.export program of any batch size, and return how far its answers are from the network's.
-
-    Raises:
-        UserError: the network cannot be written as one, or answers otherwise; the file is removed.
-    """
+    """Write a torch.export program of any batch size, and return how far its answers are from the network's."""
     example = torch.rand(MADE_WITH, 3, side, side)
     program = torch.export.export(net, (example,), dynamic_shapes=({0: torch.export.Dim("batch")},))
     torch.export.save(program, path)
@@ -91,11 +84,7 @@ def write_pt2(net: nn.Module, side: int, path: Path) -> float:
 
 @torch.no_grad()
 def compared(program: Callable[[Tensor], Tensor], net: nn.Module, side: int, path: Path) -> float:
-    """The largest difference of a logit for random images; above `TOLERANCE` the program's file is removed.
-
-    Raises:
-        UserError: it is above.
-    """
+    """The largest difference of a logit for random images. UserError: it is above `TOLERANCE`; the file is removed."""
     worst = 0.0
     for count in TRIED_WITH:
         images = torch.rand(count, 3, side, side, generator=torch.Generator().manual_seed(count))
@@ -115,18 +104,17 @@ def compared(program: Callable[[Tensor], Tensor], net: nn.Module, side: int, pat
 def push(folder: Path, repo: str) -> str:
     """Upload a folder to a model repository on the Hub, which is made private if it is not there; returns its address.
 
-    Raises:
-        UserError: the Hub refuses, or cannot be reached.
+    UserError: the Hub refuses, or cannot be reached.
     """
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     api = HfApi()
     try:
         address = api.create_repo(repo, private=True, exist_ok=True)
         api.upload_folder(repo_id=repo, folder_path=folder, commit_message="Model and card")
     # Its bases are the errors of whatever HTTP client the Hub's library uses.
-    except (*HfHubHTTPError.__bases__, OSError) as error:
+    except (*HfHubHTTPError.__bases__, HFValidationError, OSError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"--push {repo}: {reason}; the folder {folder} is complete") from error
     return str(address)
@@ -142,14 +130,8 @@ def check(args: argparse.Namespace) -> None:
         raise UserError("--normalized is about the programs; pass --onnx or --pt2 too")
     if args.push:
         from huggingface_hub import get_token
-        from huggingface_hub.errors import HFValidationError
-        from huggingface_hub.utils import validate_repo_id
 
-        try:
-            validate_repo_id(args.push)
-        except HFValidationError as error:
-            raise UserError(f"--push takes a name like organisation/model, not {args.push}") from error
-        if "/" not in args.push:
+        if not re.fullmatch(r"[\w.-]+/[\w.-]+", args.push):
             raise UserError(f"--push takes a name like organisation/model, not {args.push}")
         if get_token() is None:
             raise UserError(
@@ -181,8 +163,8 @@ def export(args: argparse.Namespace) -> str:
                     raise UserError(f"{args.model} cannot be written as {name}: {reason}") from error
         run = args.model if (args.model / "config.yaml").is_file() else None
         parameters = sum(parameter.numel() for parameter in net.parameters())
-        card = Card(args.push or args.to.name, cfg, parameters, run, args.evaluation, args.license)
-        write_card(folder, card, "" if args.push is None else args.push, gaps, args.normalized)
+        made_from = (run, args.evaluation, args.license, gaps, args.normalized)
+        write_card(folder, Card(args.push, args.push or args.to.name, cfg, parameters, *made_from))
         folder.replace(args.to)
     said = [f"{args.to}: {', '.join(sorted(path.name for path in args.to.iterdir()))}"]
     said += [f"{name} agrees with PyTorch within {gap:.0e}" for name, gap in gaps.items()]

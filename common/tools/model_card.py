@@ -4,7 +4,7 @@ import json
 import re
 import shlex
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,40 +30,40 @@ CHOSEN = (
 
 @dataclass(frozen=True)
 class Card:
-    """What a card is made from.
+    """What a card is made from."""
 
-    Args:
-        name: of the model.
-        cfg: its classes and images.
-        parameters: how many numbers it learnt.
-        run: the folder of the run that made it, if there is one.
-        evaluation: a folder that `evaluate` wrote, if there is one.
-        license: as the Hub names it.
-    """
-
-    name: str
+    repo: str | None  # where on the Hub it will be
+    name: str  # of the model, elsewhere
     cfg: PretrainedCfg
     parameters: int
-    run: Path | None
-    evaluation: Path | None
-    license: str
+    run: Path | None  # the folder of the run that made it
+    evaluation: Path | None  # a folder that `evaluate` wrote
+    license: str  # as the Hub names it
+    gaps: Mapping[str, float]  # of each program, by its file's name: the largest difference to PyTorch
+    normalized: bool  # the programs take images that are normalised already
 
 
-def write_card(folder: Path, card: Card, repo: str, gaps: Mapping[str, float], normalized: bool) -> None:
+def write_card(folder: Path, card: Card) -> None:
     """Write README.md and its pictures into a model's folder.
 
-    Args:
-        repo: where on the Hub it will be; "" = nowhere.
-        gaps: of each program in the folder, by its file's name, the largest difference to PyTorch.
-        normalized: whether the programs take images that are normalised already.
-
-    Raises:
-        UserError: the run has no whole epoch, or the evaluation is another model's.
+    UserError: the run has no whole epoch, or the evaluation is another model's.
     """
-    from huggingface_hub import ModelCard, ModelCardData
+    from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
     record = read_record(card.run) if card.run else {}
     dataset = public_name(record["config"]["data_dir"]) or "built-in sample images" if record else ""
+    results = None
+    if record:
+        result = EvalResult(
+            task_type="image-classification",
+            dataset_type="image-classification",
+            dataset_name=dataset,
+            dataset_split="validation",
+            metric_type="accuracy",
+            metric_name="top-1",
+            metric_value=round(record["progress"]["best_top1"] / 100, 4),
+        )
+        results = [result]
     data = ModelCardData(
         license=card.license,
         library_name="timm",
@@ -71,12 +71,12 @@ def write_card(folder: Path, card: Card, repo: str, gaps: Mapping[str, float], n
         tags=["image-classification", "timm", card.cfg.architecture],
         metrics=["accuracy"],
         model_name=card.name,
-        eval_results=results(record, dataset) if record else None,
+        eval_results=results,
     )
     parts = [
         opening(card, record, dataset),
-        use(card, repo or f"local-dir:{card.name}"),
-        programs(card.cfg, gaps, normalized) if gaps else "",
+        use(f"hf-hub:{card.repo}" if card.repo else f"local-dir:{card.name}"),
+        programs(card) if card.gaps else "",
         curve(folder, card.run) if card.run else "",
         per_class(folder, card) if card.evaluation else "",
         data_section(card.cfg, record, dataset),
@@ -90,8 +90,7 @@ def write_card(folder: Path, card: Card, repo: str, gaps: Mapping[str, float], n
 def read_record(run: Path) -> dict[str, Any]:
     """What a run's newest checkpoint says of it: progress, settings and stages in force; and its summary, if it is finished.
 
-    Raises:
-        UserError: it has none.
+    UserError: it has no checkpoint.
     """
     states = sorted((run / "checkpoints").glob("step_*/state.json"))
     if not states:
@@ -109,22 +108,6 @@ def public_name(place: str) -> str:
     return place if on_hub else Path(place).name
 
 
-def results(record: Mapping[str, Any], dataset: str) -> list[Any]:
-    from huggingface_hub import EvalResult
-
-    return [
-        EvalResult(
-            task_type="image-classification",
-            dataset_type="image-classification",
-            dataset_name=dataset,
-            dataset_split="validation",
-            metric_type="accuracy",
-            metric_name="top-1",
-            metric_value=round(record["progress"]["best_top1"] / 100, 4),
-        )
-    ]
-
-
 def opening(card: Card, record: Mapping[str, Any], dataset: str) -> str:
     cfg = card.cfg
     text = (
@@ -140,9 +123,8 @@ def opening(card: Card, record: Mapping[str, Any], dataset: str) -> str:
     )
 
 
-def use(card: Card, address: str) -> str:
+def use(address: str) -> str:
     """The lines that load the model and name what is on an image; run where its folder lies, or anywhere from the Hub."""
-    address = address if ":" in address else f"hf-hub:{address}"
     return f"""## Use
 
 ```python
@@ -155,14 +137,14 @@ print(model.pretrained_cfg["label_names"][int(shares.argmax())], shares.max().it
 ```"""
 
 
-def programs(cfg: PretrainedCfg, gaps: Mapping[str, float], normalized: bool) -> str:
-    side = cfg.img_size
+def programs(card: Card) -> str:
+    cfg, side = card.cfg, card.cfg.img_size
     taken = (
         f"normalised with mean {list(cfg.mean)} and standard deviation {list(cfg.std)}"
-        if normalized
+        if card.normalized
         else "from 0 to 1; they normalise them"
     )
-    listed = " and ".join(f"`{name}` (within {gap:.0e} of PyTorch)" for name, gap in gaps.items())
+    listed = " and ".join(f"`{name}` (within {gap:.0e} of PyTorch)" for name, gap in card.gaps.items())
     return (
         f"As programs: {listed}. They take `images`, float32 [N, 3, {side}, {side}], RGB {taken}, and give `logits`, "
         f"float32 [N, {len(cfg.classes)}], in the order of `label_names` in `config.json`."
@@ -181,10 +163,8 @@ def curve(folder: Path, run: Path) -> str:
 def per_class(folder: Path, card: Card) -> str:
     """What `evaluate` found: its first lines, the table of classes, and the confusion matrix.
 
-    Raises:
-        UserError: its folder is not there, or about a model of other classes.
+    UserError: its folder is not there, or about a model of other classes.
     """
-    assert card.evaluation is not None
     try:
         table = pd.read_csv(card.evaluation / "per_class.csv", keep_default_na=False, na_values=[""])
         head = (card.evaluation / "report.txt").read_text().split("\n\ncalibration")[0]
@@ -201,23 +181,17 @@ def per_class(folder: Path, card: Card) -> str:
         else f"The {MOST_CLASSES} worst of {len(table)} classes by F1"
     )
     table = table.sort_values("f1", kind="stable").head(MOST_CLASSES)
-    rows = [
-        [
-            str(row["class"]),
-            *("–" if pd.isna(row[k]) else f"{row[k]:.1%}" for k in ("precision", "recall", "f1")),
-            str(row["support"]),
-        ]
-        for _, row in table.iterrows()
-    ]
-    header = ["class", "precision", "recall", "F1", "images"]
+    for share in ("precision", "recall", "f1"):
+        table[share] = table[share].map("{:.1%}".format, na_action="ignore").fillna("–")
+    table.columns = ["class", "precision", "recall", "F1", "images"]
     shutil.copyfile(card.evaluation / "confusion.png", folder / "confusion.png")
     # Without the first line, whose paths are this machine's.
     figures = head.partition("\n\n")[2]
-    return f"## Evaluation\n\n```\n{figures}\n```\n\n{shown}:\n\n{markdown(header, rows)}\n\n![Confusion](confusion.png)"
+    return f"## Evaluation\n\n```\n{figures}\n```\n\n{shown}:\n\n{markdown(table)}\n\n![Confusion](confusion.png)"
 
 
-def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    cells = [header, ["---"] * len(header), *rows]
+def markdown(table: pd.DataFrame) -> str:
+    cells = [table.columns, ["---"] * len(table.columns), *table.astype(str).to_numpy()]
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in cells)
 
 
@@ -232,20 +206,13 @@ def data_section(cfg: PretrainedCfg, record: Mapping[str, Any], dataset: str) ->
 def training(folder: Path, run: Path, record: Mapping[str, Any]) -> str:
     """Command, stages, machine and time."""
     progress, summary = record["progress"], record["summary"]
-    header = ["epochs", "px", "batch per process", "share of the data", "shape", "frozen"]
-    rows = [
-        [
-            str(s["epochs"]),
-            str(s["img_size"]),
-            str(s["batch_size"]),
-            f"{s['data_fraction']:.0%}",
-            s["shape"],
-            " ".join(s["frozen"]),
-        ]
-        for s in record["config"]["stages_in_force"]
-    ]
+    stages = pd.DataFrame(record["config"]["stages_in_force"])
+    stages["data_fraction"] = stages["data_fraction"].map("{:.0%}".format)
+    stages["frozen"] = stages["frozen"].map(" ".join)
+    table = stages[["epochs", "img_size", "batch_size", "data_fraction", "shape", "frozen"]]
+    table.columns = ["epochs", "px", "batch per process", "share of the data", "shape", "frozen"]
     return (
-        f"## Training\n\n```bash\n{command(folder, run, record['config']['strategy'])}\n```\n\n{markdown(header, rows)}\n\n"
+        f"## Training\n\n```bash\n{command(folder, run, record['config']['strategy'])}\n```\n\n{markdown(table)}\n\n"
         f"Peak learning rate {progress['peak_lr']:.4g}; {progress['images_seen']:,} images seen in "
         f"{clock(progress['wall_s'])} (h:min:s or min:s) on {summary.get('hardware', 'a machine that was not recorded')}."
     )
