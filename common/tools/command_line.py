@@ -3,6 +3,7 @@
 import argparse
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from common import UserError
 
@@ -29,3 +30,11 @@ def check_least(args: argparse.Namespace, **least: int) -> None:
         given = getattr(args, flag)
         if given is not None and given < value:
             raise UserError(f"--{flag} must be at least {value}, not {given}")
+
+
+def make_folder(folder: Path, flag: str) -> None:
+    """UserError: it is not there and cannot be made."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{flag} {folder} cannot be written: {error.strerror}") from error

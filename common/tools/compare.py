@@ -17,7 +17,7 @@ import pandas as pd
 
 from common import UserError
 from common.run import plots
-from common.tools.command_line import new_parser, one_sentence
+from common.tools.command_line import make_folder, new_parser, one_sentence
 
 COLOURS = (plots.BLUE, plots.VERMILION, plots.GREEN, plots.PURPLE, plots.ORANGE, plots.SKY, plots.INK)
 DASHES = ("-", "--", "-.", ":")
@@ -35,23 +35,12 @@ class Run(NamedTuple):
     name: str
     strategy: str
     model: str
-    log: (
-        pd.DataFrame
-    )  # as the CSV, and `minutes` of wall time and `accuracy`, the better of raw and EMA top-1
+    log: pd.DataFrame  # the CSV, `minutes` of wall time, and `accuracy`, the better of raw and EMA top-1
     lr: pd.DataFrame  # epoch, lr: by step as planned, or by epoch as logged
-
-    def minutes_to(self, target: float) -> float:
-        """The end of the first epoch with `target` percent or more; NaN where there is none."""
-        return self.log["minutes"][self.log["accuracy"] >= target].min()
 
 
 def load_run(folder: Path) -> Run:
-    """Read a run's folder.
-
-    Raises:
-        NoRunYet: it is none, or no epoch has ended.
-        UserError: its files cannot be read.
-    """
+    """Read a run's folder. NoRunYet: it is none, or no epoch has ended; UserError: its files cannot be read."""
     path = folder / "training_log.csv"
     if not path.is_file():
         raise NoRunYet(f"{folder} is not a run: it has no training_log.csv")
@@ -111,7 +100,8 @@ def make_table(runs: Sequence[Run], targets: Sequence[float], usd_per_hour: floa
         row["images seen"] = f"{last['images_seen']:,.0f}"
         row["images/s"] = f"{last['images_seen'] / last['total_s']:,.0f}"
         for target in targets:
-            minutes = run.minutes_to(target)
+            # NaN where it is not reached.
+            minutes = run.log["minutes"][run.log["accuracy"] >= target].min()
             row[f"min to {target:g} %"] = f"{minutes:.1f}"
             if usd_per_hour:
                 row[f"$ to {target:g} %"] = f"{minutes / 60 * usd_per_hour:,.2f}"
@@ -153,30 +143,27 @@ def draw(runs: Sequence[Run], targets: Sequence[float], out: Path) -> list[Path]
         # An epoch that was not evaluated leaves no gap.
         known = run.log[np.isfinite(run.log["accuracy"])]
         known = known.assign(images_seen=known["images_seen"] / images)
-        dots_at = [
-            (known["accuracy"] >= target).idxmax() for target in targets if known["accuracy"].max() >= target
-        ]
         for column, axes in accuracy.items():
             axes.plot(known[column], known["accuracy"], **look, linewidth=1.8, marker=_marker(known))
-            for row in dots_at:
-                axes.plot(
-                    known[column][row], known["accuracy"][row], "o", color=look["color"], mec="white", ms=9
-                )
+            for target in targets:
+                for _, dot in known[known["accuracy"] >= target].head(1).iterrows():
+                    axes.plot(dot[column], dot["accuracy"], "o", color=look["color"], mec="white", ms=9)
     for axes, target in product(accuracy.values(), targets):
         axes.axhline(target, color=plots.GREY, linewidth=1, linestyle=":")
     stems = {"accuracy_time": accuracy["minutes"], "accuracy_images": accuracy["images_seen"], "lr": lr}
     paths = {out / f"{stem}.png": axes for stem, axes in stems.items()}
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        for path, axes in paths.items():
-            # No legend stands above the axes here: there may be many runs.
-            axes.set_position((plots.LEFT, plots.BOTTOM, plots.RIGHT - plots.LEFT, 0.77))
-            axes.set_xlim(left=0)
-            axes.legend(loc="best", fontsize=8, framealpha=0.8, edgecolor="none", labelcolor=plots.INK)
-            plots.save(axes, path)
-    except OSError as error:
-        raise UserError(f"--out {out} cannot be written: {error.strerror}") from error
+    make_folder(out, "--out")
+    for path, axes in paths.items():
+        save(axes, path)
     return list(paths)
+
+
+def save(axes, path: Path) -> None:
+    """Save a plot with its legend inside the axes, for there may be many runs."""
+    axes.set_position((plots.LEFT, plots.BOTTOM, plots.RIGHT - plots.LEFT, 0.77))
+    axes.set_xlim(left=0)
+    axes.legend(loc="best", fontsize=8, framealpha=0.8, edgecolor="none", labelcolor=plots.INK)
+    plots.save(axes, path)
 
 
 def _marker(table: pd.DataFrame) -> str:

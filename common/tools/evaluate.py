@@ -34,7 +34,7 @@ from common.data.sources.open import open_dataset, open_source
 from common.engine.evaluate import one_view, with_flip
 from common.run import plots
 from common.run.receipt import wilson
-from common.tools.command_line import check_least, new_parser, one_sentence
+from common.tools.command_line import check_least, make_folder, new_parser, one_sentence
 from common.tools.evaluation_plots import draw_confusion, draw_mistakes, draw_reliability
 from common.tools.model_folder import TrainedModel, add_arguments
 
@@ -252,10 +252,7 @@ def evaluate(args: argparse.Namespace) -> str:
     source = open_split(model, args.data_dir, args.split)
     if len(source) < 2:
         raise UserError(f"{source.location} holds {len(source)} images; an evaluation takes two or more")
-    try:
-        args.to.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--to {args.to} cannot be written: {error.strerror}") from error
+    make_folder(args.to, "--to")
     has_log = (args.model / "training_log.csv").is_file()
     log_top1, batch_size = logged(args.model) if has_log else (None, BATCH_SIZE)
     answers = answer(model, source, args.batch_size or batch_size, args.workers, args.tta)

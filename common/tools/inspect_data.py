@@ -27,14 +27,13 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from common import UserError
 from common.data.decode import DecodeError, decode_batch, read_header
 from common.data.loader import available_workers
 from common.data.order import BatchItem, View
 from common.data.sources.base import MissingSplit, Source
 from common.data.sources.folder import FolderSource
 from common.run import plots
-from common.tools.command_line import check_least, new_parser, one_sentence
+from common.tools.command_line import check_least, make_folder, new_parser, one_sentence
 from common.tools.prepare import PIECE, Piece, cut, map_in_workers, open_splits
 
 UNREADABLE = "unreadable"
@@ -49,7 +48,7 @@ def inspect_piece(sources: dict[str, Source], piece: Piece) -> pd.DataFrame:
     source, rows = sources[split], []
     pixels = torch.empty((1, 3, 32, 32), dtype=torch.uint8, memory_format=torch.channels_last)
     for index in indices:
-        row = {"split": split, "number": index, "class": source.classes[source.labels[index]]}
+        row = {"split": split, "place": source.describe(index), "class": source.classes[source.labels[index]]}
         row |= {"bytes": 0, "digest": 0, "height": 0, "width": 0, "kind": UNREADABLE, "why": ""}
         try:
             encoded = source.read(index, 1 << 20)
@@ -57,7 +56,7 @@ def inspect_piece(sources: dict[str, Source], piece: Piece) -> pd.DataFrame:
             row |= {"bytes": len(encoded), "digest": int.from_bytes(digest, signed=True)}
             # What is read of a pyramid is the largest copy; it knows the originals' sizes.
             height, width = source.sizes()[index].tolist() if source.prepared else read_header(encoded)[:2]
-            item = BatchItem(0, np.array([index]), *pixels.shape[2:], 0, View(scale=None))
+            item = BatchItem(0, np.array([index]), 32, 32, 0, View(scale=None))
             decode_batch([encoded], item, 0, pixels)
             with Image.open(io.BytesIO(encoded)) as opened:
                 row |= {"height": height, "width": width, "kind": f"{opened.format} {opened.mode}"}
@@ -176,20 +175,20 @@ def _verdict(images: pd.DataFrame) -> str:
     return "\n".join(lines)
 
 
-def write_lists(out: Path, sources: dict[str, Source], images: pd.DataFrame) -> None:
+def write_lists(out: Path, images: pd.DataFrame) -> None:
     """Write the lists that are too long for the report."""
     count_classes(images).sort_index().to_csv(out / "classes.csv")
-    places = {"unreadable.txt": "", "duplicates.txt": ""}
-    for row in images[images["kind"] == UNREADABLE].itertuples():
-        places["unreadable.txt"] += f"{sources[row.split].describe(row.number)}: {row.why}\n"
-    for _, group in find_duplicates(images).groupby("digest"):
-        names = [sources[split].describe(index) for split, index in group[["split", "number"]].values]
-        places["duplicates.txt"] += "\n".join([*names, "", ""])
-    for name, text in places.items():
+    unreadable = images[images["kind"] == UNREADABLE]
+    groups = find_duplicates(images).groupby("digest")["place"]
+    lists = {
+        "unreadable.txt": unreadable["place"] + ": " + unreadable["why"] + "\n",
+        "duplicates.txt": ["\n".join(group) + "\n\n" for _, group in groups],
+    }
+    for name, lines in lists.items():
         # One of an earlier inspection holds no longer.
         (out / name).unlink(missing_ok=True)
-        if text:
-            (out / name).write_text(text)
+        if len(lines):
+            (out / name).write_text("".join(lines))
 
 
 # --- plots ----------------------------------------------------------------------------------------
@@ -252,14 +251,11 @@ def inspect_into(out: Path, data_dir: str, workers: int) -> str:
         if not Path(data_dir).is_dir():
             raise
         sources = {"all": FolderSource(Path(data_dir))}
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out {out} cannot be written: {error.strerror}") from error
+    make_folder(out, "--out")
     images = inspect(sources, workers)
     text = report(data_dir, images)
     (out / "report.txt").write_text(text)
-    write_lists(out, sources, images)
+    write_lists(out, images)
     write_plots(out, Path(data_dir).name, images)
     return text
 

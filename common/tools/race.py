@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from common import UserError
@@ -31,7 +32,7 @@ from common.scheduling.budget import BudgetSettings
 from common.tools.command_line import check_least, new_parser, one_sentence
 from common.tools.compare import COLOURS, as_text
 from common.tools.split import split
-from common.tools.yardstick import ROOT, SCRIPTS
+from common.tools.yardstick import ROOT, scripts
 
 # Of the budget: for choosing.
 RACE_SHARE = 0.5
@@ -144,10 +145,6 @@ def race(args: argparse.Namespace, budget_s: float, inner: Path) -> list[Job]:
     return jobs
 
 
-def scripts(args: argparse.Namespace) -> list[str]:
-    return [*SCRIPTS, *(["finetune"] if args.weights else [])]
-
-
 def top1(job: Job) -> float:
     """Of the last epoch, in percent."""
     receipt = job.receipt
@@ -160,7 +157,7 @@ def make_table(jobs: Sequence[Job]) -> pd.DataFrame:
     rows = []
     for job in jobs:
         receipt = job.receipt
-        cells = {"run": job.candidate.script, "model": job.candidate.model, "rung": str(job.rung or "winner")}
+        cells = {"run": job.candidate.script, "model": job.candidate.model, "rung": str(job.rung)}
         if receipt is None:
             why = json.loads(job.ledger.read_text())["why"]
             rows.append({**cells, "top-1 %": f"refused: {why.partition('--budget ')[2] or why}"})
@@ -178,16 +175,12 @@ def draw(jobs: Sequence[Job], path: Path) -> None:
     """Accuracy over minutes, and dollars where there is a price: a point for each run, and the best for every length."""
     ended = [(job, job.receipt) for job in jobs if job.receipt]
     axes = plots.new_plot("Race", "minutes of a run", "top-1 of the inner split (%)", "bars: 95 % intervals")
-    names = list(dict.fromkeys(job.candidate.name for job, _ in ended))
-    for number, name in enumerate(names):
-        points = [receipt for job, receipt in ended if job.candidate.name == name]
-        minutes, accuracy = [r["total_minutes"] for r in points], [r["last_top1"] for r in points]
-        spread = [
-            [r["last_top1"] - r["interval_95"][0] for r in points],
-            [r["interval_95"][1] - r["last_top1"] for r in points],
-        ]
+    for number, name in enumerate(dict.fromkeys(job.candidate.name for job, _ in ended)):
+        points = pd.DataFrame([receipt for job, receipt in ended if job.candidate.name == name])
+        accuracy, interval = points["last_top1"], np.stack(points["interval_95"], axis=1)
+        spread = np.abs(interval - accuracy.to_numpy())
         look = {"color": COLOURS[number % len(COLOURS)], "label": name, "marker": "o", "capsize": 3}
-        axes.errorbar(minutes, accuracy, spread, **look, linewidth=1)
+        axes.errorbar(points["total_minutes"], accuracy, spread, **look, linewidth=1)
     front: list[tuple[float, float]] = []
     for minutes, accuracy in sorted((r["total_minutes"], r["last_top1"]) for _, r in ended):
         if not front or accuracy > front[-1][1]:

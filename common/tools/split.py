@@ -24,10 +24,10 @@ from tqdm import tqdm
 from common import UserError
 from common.data.sources.base import VAL_NAMES
 from common.data.sources.folder import FolderSource
+from common.run.checkpoint import TEMPORARY, write_durably
 from common.tools.command_line import check_least, new_parser, one_sentence
 
 PLAN = "plan.json"
-_TEMPORARY = "plan.tmp"
 
 
 def plan_split(folder: Path, val_fraction: float, seed: int) -> dict[str, dict[str, list[str]]]:
@@ -67,32 +67,20 @@ def plan_split(folder: Path, val_fraction: float, seed: int) -> dict[str, dict[s
 def split(
     folder: Path, out: Path, val_fraction: float, seed: int, how: str
 ) -> dict[str, dict[str, list[str]]]:
-    """Carry out `plan_split`, or go on with one that was interrupted; return the plan.
+    """Carry out `plan_split` into `out`, or go on with one that was interrupted; return the plan.
 
-    Args:
-        folder: holds the class folders.
-        out: will hold train/ and val/; must not exist.
-        val_fraction: as in `plan_split`.
-        seed: as in `plan_split`.
-        how: "copy", "link" (hard links: no space, same disk) or "move".
-
-    Raises:
-        UserError: `out` exists, the disk is full, or another problem that the sentence names.
+    `how` is "copy", "link" (hard links: no space, same disk) or "move".
+    UserError: `out` exists, the disk is full, or another problem that the sentence names.
     """
     partial = out.with_name(out.name + ".partial")
-    settings = {
-        "data_dir": str(folder.resolve()),
-        "val_fraction": val_fraction,
-        "seed": seed,
-        "how": how,
-    }
+    settings = {"data_dir": str(folder.resolve()), "val_fraction": val_fraction, "seed": seed, "how": how}
     if (partial / PLAN).is_file():
         saved = json.loads((partial / PLAN).read_text())
         if saved["settings"] != settings:
             raise UserError(f"{partial} holds an unfinished split with other settings: {saved['settings']}")
         plan = saved["plan"]  # after some moves the folder would no longer give the same one
     else:
-        if partial.exists() and set(os.listdir(partial)) - {_TEMPORARY}:
+        if partial.exists() and set(os.listdir(partial)) - {PLAN + TEMPORARY}:
             raise UserError(f"{partial} is in the way and no unfinished split; choose another --out")
         plan = plan_split(folder, val_fraction, seed)
     _refuse(folder, out)
@@ -100,8 +88,7 @@ def split(
     files = [(name, path) for name in plan for paths in plan[name].values() for path in paths]
     try:
         partial.mkdir(parents=True, exist_ok=True)
-        (partial / _TEMPORARY).write_text(json.dumps({"settings": settings, "plan": plan}))
-        (partial / _TEMPORARY).rename(partial / PLAN)
+        write_durably(partial / PLAN, json.dumps({"settings": settings, "plan": plan}).encode())
         for name, path in tqdm(files, desc=how, unit="file", delay=2):
             target = partial / name / path
             target.parent.mkdir(parents=True, exist_ok=True)

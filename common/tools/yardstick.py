@@ -8,7 +8,6 @@ was stopped; a run of ours that was cut off resumes, and has no time then. Ends 
 """
 
 import argparse
-import csv
 import json
 import os
 import subprocess
@@ -26,7 +25,7 @@ import torch
 from common import UserError
 from common.run import plots
 from common.tools.command_line import new_parser, one_sentence
-from common.tools.compare import COLOURS, DASHES, as_text
+from common.tools.compare import COLOURS, DASHES, as_text, save
 
 SCRIPTS = ("standard", "progressive", "hybrid", "rect")
 # Peak rates at a batch of 64 that cover what others choose by hand.
@@ -53,12 +52,15 @@ class Job:
         return self.beside("json")
 
 
+def scripts(args: argparse.Namespace) -> list[str]:
+    return [*SCRIPTS, *(["finetune"] if args.weights else [])]
+
+
 def make_jobs(args: argparse.Namespace) -> list[Job]:
     """All trainings, seed by seed, so that a comparison that is stopped early is one nevertheless."""
     jobs = []
     for seed in args.seeds:
-        scripts = [*SCRIPTS, *(["finetune"] if args.weights else [])]
-        for script in scripts:
+        for script in scripts(args):
             size = "--target_size" if script == "rect" else "--img_size"
             folder = args.output / f"{script}_s{seed}"
             command = [sys.executable, str(ROOT / f"train_{script}.py"), "--data_dir", str(args.data_dir)]
@@ -126,10 +128,9 @@ def read_curve(job: Job) -> pd.DataFrame:
     """
     receipt = json.loads(job.receipt.read_text())
     ours = (job.folder / "training_log.csv").exists()
-    with (job.folder / ("training_log.csv" if ours else "summary.csv")).open() as file:
-        rows = list(csv.DictReader(file))
-    top1 = np.array([float(row["val_top1" if ours else "eval_top1"]) for row in rows])
-    elapsed = np.array([float(row["total_s"]) for row in rows]) if ours else np.arange(1.0, len(rows) + 1)
+    log = plots.read_log(job.folder / ("training_log.csv" if ours else "summary.csv"))
+    top1 = log["val_top1" if ours else "eval_top1"]
+    elapsed = log["total_s"] if ours else np.arange(1.0, len(top1) + 1)
     whole = receipt["cpu_s"] / 60 if receipt["attempts"] == 1 else np.nan
     return pd.DataFrame({"cpu_minutes": whole * elapsed / elapsed[-1], "top1": top1})
 
@@ -143,12 +144,8 @@ def make_table(jobs: Sequence[Job]) -> pd.DataFrame:
         best = np.array([curve["top1"].max() for curve in curves])
         minutes = np.array([curve["cpu_minutes"].iloc[-1] for curve in curves])
         cells = {"trainer": trainer, "last %": f"{last.mean():.1f} ± {np.ptp(last) / 2:.1f}"}
-        cells |= {
-            "best %": f"{best.mean():.1f}",
-            "seeds": str(len(curves)),
-            "CPU min": f"{minutes.mean():.1f}",
-        }
-        rows.append(cells)
+        cells |= {"best %": f"{best.mean():.1f}", "seeds": str(len(curves))}
+        rows.append(cells | {"CPU min": f"{minutes.mean():.1f}"})
     return pd.DataFrame(rows).replace("nan", "–")
 
 
@@ -163,10 +160,7 @@ def draw(jobs: Sequence[Job], path: Path) -> None:
         style = DASHES[(seed + trainers.index(job.trainer) // len(COLOURS)) % len(DASHES)]
         label = None if seed else job.trainer
         axes.plot(curve["cpu_minutes"], curve["top1"], color=colour, linestyle=style, label=label)
-    axes.set_position((plots.LEFT, plots.BOTTOM, plots.RIGHT - plots.LEFT, 0.77))
-    axes.set_xlim(left=0)
-    axes.legend(loc="best", fontsize=8, framealpha=0.8, edgecolor="none", labelcolor=plots.INK)
-    plots.save(axes, path)
+    save(axes, path)
 
 
 def yardstick(args: argparse.Namespace) -> str:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from common.tools import race
+from common.tools import race, yardstick
 from tests.helpers import ROOT, as_if_measured, make_images
 
 # Stands in for our scripts: an accuracy that follows from the strategy and the budget; the last is refused below a minute.
@@ -33,7 +33,7 @@ price = float(given["--usd_per_hour"]) if "--usd_per_hour" in given else None
 
 @pytest.fixture
 def flags(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    for name in race.SCRIPTS:
+    for name in yardstick.SCRIPTS:
         (tmp_path / f"train_{name}.py").write_text(SCRIPT)
     monkeypatch.setattr(race, "ROOT", tmp_path)
     monkeypatch.chdir(tmp_path)
