@@ -12,6 +12,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from itertools import count, islice
 from pathlib import Path
 
@@ -38,7 +39,6 @@ Start = Callable[[int, int], Iterator[int]]
 
 def ours(source: Source, batch_size: int, auto_augment: str = "none") -> Start:
     def start(size: int, workers: int) -> Iterator[int]:
-        loader = Loader(source, source, seed=0, settings=LoaderSettings(workers))
         order = np.random.default_rng(0)
         view = View(SCALE, auto_augment=auto_augment, magnitude=0.9)
 
@@ -50,11 +50,9 @@ def ours(source: Source, batch_size: int, auto_augment: str = "none") -> Start:
                 for chosen in indices.reshape(-1, batch_size):
                     yield BatchItem(0, chosen, size, size, epoch, view)
 
-        try:
+        with closing(Loader(source, source, seed=0, settings=LoaderSettings(workers))) as loader:
             for batch in loader.stream(items()):
                 yield len(batch.labels)
-        finally:
-            loader.close()
 
     return start
 
@@ -111,9 +109,6 @@ def others(folder: Path, batch_size: int) -> dict[str, Start]:
     return {"torchvision": with_torchvision, "timm": with_timm}
 
 
-# --- measuring ----------------------------------------------------------------------------------------------
-
-
 def cpu_seconds() -> float:
     me = psutil.Process()
     return sum(sum(process.cpu_times()[:2]) for process in (me, *me.children(recursive=True)))
@@ -154,9 +149,6 @@ def measure(
             batches.close()
     keys = ["loader", "files", "size", "workers"]
     return pd.DataFrame(rows).groupby(keys, sort=False).median().reset_index()
-
-
-# --- advice -------------------------------------------------------------------------------------------------
 
 
 def recommend_workers(rows: pd.DataFrame, rates: dict[int, float]) -> int:

@@ -94,9 +94,6 @@ def answer(model: TrainedModel, source: Source, batch_size: int, workers: int | 
     return Answers(labels, logits, ranked)
 
 
-# --- figures --------------------------------------------------------------------------------------
-
-
 def confusion_matrix(answers: Answers) -> np.ndarray:
     """Images by class (rows) and answer (columns), int64 [C, C]."""
     classes = answers.logits.shape[1]
@@ -177,9 +174,6 @@ def calibrate(answers: Answers) -> Calibration:
     }
     error = expected_calibration_error(confidence, answers.right)
     return Calibration(error, temperature, before, after, curves)
-
-
-# --- what is said and written ---------------------------------------------------------------------
 
 
 def logged(run: Path) -> tuple[float, int]:

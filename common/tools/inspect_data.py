@@ -87,9 +87,6 @@ def inspect(sources: dict[str, Source], workers: int) -> pd.DataFrame:
         return pd.concat(list(bar), ignore_index=True)
 
 
-# --- the report -----------------------------------------------------------------------------------
-
-
 def count_classes(images: pd.DataFrame) -> pd.DataFrame:
     """Images of each class (rows) in each split (columns), the largest classes first."""
     counts = pd.crosstab(images["class"], images["split"])
@@ -191,9 +188,6 @@ def write_lists(out: Path, images: pd.DataFrame) -> None:
             (out / name).write_text("".join(lines))
 
 
-# --- plots ----------------------------------------------------------------------------------------
-
-
 def write_plots(out: Path, name: str, images: pd.DataFrame) -> None:
     """Draw the three plots; `name` is the dataset's, in their corner."""
     axes = plots.new_plot("Images per class", "classes, the largest first", "images", name)
@@ -238,9 +232,6 @@ def _draw_steps(axes, heights: np.ndarray, edges: np.ndarray, split: str, label:
     axes.stairs(heights, edges, fill=True, alpha=0.25, color=COLOURS[split])
     axes.stairs(heights, edges, color=COLOURS[split], linewidth=1.6, label=label)
     axes.margins(x=0)
-
-
-# --- command line ---------------------------------------------------------------------------------
 
 
 def inspect_into(out: Path, data_dir: str, workers: int) -> str:

@@ -67,8 +67,7 @@ class TrainedModel:
         settings: of the run, as its config.yaml has them; {} for a model's folder.
         shapes: heights and widths that images are brought to, int [K, 2]: one square, or the shapes of `--rect_val`.
 
-    Raises:
-        UserError: the folder holds no model, or one that does not know its classes.
+    UserError: the folder holds no model, or one that does not know its classes.
     """
 
     def __init__(self, folder: Path, mixed_precision: Precision | None = None) -> None:
@@ -117,11 +116,7 @@ class TrainedModel:
         return self.shapes[assign(sizes, self.shapes)]
 
     def labels_of(self, source: Source) -> np.ndarray:
-        """A source's labels as numbers of the model's classes, matched by name: int64 [N].
-
-        Raises:
-            UserError: the model does not know some class.
-        """
+        """A source's labels as the model's, matched by name: int64 [N]. UserError: it does not know some class."""
         rows = {name: row for row, name in enumerate(self.cfg.classes)}
         if unknown := [name for name in source.classes if name not in rows]:
             names = ", ".join(unknown[:5]) + (", ..." if len(unknown) > 5 else "")

@@ -52,10 +52,8 @@ def decode(model: TrainedModel, path: Path) -> Tensor | str:
         ((height, width),) = model.shape_of(np.array([read_header(data)[:2]])).tolist()
         pixels = torch.empty(1, 3, height, width, dtype=torch.uint8).to(memory_format=torch.channels_last)
         decode_batch([data], BatchItem(VAL, np.zeros(1, np.int64), height, width, 0, model.view), 0, pixels)
-    except DecodeError as error:
-        return str(error)
-    except OSError as error:
-        return error.strerror or str(error)
+    except (DecodeError, OSError) as error:
+        return getattr(error, "strerror", None) or str(error)
     return pixels
 
 
@@ -93,11 +91,7 @@ def predict(
 
 
 def find_images(paths: Sequence[Path]) -> list[Path]:
-    """Files as they are named, and all images below folders, in order, each once.
-
-    Raises:
-        UserError: a path does not exist, or there is no image.
-    """
+    """Files as they are named, and all images below folders, in order, each once. UserError: there are none."""
     found: dict[Path, None] = {}
     for path in paths:
         if not path.exists():

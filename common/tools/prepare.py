@@ -61,12 +61,6 @@ class Settings:
     quality: int = 90  # of the JPEGs
     shard_size: int = 10_000  # images per file: about 500 MB
 
-    def validate(self) -> None:
-        if min(self.levels) < 8 or len(set(self.levels)) < len(self.levels):
-            raise UserError(f"--levels must be different short sides of 8 pixels or more, not {self.levels}")
-        if not 1 <= self.quality <= 100:
-            raise UserError(f"--quality must be from 1 to 100, not {self.quality}")
-
 
 # --- encoding -------------------------------------------------------------------------------------
 
@@ -77,14 +71,8 @@ def encode_levels(encoded: np.ndarray, settings: Settings) -> tuple[list[bytes |
     An image that is no larger than some levels is stored in the smallest of them only, at its own size; as
     its own bytes, if they are an upright JPEG no larger than ours.
 
-    Args:
-        encoded: uint8 [n], any image file.
-
-    Returns:
-        One JPEG or None per level, and the original's height and width.
-
-    Raises:
-        DecodeError: cannot be decoded.
+    Takes any image file, uint8 [n]; returns one JPEG or None per level, and the original's height and width.
+    DecodeError: it cannot be decoded.
     """
     height, width, fast = read_header(encoded)
     # The training's own decoder, asked for the whole image at its own size: pixels, upright.
@@ -305,10 +293,8 @@ def prepare(
         workers: processes; 0 works in this one.
         skip_unreadable: leave out images that cannot be decoded, listed in `skipped.txt`.
 
-    Raises:
-        UserError: an image cannot be decoded, the disk is too small, the source changed meanwhile, ...
+    UserError: an image cannot be decoded, the disk is too small, the source changed meanwhile, ...
     """
-    settings.validate()
     if (out / NOTES).is_dir():
         # Killed between its very last two steps.
         shutil.rmtree(out / NOTES)
@@ -424,6 +410,10 @@ def main(args: list[str] | None = None) -> None:
             raise UserError("--data_dir and --out are both needed")
         check_least(options, workers=0, shard_size=1)
         levels = tuple(sorted(options.levels, reverse=True))
+        if min(levels) < 8 or len(set(levels)) < len(levels):
+            raise UserError(f"--levels must be different short sides of 8 pixels or more, not {levels}")
+        if not 1 <= options.quality <= 100:
+            raise UserError(f"--quality must be from 1 to 100, not {options.quality}")
         settings = Settings(levels, options.quality, options.shard_size)
         try:
             prepare(options.data_dir, options.out, settings, options.workers, options.skip_unreadable)

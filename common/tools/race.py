@@ -19,6 +19,7 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -61,20 +62,27 @@ class Job:
     budget_s: float
     folder: Path
 
-    @property
-    def ledger(self) -> Path:
-        """What it took and how it ended."""
-        return self.folder.with_name(f"{self.folder.name}.json")
+    def beside(self, ending: str) -> Path:
+        return self.folder.with_name(f"{self.folder.name}.{ending}")
 
     @property
-    def receipt(self) -> dict[str, Any] | None:
-        """None where it came to no end."""
-        path = self.folder / "receipt.json"
-        return json.loads(path.read_text()) if path.exists() else None
+    def ledger(self) -> dict[str, Any]:
+        """The `seconds` it took, its `exit_code` and `why`: the last line of its log."""
+        return read(self.beside("json"))
 
     @property
-    def seconds(self) -> float:
-        return json.loads(self.ledger.read_text())["seconds"] if self.ledger.exists() else 0.0
+    def receipt(self) -> dict[str, Any]:
+        return read(self.folder / "receipt.json")
+
+    @property
+    def top1(self) -> float:
+        """Of the last epoch, in percent."""
+        return self.receipt["last_top1"]
+
+
+def read(path: Path) -> dict[str, Any]:
+    """{} where there is nothing yet."""
+    return json.loads(path.read_text()) if path.exists() else {}
 
 
 def command(job: Job, args: argparse.Namespace, data_dir: Path) -> list[str]:
@@ -98,11 +106,10 @@ def run(job: Job, args: argparse.Namespace, data_dir: Path) -> None:
 
     UserError: the training was stopped, or failed.
     """
-    if job.receipt or (job.ledger.exists() and json.loads(job.ledger.read_text())["exit_code"] == 2):
+    if job.receipt or job.ledger.get("exit_code") == 2:
         return
     print(f"{time.strftime('%H:%M:%S')}  {job.folder.name}: {job.budget_s / 60:.1f} min", flush=True)
-    log = job.folder.with_name(f"{job.folder.name}.log")
-    before, began = job.seconds, time.monotonic()
+    log, before, began = job.beside("log"), job.ledger.get("seconds", 0.0), time.monotonic()
     # Lanes share the cores.
     threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // args.lanes))} if args.lanes > 1 else {}
     with log.open("a") as file:
@@ -110,7 +117,7 @@ def run(job: Job, args: argparse.Namespace, data_dir: Path) -> None:
             command(job, args, data_dir), stdout=file, stderr=file, env={**threads, **os.environ}, check=False
         )
     ledger = {"seconds": before + time.monotonic() - began, "exit_code": done.returncode}
-    job.ledger.write_text(json.dumps({**ledger, "why": log.read_text().strip().rpartition("\n")[2]}))
+    job.beside("json").write_text(json.dumps({**ledger, "why": log.read_text().strip().rpartition("\n")[2]}))
     if done.returncode == EXIT_INTERRUPTED:
         raise UserError("the race was stopped; the same command goes on from here")
     if done.returncode not in (0, 2):
@@ -131,9 +138,9 @@ def race(args: argparse.Namespace, budget_s: float, inner: Path) -> list[Job]:
         with ThreadPoolExecutor(args.lanes) as lanes:
             list(lanes.map(lambda job: run(job, args, inner), rung_jobs))
         jobs += [job for job in rung_jobs if not job.receipt]
-        ended = sorted((job for job in rung_jobs if job.receipt), key=top1, reverse=True)
+        ended = sorted((job for job in rung_jobs if job.receipt), key=attrgetter("top1"), reverse=True)
         if not ended:
-            why = json.loads(rung_jobs[0].ledger.read_text())["why"]
+            why = rung_jobs[0].ledger["why"]
             raise UserError(
                 f"--budget {args.budget} is too small for a race; {rung_jobs[0].folder.name}: {why}"
             )
@@ -145,28 +152,21 @@ def race(args: argparse.Namespace, budget_s: float, inner: Path) -> list[Job]:
     return jobs
 
 
-def top1(job: Job) -> float:
-    """Of the last epoch, in percent."""
-    receipt = job.receipt
-    assert receipt is not None
-    return receipt["last_top1"]
-
-
 def make_table(jobs: Sequence[Job]) -> pd.DataFrame:
     """A row for each run: what it took, and its accuracy on the images of the inner split."""
     rows = []
     for job in jobs:
         receipt = job.receipt
         cells = {"run": job.candidate.script, "model": job.candidate.model, "rung": str(job.rung)}
-        if receipt is None:
-            why = json.loads(job.ledger.read_text())["why"]
+        if not receipt:
+            why = job.ledger["why"]
             rows.append({**cells, "top-1 %": f"refused: {why.partition('--budget ')[2] or why}"})
             continue
         low, high = receipt["interval_95"]
         cells |= {"minutes": f"{receipt['total_minutes']:.1f}", "of": f"{job.budget_s / 60:.1f}"}
         if receipt["price_usd"] is not None:
             cells["USD"] = f"{receipt['price_usd']:.2f}"
-        cells |= {"epochs": str(receipt["epochs"]), "top-1 %": f"{top1(job):.1f}"}
+        cells |= {"epochs": str(receipt["epochs"]), "top-1 %": f"{job.top1:.1f}"}
         rows.append(cells | {"95 % interval": f"{low:.1f} to {high:.1f}"})
     return pd.DataFrame(rows).fillna("–")
 
@@ -197,7 +197,7 @@ def check_same_race(args: argparse.Namespace) -> None:
     """Write down what this race is run with; UserError: the folder holds one that was run with something else."""
     settings = {name: str(value) for name, value in vars(args).items() if name not in MAY_CHANGE}
     path = args.output / "race.json"
-    kept = json.loads(path.read_text()) if path.exists() else settings
+    kept = read(path) or settings
     if other := [f"--{name} {kept[name]}" for name in settings if kept[name] != settings[name]]:
         raise UserError(f"--output {args.output} holds a race with {', '.join(other)}; choose another folder")
     args.output.mkdir(parents=True, exist_ok=True)
@@ -219,27 +219,26 @@ def whole_race(args: argparse.Namespace) -> str:
     draw(jobs, args.output / "race.png")
     last = [job for job in jobs if job.rung == jobs[-1].rung and job.receipt]
     winner = last[0]
-    rest_s = budget_s - sum(job.seconds for job in jobs) / args.lanes
+    rest_s = budget_s - sum(job.ledger.get("seconds", 0.0) for job in jobs) / args.lanes
     final = Job(winner.candidate, 0, rest_s, args.output / f"winner_{winner.candidate.name}")
     lines = [as_text(make_table(jobs), args.markdown), "", f"winner: {winner.candidate.name}"]
     if len(last) > 1:
-        low, _ = winner.receipt["interval_95"]  # type: ignore[index]
-        sure = "outside" if top1(last[1]) < low else "inside"
-        lines[-1] += (
-            f", {top1(winner) - top1(last[1]):.1f} points before {last[1].candidate.name}, {sure} its 95 % interval"
-        )
+        low, second = winner.receipt["interval_95"][0], last[1]
+        sure = "outside" if second.top1 < low else "inside"
+        lead = f"{winner.top1 - second.top1:.1f} points before {second.candidate.name}"
+        lines[-1] += f", {lead}, {sure} its 95 % interval"
     lines.append(f"plot: {args.output / 'race.png'}")
     if not args.go:
         words = shlex.join(["python", *command(final, args, args.data_dir)[1:]])
         return "\n".join([*lines, f"{rest_s / 60:.1f} minutes are left; to train it on all images:", words])
     run(final, args, args.data_dir)
-    if final.receipt is None:
+    if not final.receipt:
         raise UserError(
             f"{rest_s / 60:.1f} minutes were left, too few for {final.folder.name}: see its log; raise --budget"
         )
     low, high = final.receipt["interval_95"]
     lines.append(
-        f"trained on all images in {final.receipt['total_minutes']:.1f} min: validation top-1 {top1(final):.2f} %, "
+        f"trained on all images in {final.receipt['total_minutes']:.1f} min: validation top-1 {final.top1:.2f} %, "
         f"95 % interval {low:.1f} to {high:.1f}; {final.folder}"
     )
     return "\n".join(lines)

@@ -41,8 +41,7 @@ def plan_split(folder: Path, val_fraction: float, seed: int) -> dict[str, dict[s
     Returns:
         {"train": {class: [paths relative to folder]}, "val": ...}, sorted.
 
-    Raises:
-        UserError: no class folders, a class of one image, or a folder that is split already.
+    UserError: no class folders, a class of one image, or a folder that is split already.
     """
     if not folder.is_dir():
         raise UserError(f"--data_dir {folder} is not a folder")

@@ -127,7 +127,7 @@ def test_our_scripts_know_their_commands(
 
     def collect(job: race.Job, args, data_dir: Path) -> None:
         commands.append(race.command(job, args, data_dir))
-        job.ledger.write_text(json.dumps({"seconds": 1.0, "exit_code": 2, "why": "enough"}))
+        job.beside("json").write_text(json.dumps({"seconds": 1.0, "exit_code": 2, "why": "enough"}))
 
     monkeypatch.setattr(race, "run", collect)
     more = "--budget 40h --img_size 32 --mixed_precision no --workers 0 --usd_per_hour 1"
