@@ -259,12 +259,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add_target(parser)
     add("--uniform", action="store_true", help="write the mean of all instead of the greedy soup")
     add("--data_dir", help="whatever the training scripts read (default: the first run's)")
-    add(
-        "--split",
-        choices=("val", "test"),
-        default="val",
-        help="the images that report (default: %(default)s)",
-    )
+    report = "the images that report (default: %(default)s)"
+    add("--split", choices=("val", "test"), default="val", help=report)
     add("--mixed_precision", choices=("no", "bf16", "fp16"), help="(default: the first run's)")
     add("--batch_size", type=int, default=BATCH_SIZE, help="images at a time (default: %(default)s)")
     add("--workers", type=int, help="processes that read images (default: one per usable CPU)")

@@ -183,19 +183,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add("--pt2", action="store_true", help="also model.pt2, a torch.export program")
     inside = "let the programs take images that are normalised; without it, RGB from 0 to 1"
     add("--normalized", action="store_true", help=inside)
-    add(
-        "--evaluation",
-        type=Path,
-        metavar="DIR",
-        help="what common.tools.evaluate wrote, for the card's tables",
-    )
+    tables = "what common.tools.evaluate wrote, for the card's tables"
+    add("--evaluation", type=Path, metavar="DIR", help=tables)
     licence = "licence of the weights as the Hub names it, such as apache-2.0 (default: %(default)s)"
     add("--license", default="unknown", metavar="NAME", help=licence)
-    add(
-        "--push",
-        metavar="ORG/NAME",
-        help="upload to the Hugging Face Hub, into a private repository if it is new",
-    )
+    upload = "upload to the Hugging Face Hub, into a private repository if it is new"
+    add("--push", metavar="ORG/NAME", help=upload)
     args = parser.parse_args(arguments)
     with one_sentence(parser):
         print(export(args))

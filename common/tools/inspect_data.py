@@ -234,23 +234,6 @@ def _draw_steps(axes, heights: np.ndarray, edges: np.ndarray, split: str, label:
     axes.margins(x=0)
 
 
-def inspect_into(out: Path, data_dir: str, workers: int) -> str:
-    """Inspect a dataset; write everything into `out`, and return the report."""
-    try:
-        sources = open_splits(data_dir)
-    except MissingSplit:
-        if not Path(data_dir).is_dir():
-            raise
-        sources = {"all": FolderSource(Path(data_dir))}
-    make_folder(out, "--out")
-    images = inspect(sources, workers)
-    text = report(data_dir, images)
-    (out / "report.txt").write_text(text)
-    write_lists(out, images)
-    write_plots(out, Path(data_dir).name, images)
-    return text
-
-
 def main(args: list[str] | None = None) -> None:
     parser = new_parser("inspect_data", __doc__)
     add = parser.add_argument
@@ -258,11 +241,23 @@ def main(args: list[str] | None = None) -> None:
     add("--out", type=Path, default=Path("inspection"), help="for the results (default: inspection)")
     add("--workers", type=int, default=available_workers(), help="processes (default: one per usable CPU)")
     options = parser.parse_args(args)
+    out, folder = options.out, Path(options.data_dir)
     with one_sentence(parser):
         check_least(options, workers=0)
-        text = inspect_into(options.out, options.data_dir, options.workers)
+        try:
+            sources = open_splits(options.data_dir)
+        except MissingSplit:
+            if not folder.is_dir():
+                raise
+            sources = {"all": FolderSource(folder)}
+        make_folder(out, "--out")
+        images = inspect(sources, options.workers)
+        text = report(options.data_dir, images)
+        (out / "report.txt").write_text(text)
+        write_lists(out, images)
+        write_plots(out, folder.name, images)
     print(text)
-    print(f"plots and lists are in {options.out}")
+    print(f"plots and lists are in {out}")
 
 
 if __name__ == "__main__":

@@ -80,7 +80,13 @@ class TrainedModel:
             log.warning("the model expects %s; here they are center and bilinear", expected)
         recorded = folder / "config.yaml"
         self.settings: dict[str, Any] = yaml.safe_load(recorded.read_text()) if recorded.is_file() else {}
-        self._set_precision(mixed_precision)
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        wanted = mixed_precision or self.settings.get("mixed_precision") or "no"
+        self.precision, note = resolve_precision(wanted, cpu=self.device.type == "cpu")
+        if note:
+            log.warning("%s", note)
+        if self.device.type == "cuda":
+            torch.set_float32_matmul_precision("high")
         size, name = self.cfg.img_size, self.settings.get("model", self.cfg.architecture)
         model, _ = create_finetuned_model(name, self.cfg.classes, str(place), size)
         layout = torch.channels_last if self.settings.get("channels_last", True) else torch.contiguous_format
@@ -97,15 +103,6 @@ class TrainedModel:
                 raise UserError(f"{folder} {why}: {error}; {place} instead means square crops") from error
             self.shapes = choose_shapes(train.sizes(), size, self.settings["rect_area"])
             self.view = View(None, crop_pct=1.0)
-
-    def _set_precision(self, asked: Precision | None) -> None:
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        wanted = asked or self.settings.get("mixed_precision") or "no"
-        self.precision, note = resolve_precision(wanted, cpu=self.device.type == "cpu")
-        if note:
-            log.warning("%s", note)
-        if self.device.type == "cuda":
-            torch.set_float32_matmul_precision("high")
 
     def data_settings(self) -> DataSettings:
         """Where the run's own images are."""

@@ -262,12 +262,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add("--lanes", type=int, default=1, help="runs side by side (default: 1)")
     add("--go", action="store_true", help="train the winner on all images with the rest of the budget")
     add("--markdown", action="store_true", help="print the table as Markdown")
-    add(
-        "--output",
-        type=Path,
-        default=Path("runs/race"),
-        help="folder of the runs (default: %(default)s)",
-    )
+    folder = "folder of the runs (default: %(default)s)"
+    add("--output", type=Path, default=Path("runs/race"), help=folder)
     args = parser.parse_args(arguments)
     with one_sentence(parser):
         print(whole_race(args))

@@ -154,18 +154,14 @@ def _table(plan: dict[str, dict[str, list[str]]], limit: int = 20) -> str:
 
 def main(args: list[str] | None = None) -> None:
     parser = new_parser("split", __doc__)
-    parser.add_argument("--data_dir", type=Path, required=True, help="folder that holds one folder per class")
-    parser.add_argument(
-        "--out", type=Path, required=True, help="will hold train/ and val/; must not exist yet"
-    )
-    parser.add_argument(
-        "--val_fraction", type=float, default=0.2, help="share of each class for val (default: 0.2)"
-    )
-    parser.add_argument("--seed", type=int, default=0, help="another seed, another choice (default: 0)")
-    parser.add_argument(
-        "--how", choices=("copy", "link", "move"), default="copy", help="link = hard links (default: copy)"
-    )
-    parser.add_argument("--dry_run", action="store_true", help="say what would be done and do nothing")
+    add = parser.add_argument
+    add("--data_dir", type=Path, required=True, help="folder that holds one folder per class")
+    add("--out", type=Path, required=True, help="will hold train/ and val/; must not exist yet")
+    add("--val_fraction", type=float, default=0.2, help="share of each class for val (default: 0.2)")
+    add("--seed", type=int, default=0, help="another seed, another choice (default: 0)")
+    ways = ("copy", "link", "move")
+    add("--how", choices=ways, default="copy", help="link = hard links (default: copy)")
+    add("--dry_run", action="store_true", help="say what would be done and do nothing")
     options = parser.parse_args(args)
     with one_sentence(parser):
         if not 0 < options.val_fraction < 1:

@@ -189,23 +189,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add("--model", default="resnet18", help="a network that both know (default: %(default)s)")
     add("--img_size", type=int, default=64, help="side of the image in pixels (default: %(default)s)")
     add("--epochs", type=int, default=12, help="passes over the training images (default: %(default)s)")
-    add(
-        "--seeds", type=int, nargs="+", default=[0, 1], help="a training of each for each seed (default: 0 1)"
-    )
-    add(
-        "--mixed_precision",
-        default="no",
-        choices=("no", "bf16", "fp16"),
-        help="of all (default: %(default)s)",
-    )
+    each = "a training of each for each seed (default: 0 1)"
+    add("--seeds", type=int, nargs="+", default=[0, 1], help=each)
+    precisions = ("no", "bf16", "fp16")
+    add("--mixed_precision", default="no", choices=precisions, help="of all (default: %(default)s)")
     add("--lanes", type=int, default=1, help="trainings side by side, a thread each (default: %(default)s)")
     add("--markdown", action="store_true", help="print the table as Markdown")
-    add(
-        "--output",
-        type=Path,
-        default=Path("runs/yardstick"),
-        help="folder of the runs (default: %(default)s)",
-    )
+    folder = "folder of the runs (default: %(default)s)"
+    add("--output", type=Path, default=Path("runs/yardstick"), help=folder)
     args = parser.parse_args(arguments)
     with one_sentence(parser):
         print(yardstick(args))
