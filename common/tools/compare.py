@@ -93,9 +93,7 @@ def make_table(runs: Sequence[Run], targets: Sequence[float], usd_per_hour: floa
     for run in runs:
         last = run.log.iloc[-1]
         row = {"run": run.name, "strategy": run.strategy, "model": run.model}
-        row["best %"], row["last %"] = (
-            f"{value:.2f}" for value in (run.log["accuracy"].max(), last["accuracy"])
-        )
+        row["best %"], row["last %"] = f"{run.log['accuracy'].max():.2f}", f"{last['accuracy']:.2f}"
         row["epochs"], row["minutes"] = f"{last['epoch']:.0f}", f"{last['minutes']:.1f}"
         row["images seen"] = f"{last['images_seen']:,.0f}"
         row["images/s"] = f"{last['images_seen'] / last['total_s']:,.0f}"

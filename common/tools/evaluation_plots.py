@@ -155,7 +155,6 @@ def draw_mistakes(path: Path, source: Source, predictions: pd.DataFrame, note: s
     figure.text(1 - 0.12 / width, 1 - 0.3 / height, note, fontsize=9, color=plots.GREY, ha="right")
     axes = figure.add_axes((0, 0, 1, 1))
     axes.set_axis_off()
-    axes.set(xlim=(0, width), ylim=(0, height))
     for place, (index, one) in enumerate(surest.iterrows()):
         row, column = divmod(place, COLUMNS)
         answer = f"{one['probability_1']:.0%} {shortened(one['label_1'])}"

@@ -229,12 +229,9 @@ def timm_train(sizes: Sizes, peers: str, seconds_left: float) -> Figures:
             for index in range(images):
                 # Small files, for it is the training that is to be measured.
                 pictures.read(index, 0).tofile(place / f"{index}.jpg")
-        flags = (
-            f"--model {sizes.model} -b {sizes.batch} --img-size {sizes.large} --workers {available_workers()}"
-        )
-        flags += (
-            f" --data-dir {folder} --output {folder}/out" + " --device cpu --no-prefetcher" * sizes.rehearsed
-        )
+        flags = f"--model {sizes.model} -b {sizes.batch} --img-size {sizes.large}"
+        flags += f" --workers {available_workers()} --data-dir {folder} --output {folder}/out"
+        flags += " --device cpu --no-prefetcher" if sizes.rehearsed else ""
         done = call([sys.executable, str(script), *TIMM_FLAGS.split(), *flags.split()], seconds_left)
     steps = re.findall(r"Train: 1 .*?Time: [\d.]+s, +([\d.]+)/s", done.stdout + done.stderr)
     if done.returncode or not steps:
@@ -270,6 +267,7 @@ def cifar(sizes: Sizes, data_dir: str) -> Figures:
 def rows_of(sizes: Sizes, args: argparse.Namespace, left: Callable[[], float]) -> list[tuple]:
     """What, its estimate in seconds on one large GPU, and how; the most important first."""
     large, small = f"{sizes.model}, {sizes.large} px", f"{sizes.model}, {sizes.small} px"
+    frozen = ", ".join(FROZEN)
     plain, fp16 = {"channels_last": False, "mixed_precision": "no"}, {"mixed_precision": "fp16"}
     return [
         ("tests that need a GPU", 40, lambda: gpu_tests(sizes, left())),
@@ -282,11 +280,7 @@ def rows_of(sizes: Sizes, args: argparse.Namespace, left: Callable[[], float]) -
         (f"{large}, from a pyramid", 50, lambda: pyramid(sizes, sizes.large)),
         (f"{small}, from a pyramid", 40, lambda: pyramid(sizes, sizes.small)),
         (f"timm's train.py, {large}, bf16, channels-last", 90, lambda: timm_train(sizes, args.peers, left())),
-        (
-            f"{large}, bf16, channels-last, {', '.join(FROZEN)} frozen",
-            20,
-            lambda: speed(sizes, frozen=FROZEN),
-        ),
+        (f"{large}, bf16, channels-last, {frozen} frozen", 20, lambda: speed(sizes, frozen=FROZEN)),
         (f"{large}, rect, short side held", 30, lambda: speed(sizes, shape="rect", rect_area="short")),
         (f"{large}, rect, area held", 30, lambda: speed(sizes, shape="rect", rect_area="constant")),
         (f"{large}, bf16, channels-last, compile", 70, lambda: speed(sizes, compile=True)),

@@ -184,10 +184,8 @@ def list_shards(sources: dict[str, Source], shard_size: int) -> dict[str, list[P
     return shards
 
 
-def write_shard(
-    path: Path, note: Path, schema: pa.Schema, answers: Iterator[Encoded], skip: bool
-) -> dict[str, Any]:
-    """Write an Arrow file, uncompressed to be memory-mapped, and what there is to know of it in `note`.
+def write_shard(path: Path, schema: pa.Schema, answers: Iterator[Encoded], skip: bool) -> dict[str, Any]:
+    """Write an Arrow file, uncompressed to be memory-mapped, and what there is to know of it in a note.
 
     The file gets its name when both are safe on the disk. Returns the note.
     UserError: an image cannot be decoded, and `skip` does not allow to leave it out.
@@ -208,7 +206,7 @@ def write_shard(
                     entry["read"] += sum(answer.bytes_read for answer in batch)
             os.fsync(file.fileno())
         entry |= {"sha256": _checksum(temporary), "bytes": temporary.stat().st_size}
-        write_durably(note, json.dumps(entry).encode())
+        write_durably(note_of(path), json.dumps(entry).encode())
         temporary.rename(path)
         return entry
     finally:
@@ -216,8 +214,8 @@ def write_shard(
         temporary.unlink(missing_ok=True)
 
 
-def note_of(partial_dir: Path, shard: str) -> Path:
-    return partial_dir / NOTES / f"{shard}.json"
+def note_of(shard: Path) -> Path:
+    return shard.parents[1] / NOTES / f"{shard.name}.json"
 
 
 def _checksum(path: Path) -> str:
@@ -311,8 +309,8 @@ def prepare(
     try:
         with occupy(partial_dir):
             agree(partial_dir, data_dir, settings, sources)
-            finished = [path.name for path in (partial_dir / "data").glob("*.arrow")]
-            entries = {name: json.loads(note_of(partial_dir, name).read_text()) for name in finished}
+            finished = (partial_dir / "data").glob("*.arrow")
+            entries = {path.name: json.loads(note_of(path).read_text()) for path in finished}
             _write_missing(partial_dir, sources, settings, entries, workers, skip_unreadable)
             complete(partial_dir, out, entries)
     except OSError as error:
@@ -381,9 +379,8 @@ def _write_missing(
     ):
         shown = iter(bar)
         for name, own in todo.items():
-            path, note = partial_dir / "data" / name, note_of(partial_dir, name)
-            answers_of_shard = islice(shown, len(own))
-            entries[name] = write_shard(path, note, schemas[own[0][0]], answers_of_shard, skip_unreadable)
+            path, answers_of_shard = partial_dir / "data" / name, islice(shown, len(own))
+            entries[name] = write_shard(path, schemas[own[0][0]], answers_of_shard, skip_unreadable)
 
 
 def _size(count: float) -> str:

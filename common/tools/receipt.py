@@ -22,7 +22,7 @@ ROUNDING, CLOCKS_S = 1e-4, 2.0
 
 def checks(receipt: dict[str, Any], rows: list[dict[str, str]]) -> Iterator[tuple[str, float, float, bool]]:
     """Name, figure of the receipt, figure of the log, and whether they agree."""
-    last, minutes = rows[-1], receipt["minutes"]
+    last, minutes, total = rows[-1], receipt["minutes"], receipt["total_minutes"]
     computed = accuracy(rows, receipt["val_images"])
     low, high = computed["interval_95"]
     figures = [
@@ -32,12 +32,10 @@ def checks(receipt: dict[str, Any], rows: list[dict[str, str]]) -> Iterator[tupl
         ("best top-1 (%)", receipt["best_top1"], computed["best_top1"]),
         ("interval from (%)", receipt["interval_95"][0], low),
         ("interval to (%)", receipt["interval_95"][1], high),
-        ("minutes in all", receipt["total_minutes"], sum(minutes.values())),
+        ("minutes in all", total, sum(minutes.values())),
     ]
-    if receipt["usd_per_hour"]:
-        figures.append(
-            ("price (USD)", receipt["price_usd"], sum(minutes.values()) / 60 * receipt["usd_per_hour"])
-        )
+    if usd_per_hour := receipt["usd_per_hour"]:
+        figures.append(("price (USD)", receipt["price_usd"], sum(minutes.values()) / 60 * usd_per_hour))
     for name, stated, found in figures:
         yield name, stated, found, math.isclose(stated, found, rel_tol=ROUNDING, abs_tol=1e-9)
     training = [value for part, value in minutes.items() if part.startswith("train ")]
@@ -46,12 +44,7 @@ def checks(receipt: dict[str, Any], rows: list[dict[str, str]]) -> Iterator[tupl
     # The log's epochs know only the time since a restart; and the final evaluation is none of them.
     yield "minutes of epochs", stated, logged, stated >= logged - CLOCKS_S / 60
     elapsed = float(last["total_s"]) / 60
-    yield (
-        "minutes until the last epoch",
-        receipt["total_minutes"],
-        elapsed,
-        receipt["total_minutes"] >= elapsed,
-    )
+    yield "minutes until the last epoch", total, elapsed, total >= elapsed
 
 
 def check(folder: Path) -> tuple[str, bool]:

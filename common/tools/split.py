@@ -28,9 +28,11 @@ from common.run.checkpoint import TEMPORARY, write_durably
 from common.tools.command_line import check_least, new_parser, one_sentence
 
 PLAN = "plan.json"
+# Paths by class, of train and val.
+Plan = dict[str, dict[str, list[str]]]
 
 
-def plan_split(folder: Path, val_fraction: float, seed: int) -> dict[str, dict[str, list[str]]]:
+def plan_split(folder: Path, val_fraction: float, seed: int) -> Plan:
     """Deal the images of each class to train and val.
 
     Args:
@@ -38,9 +40,7 @@ def plan_split(folder: Path, val_fraction: float, seed: int) -> dict[str, dict[s
         val_fraction: share of each class for val, in (0, 1); rounded, but at least one image and never all.
         seed: another seed, another choice.
 
-    Returns:
-        {"train": {class: [paths relative to folder]}, "val": ...}, sorted.
-
+    Returns the sorted paths relative to the folder.
     UserError: no class folders, a class of one image, or a folder that is split already.
     """
     if not folder.is_dir():
@@ -48,7 +48,7 @@ def plan_split(folder: Path, val_fraction: float, seed: int) -> dict[str, dict[s
     source = FolderSource(folder)
     if "train" in source.classes and set(VAL_NAMES) & set(source.classes):
         raise UserError(f"--data_dir {folder} is split already: it holds {', '.join(source.classes)}")
-    plan: dict[str, dict[str, list[str]]] = {"train": {}, "val": {}}
+    plan: Plan = {"train": {}, "val": {}}
     for label, name in enumerate(source.classes):
         members = np.flatnonzero(source.labels == label)
         if len(members) < 2:
@@ -63,9 +63,7 @@ def plan_split(folder: Path, val_fraction: float, seed: int) -> dict[str, dict[s
     return plan
 
 
-def split(
-    folder: Path, out: Path, val_fraction: float, seed: int, how: str
-) -> dict[str, dict[str, list[str]]]:
+def split(folder: Path, out: Path, val_fraction: float, seed: int, how: str) -> Plan:
     """Carry out `plan_split` into `out`, or go on with one that was interrupted; return the plan.
 
     `how` is "copy", "link" (hard links: no space, same disk) or "move".
@@ -138,7 +136,7 @@ def _place(source: Path, target: Path, how: str) -> None:
         source.unlink()
 
 
-def _table(plan: dict[str, dict[str, list[str]]], limit: int = 20) -> str:
+def _table(plan: Plan, limit: int = 20) -> str:
     """Images per class and in all."""
     counts = {name: (len(plan["train"][name]), len(plan["val"][name])) for name in plan["train"]}
     rows = [(name, *counts[name]) for name in list(counts)[:limit]]
