@@ -291,7 +291,7 @@ def prepare(
         workers: processes; 0 works in this one.
         skip_unreadable: leave out images that cannot be decoded, listed in `skipped.txt`.
 
-    UserError: an image cannot be decoded, the disk is too small, the source changed meanwhile, ...
+    UserError: an image cannot be decoded, the disk is too small, another process is at work, ...
     """
     if (out / NOTES).is_dir():
         # Killed between its very last two steps.
