@@ -4,6 +4,7 @@ import copy
 import csv
 import logging
 import math
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,10 +12,9 @@ from itertools import pairwise
 from pathlib import Path
 from statistics import fmean, median
 
-from tqdm import tqdm
-
 from common import UserError
 from common.run.checkpoint import TrainState, rng_state, set_rng_state
+from common.run.progress import clock
 
 log = logging.getLogger(__name__)
 LOWEST, HIGHEST = 1e-5, 10.0
@@ -26,6 +26,7 @@ RISE = 0.25
 # The suggestion, times the rate of that rise. The sweep gets there without warm-up and at full momentum, OneCycle after both; and too low
 # costs more than too high: half of a good rate 2.5 to 5 points, twice none (docs/results.md).
 ABOVE_BLOW_UP = 2.0
+REPORT_S = 5.0  # between two lines of progress
 
 
 @dataclass(frozen=True)
@@ -72,14 +73,23 @@ def find_lr(
     # At most a quarter of a decade per step: a short sweep is to look where losses do blow up.
     lowest = max(LOWEST, HIGHEST / 10 ** ((iterations - 1) / 4))
     lrs, losses, smoothed = list[float](), list[float](), list[float]()
-    steps = range(iterations if iterations >= FEWEST else 0)
+    begun = reported = time.monotonic()
     with _restored(state):
-        for step in tqdm(steps, desc="LR finder", unit="step", disable=None, leave=False):
+        for step in range(iterations if iterations >= FEWEST else 0):
             lrs.append(lowest * (HIGHEST / lowest) ** (step / (iterations - 1)))
             losses.append(train_step(lrs[-1]))
             smoothed = smooth(losses, iterations)
             if not smoothed[-1] <= DIVERGED * losses[0] < math.inf:
                 break
+            if (now := time.monotonic()) > reported + REPORT_S:
+                reported, left_s = now, (now - begun) * (iterations / (step + 1) - 1)
+                log.info(
+                    "LR finder: step %d/%d, loss %.3f, ETA %s",
+                    step + 1,
+                    iterations,
+                    losses[-1],
+                    clock(left_s),
+                )
     threshold = rise_threshold(losses, smoothed, iterations)
     blow_up, problem = find_blow_up(lrs, losses, smoothed, threshold, iterations)
     if problem:

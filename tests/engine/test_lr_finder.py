@@ -253,12 +253,16 @@ def test_recorded_sweeps_from_other_weights_and_batches_agree() -> None:
     assert all(stdev(logs) < 0.2 for logs in peaks.values() if len(logs) > 2)
 
 
-def test_says_that_the_curve_is_not_trusted(caplog: pytest.LogCaptureFixture) -> None:
+def test_reports_progress_with_an_eta_and_the_problem(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("common.engine.lr_finder.REPORT_S", 0.0)
     with caplog.at_level(logging.INFO, "common"):
         found = sweep(lambda lr: 1.0, 20)
-    assert caplog.messages == [
-        f"LR finder: not trusted ({found.problem}); the rate is 0.025 instead, or what --lr says"
-    ]
+    *progress, last = caplog.messages
+    assert len(progress) == 20
+    assert progress[4].startswith("LR finder: step 5/20, loss 1.000, ETA 0:00")
+    assert last == f"LR finder: not trusted ({found.problem}); the rate is 0.025 instead, or what --lr says"
 
 
 def test_csv_tells_each_step(tmp_path: Path) -> None:
