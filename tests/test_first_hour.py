@@ -172,7 +172,7 @@ FLAGS = [
     ("finetune", "", "--weights is needed"),
     ("finetune", "--weights nowhere.pth", "nowhere.pth"),
     ("finetune", "--weights weights.pth", "weights.pth cannot be read"),
-    ("finetune", "--weights weights.safetensors", "not a readable safetensors file"),
+    ("finetune", "--weights weights.safetensors", "cannot be read as a file of tensors only"),
     ("finetune", "--weights things", "things is neither a run's folder nor a model's"),
     ("finetune", "--weights runs/a --model resnet18", "they are of --model test_resnet"),
     ("finetune", "--weights runs/a --epochs 3 --head_epochs 3", "--head_epochs 3 must be below --epochs 3"),

@@ -28,7 +28,7 @@ WEIGHTS = "model.safetensors"
 BODY_THAT_FITS = 0.95  # share of the tensors outside the classifier; less is another network
 # What models raise at image sizes that they cannot take.
 SIZE_ERRORS = (AssertionError, IndexError, RuntimeError, ValueError)
-# What torch.load may stumble over in a file of something else, taking its bytes for instructions.
+# What torch.load may stumble over in a file of something else.
 LOAD_ERRORS = (
     AttributeError,
     EOFError,
@@ -62,10 +62,8 @@ def create_model(
     import timm
 
     timm_name = name.removeprefix("timm/")
-    known = timm.is_model(architecture(name)) and (
-        "." not in timm_name or timm_name in timm.list_pretrained(f"{architecture(name)}.*")
-    )
-    if not known:
+    is_known = timm.models.is_model_pretrained if "." in timm_name else timm.is_model
+    if not is_known(timm_name):
         raise UserError(
             f"--model {name} is unknown{did_you_mean(timm_name, [*RESNETS, *timm.list_models()])}"
         )
@@ -142,11 +140,11 @@ def create_finetuned_model(
     if len(fitting) < BODY_THAT_FITS * total:
         advice = f"; they are of --model {source.architecture}" if source else "; are they another model's?"
         raise UserError(f"--weights {weights}: {len(fitting)} of {total} tensors fit --model {name}{advice}")
-    head, outcome = _head_by_names(
-        {key: own[key] for key in head_keys & state.keys()}, state, source, classes
-    )
+    known = source.classes if source else []
+    head = _head_by_names({key: own[key] for key in head_keys & state.keys()}, state, known, classes)
     model.load_state_dict(fitting | head, strict=False)
-    log.info("loaded %d of %d tensors from %s; %s", len(fitting), total, weights, outcome)
+    names = f"the head knows {len(set(known) & set(classes))} of the {len(classes)} classes by name"
+    log.info("loaded %d of %d tensors from %s; %s", len(fitting), total, weights, names)
     problems = {
         "of another shape": body & state.keys() - fitting.keys(),
         "missing from the weights": (own.keys() if head else body) - state.keys(),
@@ -158,76 +156,41 @@ def create_finetuned_model(
 
 
 def _head_by_names(
-    fresh: Mapping[str, Tensor],
-    state: Mapping[str, Tensor],
-    source: PretrainedCfg | None,
-    classes: Sequence[str],
-) -> tuple[dict[str, Tensor], str]:
-    """The fresh head's tensors with the rows of those classes that the weights know, and a clause that says so."""
-    if source is None or not source.classes:
-        return {}, "the head is fresh, for the names of the weights' classes are not known"
-    rows = {name: row for row, name in enumerate(source.classes)}
-    shared = [(row, rows[name]) for row, name in enumerate(classes) if name in rows]
-    if not shared:
-        return {}, "the head is fresh, for the weights know none of the classes by name"
-    into, out_of = map(list, zip(*shared, strict=True))
+    fresh: Mapping[str, Tensor], state: Mapping[str, Tensor], known: Sequence[str], classes: Sequence[str]
+) -> dict[str, Tensor]:
+    """The fresh head's tensors with the rows of those classes that the weights know; {} if they know none."""
+    rows = {name: row for row, name in enumerate(known)}
+    into = [row for row, name in enumerate(classes) if name in rows]
+    out_of = [rows[name] for name in classes if name in rows]
     head = {}
-    for key, tensor in fresh.items():
-        if len(state[key]) != len(source.classes):
-            raise UserError(f"--weights: {key} has {len(state[key])} rows for {len(source.classes)} classes")
+    for key, tensor in fresh.items() if into else ():
+        if len(state[key]) != len(known):
+            raise UserError(f"--weights: {key} has {len(state[key])} rows for {len(known)} classes")
         head[key] = tensor.clone()
         head[key][into] = state[key][out_of]
-    if list(classes) == source.classes:
-        return head, "the head is kept, for the classes are the same"
-    return head, f"the head knows {len(shared)} of the {len(classes)} classes by name, the others are fresh"
-
-
-def architecture_of(weights: str) -> str | None:
-    """The `--model` that made the weights, if they tell: a run or model folder, or timm's full pretrained name.
-
-    Raises:
-        UserError: a folder that holds no model.
-    """
-    path = Path(weights)
-    if path.exists():
-        folder = _model_folder(path)
-        return read_pretrained_cfg(folder).architecture if folder else None
-    import timm
-
-    name = weights.removeprefix("timm/")
-    return architecture(name) if timm.models.is_model_pretrained(name) else None
-
-
-def _model_folder(path: Path) -> Path | None:
-    """The folder with model.safetensors and config.json that a path means; None for a file without a description."""
-    if path.is_file():
-        return path.parent if path.name == WEIGHTS and (path.parent / CONFIG).exists() else None
-    for folder in (path / "model", path):
-        if (folder / CONFIG).exists():
-            return folder
-    if (path / "best_weights.safetensors").exists():
-        raise UserError(
-            f"--weights {path} is a run of an older version, whose model does not know its classes: "
-            f"name the file {path / 'best_weights.safetensors'} instead"
-        )
-    raise UserError(f"--weights {path} is neither a run's folder nor a model's: it has no {CONFIG}")
+    return head
 
 
 def _read_weights(
     name: str, weights: str, img_size: int | None
 ) -> tuple[dict[str, Tensor], PretrainedCfg | None]:
     path = Path(weights)
-    folder = _model_folder(path) if path.exists() else None
-    if folder:
-        source = read_pretrained_cfg(folder)
-        if source.architecture.endswith(SMALL_STEM):
-            return _read_file(folder / WEIGHTS), source
-        return _load_timm(f"local-dir:{folder}", weights, size_args(source.architecture, img_size)), source
-    if path.exists():
-        return _read_file(path), None
-    timm_name = _pretrained_name(name, weights)
-    args = size_args(architecture(timm_name), img_size)
-    return _load_timm(timm_name, weights, args), timm_pretrained_cfg(timm_name)
+    if not path.exists():
+        timm_name = _pretrained_name(name, weights)
+        args = size_args(architecture(timm_name), img_size)
+        return _load_timm(timm_name, weights, args), timm_pretrained_cfg(timm_name)
+    if path.is_file():
+        folder = path.parent
+        if path.name != WEIGHTS or not (folder / CONFIG).exists():
+            return _read_file(path), None
+    else:
+        folder = path / "model" if (path / "model" / CONFIG).exists() else path
+        if not (folder / CONFIG).exists():
+            raise UserError(f"--weights {path} is neither a run's folder nor a model's: it has no {CONFIG}")
+    source = read_pretrained_cfg(folder)
+    if source.architecture.endswith(SMALL_STEM):
+        return _read_file(folder / WEIGHTS), source
+    return _load_timm(f"local-dir:{folder}", weights, size_args(source.architecture, img_size)), source
 
 
 def _load_timm(timm_name: str, weights: str, args: dict[str, Any]) -> dict[str, Tensor]:
@@ -244,20 +207,17 @@ def _load_timm(timm_name: str, weights: str, args: dict[str, Any]) -> dict[str, 
 
 def _read_file(path: Path) -> dict[str, Tensor]:
     """Read a file of tensors; wrappers' names are taken off the keys."""
-    if path.suffix == ".safetensors":
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
 
-        try:
+    try:
+        if path.suffix == ".safetensors":
             state: Any = load_file(path)
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"--weights {path} is not a readable safetensors file: {error}") from error
-    else:
-        try:
+        else:
             state = torch.load(path, map_location="cpu", weights_only=True)
-        except LOAD_ERRORS as error:
-            reason = next(iter(str(error).splitlines()), type(error).__name__)
-            raise UserError(f"--weights {path} cannot be read as a file of tensors only: {reason}") from error
+    except (*LOAD_ERRORS, SafetensorError) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise UserError(f"--weights {path} cannot be read as a file of tensors only: {reason}") from error
     for wrapper in ("model_state", "state_dict", "model"):
         if isinstance(state, Mapping) and isinstance(state.get(wrapper), Mapping):
             state = state[wrapper]
