@@ -179,8 +179,7 @@ def plan_budget(
     """
     runs: list[Budgeted] = []
     for share, stages in _lengths(listed, 1.0 if streaming else _smallest_share(listed, settings, facts)):
-        recipe = _recipe(share, stages, settings, given, facts)
-        runs.append(_cost(recipe, settings, given, facts, costs, evaluations))
+        runs.append(_budgeted(share, stages, settings, given, facts, costs, evaluations))
         if runs[-1].total_s > 2 * BEYOND * budget_s:
             break
     half, whole, double = (_longest(runs, share * budget_s) for share in (0.5, 1.0, 2.0))
@@ -225,28 +224,21 @@ def _smallest_share(listed: Sequence[Stage], settings: Mapping[str, Any], facts:
     return min(1.0, max(steps, facts.classes) / fewest)
 
 
-def _recipe(
-    share: float, stages: list[Stage], settings: Mapping[str, Any], given: Collection[str], facts: Facts
-) -> Recipe:
-    """The default recipe of a length, as if the share of the data were all of them."""
-    recipe = adapt(
-        stages, settings, given, replace(facts, images=round(share * facts.images)), settings["recipe"]
-    )
-    if share == 1:
-        return recipe
-    shares = [replace(stage, data_fraction=share * stage.data_fraction) for stage in recipe.stages]
-    return Recipe(shares, recipe.values, [*recipe.notes, f"{share:.0%} of the data, to fit (--budget)"])
-
-
-def _cost(
-    recipe: Recipe,
+def _budgeted(
+    share: float,
+    stages: list[Stage],
     settings: Mapping[str, Any],
     given: Collection[str],
     facts: Facts,
     costs: Costs,
     evaluations: float,
 ) -> Budgeted:
-    """What a run takes, with as many evaluations between its epochs as their share allows."""
+    """A run of one length: its default recipe, as if the share of the data were all of them, and what it takes."""
+    seen = replace(facts, images=round(share * facts.images))
+    recipe = adapt(stages, settings, given, seen, settings["recipe"])
+    if share < 1:
+        recipe.stages[:] = [replace(s, data_fraction=share * s.data_fraction) for s in recipe.stages]
+        recipe.notes.append(f"{share:.0%} of the data, to fit (--budget)")
     in_force = {**settings, **recipe.values}
     rarely = settings["eval_every"]
     plan = make_plan(
@@ -264,11 +256,10 @@ def _cost(
         plan = replace(plan, eval_every=rarely)
         parts = seconds_by_part(plan, costs, sweep, evaluations)
     if rarely > settings["eval_every"]:
-        note = (
+        recipe.values["eval_every"] = rarely
+        recipe.notes.append(
             f"an evaluation after every {rarely} epochs: more would be over a tenth of the run (--eval_every)"
         )
-        values = {**recipe.values, "eval_every": rarely}
-        recipe = Recipe(recipe.stages, values, [*recipe.notes, note])
     errors = (parts[f"train {i + 1}"] * step.error for i, step in enumerate(costs.by_stage(plan)))
     to_come = sum(parts.values()) - parts["start"] - parts["calibration"]
     return Budgeted(recipe, plan, parts, math.hypot(*errors, costs.drift * to_come))
