@@ -27,21 +27,14 @@ class EpochPlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """Stages laid out over optimizer steps.
-
-    Args:
-        stages: the curriculum.
-        num_images: size of the training set.
-        processes: processes that train together.
-        global_batches: images per optimizer step, by stage; they stay when a run moves to another number of processes.
-        eval_every: epochs from one evaluation to the next; the last epoch has one in any case.
-    """
+    """Stages laid out over optimizer steps."""
 
     stages: tuple[Stage, ...]
     num_images: int
     processes: int
+    # Images per optimizer step, by stage; they stay when a run moves to another number of processes.
     global_batches: tuple[int, ...]
-    eval_every: int = 1
+    eval_every: int = 1  # epochs; the last one is evaluated in any case
 
     def __post_init__(self) -> None:
         for number, (stage, batch) in enumerate(zip(self.stages, self.global_batches, strict=True), 1):
@@ -50,7 +43,7 @@ class Plan:
                     f"the global batch of stage {number}, {batch} images, cannot be shared by {self.processes} processes; "
                     f"set --num_processes to a divisor of it"
                 )
-            images = self.images(stage)
+            images = images_of(stage, self.num_images)
             if stage.data_fraction == 0:
                 raise UserError(f"stage {number} has a data_fraction of 0: it takes a share above 0")
             if images < self.processes:
@@ -62,10 +55,6 @@ class Plan:
                     f"stage {number} has {images} images, fewer than its global batch of {batch}; "
                     f"lower --batch_size to {images // self.processes} or less"
                 )
-
-    def images(self, stage: Stage) -> int:
-        """Images that the stage draws from."""
-        return images_of(stage, self.num_images)
 
     def accumulation(self, stage_index: int) -> int:
         """Micro-batches per optimizer step that keep each at `batch_size` images per process or fewer."""
@@ -80,7 +69,7 @@ class Plan:
         return self.global_batches[stage_index] // self.processes // self.accumulation(stage_index)
 
     def steps_per_epoch(self, stage_index: int) -> int:
-        return self.images(self.stages[stage_index]) // self.global_batches[stage_index]
+        return images_of(self.stages[stage_index], self.num_images) // self.global_batches[stage_index]
 
     def stage_steps(self, stage_index: int) -> int:
         return self.stages[stage_index].epochs * self.steps_per_epoch(stage_index)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from common import UserError
-from common.scheduling.plan import Plan
+from common.scheduling.plan import Plan, images_of
 
 if TYPE_CHECKING:
     from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, PositiveFloat, PositiveInt
@@ -94,13 +94,7 @@ def _cosine(start: float, end: float, progress: float) -> float:
 
 @dataclass(frozen=True)
 class Rates:
-    """The learning-rate and momentum curves of a plan.
-
-    Args:
-        plan: the run's steps.
-        settings: the shape of the curves.
-        peak_lr: highest learning rate of the first stage, before `max_lr`.
-    """
+    """The learning-rate and momentum curves of a plan; `peak_lr` is the first stage's highest rate, before `max_lr`."""
 
     plan: Plan
     settings: ScheduleSettings
@@ -116,52 +110,47 @@ class Rates:
 
     def lr(self, step: int) -> float:
         """Learning rate of an optimizer step, before a parameter group's own scale."""
-        s = self.settings
         stage_index, place = self.plan.locate(step)
-        stage_steps, peak = self.plan.stage_steps(stage_index), self.peak(stage_index)
-        cycle_place, cycle_steps = place, stage_steps
-        if not s.stage_wise:
-            cycle_place, cycle_steps = step, self.plan.total_steps
-            glide = DAMPENING * stage_steps
-            if stage_index > 0 and place < glide:
-                peak = _cosine(self.peak(stage_index - 1), peak, place / glide)
-        start = peak / s.div_factor
-        return cosine_cycle(cycle_place, cycle_steps, s.pct_start, start, peak, start / FINAL_DIV_FACTOR)
+        peak, glide = self.peak(stage_index), DAMPENING * self.plan.stage_steps(stage_index)
+        if stage_index > 0 and place < glide and not self.settings.stage_wise:
+            peak = _cosine(self.peak(stage_index - 1), peak, place / glide)
+        start = peak / self.settings.div_factor
+        return self._cycle(step, start, peak, start / FINAL_DIV_FACTOR)
 
     def momentum(self, step: int) -> float:
         """Momentum (SGD) or first beta (Adam) of an optimizer step: it moves against the learning rate."""
-        s = self.settings
-        stage_index, place = self.plan.locate(step)
-        total = self.plan.stage_steps(stage_index)
-        if not s.stage_wise:
-            place, total = step, self.plan.total_steps
-        high, low = s.momentum + s.momentum_swing, s.momentum - s.momentum_swing
-        return cosine_cycle(place, total, s.pct_start, high, low, high)
+        centre, swing = self.settings.momentum, self.settings.momentum_swing
+        return self._cycle(step, centre + swing, centre - swing, centre + swing)
+
+    def _cycle(self, step: int, start: float, peak: float, end: float) -> float:
+        """The value at a step of the cycle over the run, or over the step's stage."""
+        total = self.plan.total_steps
+        if self.settings.stage_wise:
+            stage_index, step = self.plan.locate(step)
+            total = self.plan.stage_steps(stage_index)
+        return cosine_cycle(step, total, self.settings.pct_start, start, peak, end)
 
     def table(self) -> str:
         """Plan and rates as a person reads them: one line per stage."""
-        plan = self.plan
+        plan, lines = self.plan, list[str]()
         head = "stage epochs px shape data batch steps mixup strength peak end frozen"
         rows = [head.split()]
-        last_step = -1
+        first_step = 0
         for i, stage in enumerate(plan.stages):
-            first_step, last_step = last_step + 1, last_step + plan.stage_steps(i)
-            peak = max(map(self.lr, range(first_step, last_step + 1)))
-            accumulation = plan.accumulation(i)
-            batch = f"{plan.micro_batch(i)}×{plan.processes}" + (
-                f"×{accumulation}" if accumulation > 1 else ""
-            )
-            cells: list[object] = [i + 1, stage.epochs, stage.img_size, stage.shape]
-            cells += [f"{stage.data_fraction:.0%}", batch, plan.stage_steps(i), f"{float(stage.mixup):.0%}"]
-            frozen = ", ".join(stage.frozen) or "–"
-            cells += [f"{stage.strength:.2g}", f"{peak:.3g}", f"{self.lr(last_step):.3g}", frozen]
+            steps = range(first_step, first_step + plan.stage_steps(i))
+            first_step = steps.stop
+            rates = [self.lr(step) for step in steps]
+            batch = f"{plan.micro_batch(i)}×{plan.processes}"
+            if plan.accumulation(i) > 1:
+                batch += f"×{plan.accumulation(i)}"
+            cells = [i + 1, stage.epochs, stage.img_size, stage.shape, f"{stage.data_fraction:.0%}", batch]
+            cells += [len(steps), f"{float(stage.mixup):.0%}", f"{stage.strength:.2g}"]
+            cells += [f"{max(rates):.3g}", f"{rates[-1]:.3g}", ", ".join(stage.frozen) or "–"]
             rows.append([str(cell) for cell in cells])
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = ["  ".join(map(str.rjust, row, widths)) for row in rows]
-        for i, stage in enumerate(plan.stages):
-            size = plan.global_batches[i] // plan.processes
-            if plan.images(stage) < stage.batch_size * plan.processes:
+            images, size = images_of(stage, plan.num_images), plan.global_batches[i] // plan.processes
+            if images < stage.batch_size * plan.processes:
                 lines.append(
-                    f"stage {i + 1} has {plan.images(stage):,} images: --batch_size {stage.batch_size} is cut to {size}"
+                    f"stage {i + 1} has {images:,} images: --batch_size {stage.batch_size} is cut to {size}"
                 )
-        return "\n".join(lines)
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        return "\n".join(["  ".join(map(str.rjust, row, widths)) for row in rows] + lines)
