@@ -6,7 +6,6 @@ import argparse
 import ast
 import copy
 import dataclasses
-import difflib
 import inspect
 import itertools
 import json
@@ -28,6 +27,7 @@ from common.augment import AugmentSettings
 from common.data.batches import ViewSettings
 from common.data.loader import LoaderSettings
 from common.data.sources.open import DataSettings
+from common.model.create import did_you_mean
 from common.model.optimizer import OptimizerSettings
 from common.scheduling import ScheduleSettings, Stage, scale_stages
 from common.scheduling.budget import BudgetSettings
@@ -293,26 +293,19 @@ def parse_args(config_class: type[Config], description: str, args: Sequence[str]
         UserError: a flag is unknown or its value not of its type.
     """
     types, defaults = types_of(config_class), as_plain(config_class())
-    files, flags = dict[str, Any](), dict[str, Any]()
-
-    class Read(argparse.Action):
-        def __call__(self, parser: Any, namespace: Any, value: Any, option: Any = None) -> None:
-            if self.dest == "config":
-                files.update(read_settings(types, _load(value), f"--config {value}"))
-            else:
-                flags.update(read_settings(types, {self.dest: value}))
-
     parser = argparse.ArgumentParser(
         description=description,
         usage="%(prog)s [--config FILE.yaml] [--flag VALUE ...]",
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
         exit_on_error=False,
     )
-    parser.add_argument("--config", action=Read, metavar="FILE", help="YAML file with any of these settings")
+    help_config = "YAML file with any of these settings"
+    parser.add_argument("--config", action="append", default=[], metavar="FILE", help=help_config)
     parser.add_argument("--print_config", action="store_true", help="print all settings as YAML, and exit")
     left = set(types)
-    for kind in config_class.__mro__:
+    for kind in config_class.__mro__[:-1]:
         # A script's own word for a setting comes before its room's.
         own = {name: text for name, text in docs_of(kind).items() if name in left}
         left -= own.keys()
@@ -321,10 +314,8 @@ def parse_args(config_class: type[Config], description: str, args: Sequence[str]
             default = json.dumps(defaults[name]).strip('"[]')
             shown = [in_words(types[name])] * (types[name] is not str) + [default] * bool(default)
             text += f" [{'; '.join(shown)}]" if shown else ""
-            alone = "?" if types[name] is bool else None
-            group.add_argument(
-                f"--{name}", action=Read, nargs=alone, const="true", metavar="VALUE", help=text
-            )
+            alone: dict[str, Any] = {"nargs": "?", "const": "true"} if types[name] is bool else {}
+            group.add_argument(f"--{name}", metavar="VALUE", help=text, **alone)
     words = sys.argv[1:] if args is None else args
     words = [re.sub("^--[^=]+", lambda flag: "--" + flag[0][2:].replace("-", "_"), word) for word in words]
     try:
@@ -335,9 +326,13 @@ def parse_args(config_class: type[Config], description: str, args: Sequence[str]
         if word.startswith("--"):
             read_settings(types, {word[2:].partition("=")[0]: None})
         raise UserError(f"{word} follows no flag that takes it; every setting is a flag, such as --epochs 10")
-    cfg = config_class(**files | flags)
-    cfg.given = frozenset(files | flags)
-    if options.print_config:
+    given = dict[str, Any]()
+    for file in options.config:
+        given |= read_settings(types, _load(file), f"--config {file}")
+    given |= read_settings(types, {name: text for name, text in vars(options).items() if name in types})
+    cfg = config_class(**given)
+    cfg.given = frozenset(given)
+    if "print_config" in options:
         print(yaml.safe_dump(as_plain(cfg), sort_keys=False))
         raise SystemExit(0)
     return cfg
@@ -359,12 +354,12 @@ def read_settings(types: Mapping[str, Any], plain: Mapping[str, Any], where: str
     Raises:
         UserError: a name is no setting, or a value not of its type; says `where` it stands, if not on the command line.
     """
-    read, before = {}, f"{where}: " if where else "--"
+    read, dashes = dict[str, Any](), "" if where else "--"
+    before = f"{where}: " if where else dashes
     for name, value in plain.items():
         if name not in types:
-            close = difflib.get_close_matches(str(name), types, n=3, cutoff=0.5)
-            hint = f"; did you mean {', '.join(each if where else f'--{each}' for each in close)}?"
-            raise UserError(f"{before}{name} is no setting{hint if close else ''} (see --help)")
+            hint = did_you_mean(f"{dashes}{name}", [dashes + each for each in types])
+            raise UserError(f"{before}{name} is no setting{hint} (see --help)")
         try:
             read[name] = _read(value, types[name], where or f"--{name}")
         except WRONG as error:
@@ -430,8 +425,6 @@ def types_of(kind: type) -> dict[str, Any]:
 
 def docs_of(kind: type) -> dict[str, str]:
     """The line under each field of a dataclass, by the field's name; inherited fields are left out."""
-    if not dataclasses.is_dataclass(kind):
-        return {}
     tree = ast.parse(textwrap.dedent(inspect.getsource(kind))).body[0]
     assert isinstance(tree, ast.ClassDef)
     return {
