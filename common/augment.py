@@ -66,13 +66,7 @@ class AugmentSettings:
 class Augment:
     """Turns a batch of pixels into a batch to learn from.
 
-    Args:
-        settings: what is drawn how often.
-        num_classes: columns of the targets.
-        seed: of the run.
-        mean: of the dataset's channels, for pixels from 0 to 1.
-        std: of the same.
-        train_labels: int [images], which tell how rare the classes are; for class weights alone.
+    `mean` and `std` are the channels', for pixels from 0 to 1. `train_labels`, int [images], tell how rare the classes are.
     """
 
     def __init__(
@@ -105,7 +99,6 @@ class Augment:
         Args:
             images: uint8 [B, C, H, W], in either memory layout.
             labels: int64 [B], on the same device.
-            item: says which images these are.
             mix: whether MixUp and CutMix may be applied.
             strength: multiplies MixUp's alpha (the larger, the nearer its shares come to halves) and the
                 probabilities of CutMix, erasing and Cutout; at 0 there are none of the four.

@@ -112,13 +112,11 @@ def create_finetuned_model(
     are not known, as in a bare file of tensors, the whole head does: an equal number of classes says nothing.
 
     Args:
-        name: as for `create_model`.
+        name, img_size, drop_path: as for `create_model`; timm interpolates the weights that depend on the size.
         classes: names of the classes, in the order of the logits.
         weights: a run folder (its model/), a model folder (model.safetensors and config.json), a .safetensors,
             .pth or .pt file of tensors, "timm" for timm's default weights of this model, or a timm pretrained name
             or tag such as "resnet50.a1_in1k" or "a1_in1k" (timm downloads its weights).
-        img_size: as for `create_model`; timm interpolates the weights that depend on it.
-        drop_path: as for `create_model`.
 
     Returns:
         The model, and what the weights know about themselves: None for a bare file.

@@ -40,12 +40,9 @@ def _is_frozen(model: nn.Module, frozen: Sequence[str]) -> Callable[[str], bool]
 
 
 def set_trainable_layers(model: nn.Module, frozen: Sequence[str]) -> None:
-    """Freeze the parameters whose names begin with one of `frozen`, and thaw all others.
+    """Freeze the bare model's parameters under the names in `frozen`, such as "conv1" or "layer4.0", and thaw all others.
 
-    Args:
-        model: the bare model, not wrapped for distributed training.
-        frozen: names of modules or parameters such as "conv1", "layer1" or "layer4.0"; "backbone" is all but
-            the classifier. The backward pass ends early only if all layers below are frozen too.
+    The backward pass ends early only if all layers below are frozen too.
     """
     is_frozen = _is_frozen(model, frozen)
     for name, parameter in model.named_parameters():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -39,16 +38,11 @@ class OptimizerSettings:
 def create_optimizer(
     settings: OptimizerSettings, model: nn.Module, *, momentum: float
 ) -> torch.optim.Optimizer:
-    """Build the optimizer; the loop sets group["lr"] = plan's rate x group["lr_scale"] before every step.
+    """Build the optimizer; the loop sets momentum (or the first beta) and group["lr"] = rate x group["lr_scale"] before every step.
 
     timm groups the parameters: by weight decay, which 1-d tensors and those in the model's no_weight_decay() can
     do without, and with `layer_decay` by depth (Clark et al., 2020): the head has "lr_scale" 1, the last block
-    layer_decay, the one below its square, and so on.
-
-    Args:
-        settings: what and how.
-        model: the bare model with nothing frozen yet; later stages freeze and thaw what the optimizer knows.
-        momentum: SGD's momentum; the loop sets it, or the first beta, in every step.
+    layer_decay, the one below its square, and so on. The model is bare and nothing in it frozen yet.
 
     Raises:
         UserError: timm has no optimizer of that name, or lacks what it needs, or a run cannot go on with it.
@@ -63,15 +57,18 @@ def create_optimizer(
     assert all(parameter.requires_grad for parameter in model.parameters()), (
         "timm would leave frozen ones out"
     )
-    # Fused: several times faster on a CPU. With gradient scaling it skips a step inside the kernel, in silence.
-    own = partial(create_optimizer_v2, fused=True, nesterov=momentum > 0)
-    create = own if settings.optimizer == "sgd" else create_optimizer_v2
-    if "muon" in settings.optimizer:
+    more: dict[str, Any] = {}
+    if settings.optimizer == "sgd":
+        # Fused: several times faster on a CPU. With gradient scaling it skips a step inside the kernel, in silence.
+        more = {"fused": True, "nesterov": momentum > 0}
+    elif "muon" in settings.optimizer:
         # Its steps are for hidden matrices; the head and embeddings are Adam's (Jordan et al., 2024), as timm has it for 1-d tensors.
-        heads = [f"{name}.*" for name in classifiers(model)]
-        create = partial(create_optimizer_v2, fallback_list=heads, fallback_no_weight_decay=True)
+        more = {
+            "fallback_list": [f"{name}.*" for name in classifiers(model)],
+            "fallback_no_weight_decay": True,
+        }
     try:
-        optimizer = create(
+        optimizer = create_optimizer_v2(
             model,
             settings.optimizer,
             lr=0.1,
@@ -79,6 +76,7 @@ def create_optimizer(
             momentum=momentum,
             filter_bias_and_bn=not settings.decay_norm_and_bias,
             layer_decay=settings.layer_decay,
+            **more,
         )
     except (AssertionError, ImportError) as error:  # needs a GPU, or a package that is not installed
         raise UserError(f"--optimizer {settings.optimizer} cannot be used here: {error}") from error

@@ -24,27 +24,15 @@ SMALL_STEM = "_cifar"
 
 @dataclass(frozen=True)
 class PretrainedCfg:
-    """A network, its classes, and the images it expects: RGB from 0 to 1, less `mean`, divided by `std`.
+    """A network, its classes, and the images it expects: RGB from 0 to 1, less `mean`, divided by `std`."""
 
-    Args:
-        architecture: timm's name of the network, without prefix and tag; "resnet18" is also ours.
-        classes: the class names in the order of the logits; empty if not known.
-        img_size: side in pixels of the square images that it was trained on last.
-        test_size: side at which it is best evaluated; None = img_size.
-        crop_pct: share of the shorter side that the evaluation's crop keeps.
-        crop_mode: timm's name of that crop; "center" resizes the shorter side, "squash" both.
-        interpolation: of the resizing, "bilinear" or "bicubic".
-        mean: of the red, green and blue channel.
-        std: their standard deviations.
-    """
-
-    architecture: str
-    classes: list[str]
-    img_size: int
-    test_size: int | None = None
-    crop_pct: float = 0.875
-    crop_mode: str = "center"
-    interpolation: str = "bilinear"
+    architecture: str  # timm's name of the network, without prefix and tag
+    classes: list[str]  # in the order of the logits; empty if not known
+    img_size: int  # side in pixels of the square images that it was trained on last
+    test_size: int | None = None  # at which it is best evaluated; None = img_size
+    crop_pct: float = 0.875  # share of the shorter side that the evaluation's crop keeps
+    crop_mode: str = "center"  # which resizes the shorter side, or "squash" for both
+    interpolation: str = "bilinear"  # or "bicubic"
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
 

@@ -2,7 +2,7 @@
 
 from common.scheduling.plan import EpochPlan, Plan, make_plan
 from common.scheduling.rates import KEEPING_WEIGHTS, Rates, ScheduleSettings, known_peak, resolve_lr
-from common.scheduling.stages import BACKBONE, Stage, apportion, couple_strength, scale_stages
+from common.scheduling.stages import BACKBONE, Stage, scale_stages
 
 __all__ = [
     "BACKBONE",
@@ -12,8 +12,6 @@ __all__ = [
     "Rates",
     "ScheduleSettings",
     "Stage",
-    "apportion",
-    "couple_strength",
     "known_peak",
     "make_plan",
     "resolve_lr",

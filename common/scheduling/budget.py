@@ -171,7 +171,7 @@ def plan_budget(
         listed: the stages, whose proportions stay.
         settings, given, facts: as `adapt` takes them.
         costs: of some sizes, shapes and frozen sets at least; others are estimated from them.
-        evaluations: at the end, beside one after each epoch, in evaluations of the last stage.
+        evaluations: as `seconds_by_part` takes them.
         streaming: the data are read in order, so all of them.
 
     Raises:
@@ -268,12 +268,9 @@ def _budgeted(
 def seconds_by_part(
     plan: Plan, costs: Costs, sweep: int, evaluations: float, done: int = 0
 ) -> dict[str, float]:
-    """What a run takes, by part: "train 1" is the first stage's.
+    """What a run takes when `done` of its epochs are over, by part: "train 1" is the first stage's.
 
-    Args:
-        sweep: steps of the LR finder.
-        evaluations: at the end, beside those after epochs, in evaluations of the last stage.
-        done: epochs of the run that are over.
+    `sweep` is the finder's steps, `evaluations` how many of the last stage's come at the end, beside those after epochs.
     """
     stages = costs.by_stage(plan)
     epochs, evaluated = zip(*plan.epochs_left(done), strict=True)
@@ -298,11 +295,8 @@ def expected_end_s(
 ) -> float:
     """When a run that is under way will end, in seconds since its start, at the pace that it had so far.
 
-    Args:
-        forecast: seconds by part, of the whole run.
-        spent: the same, until now.
-        done: share of each stage's steps that are over.
-        evaluated: share of the evaluations' time that should be.
+    `forecast` and `spent` are seconds by part, of the whole run and until now; `done` is the share of each stage's steps that are over,
+    `evaluated` that of the evaluations' time that should be.
     """
     training = [f"train {i + 1}" for i in range(len(done))]
     over = sum(forecast[part] * share for part, share in zip(training, done, strict=True))

@@ -11,12 +11,12 @@ from common.scheduling import (
     Rates,
     ScheduleSettings,
     Stage,
-    couple_strength,
     known_peak,
     make_plan,
     resolve_lr,
 )
 from common.scheduling.rates import cosine_cycle
+from common.scheduling.stages import couple_strength
 from train_hybrid import HybridConfig
 
 

@@ -4,8 +4,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common.scheduling import BACKBONE, Stage, apportion
+from common.scheduling import BACKBONE, Stage
 from common.scheduling.recipe import FEWEST_IMAGES, Facts, adapt
+from common.scheduling.stages import apportion
 from train_finetune import FinetuneConfig
 from train_hybrid import HybridConfig
 from train_progressive import ProgressiveConfig
