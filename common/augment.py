@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -81,6 +80,8 @@ class Augment:
     ) -> None:
         self.settings, self.num_classes, self.seed = settings, num_classes, seed
         self.mean, self.std = mean, std
+        self.scale = torch.tensor([1 / (255 * s) for s in std])[None, :, None, None]
+        self.offset = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)])[None, :, None, None]
         self.class_weights: Tensor | None = None
         if settings.class_weights != "none":
             assert train_labels is not None
@@ -137,8 +138,9 @@ class Augment:
 
     def normalise(self, images: Tensor) -> Tensor:
         """(pixels / 255 - mean) / std, all that evaluation needs: uint8 to float32 [B, C, H, W]."""
-        scale, offset = _affine(self.mean, self.std, images.device)
-        return images.to(torch.float32).mul_(_as_row(scale, images)).add_(_as_row(offset, images))
+        # They stay on the device: a copy for every batch would cost more than the sum.
+        self.scale, self.offset = self.scale.to(images.device), self.offset.to(images.device)
+        return images.to(torch.float32).mul_(_as_row(self.scale, images)).add_(_as_row(self.offset, images))
 
     def _targets(self, labels: Tensor, lam: Tensor | None) -> Tensor:
         """Soft targets, float32 [B, num_classes]: lam (float32 [B, 1]) of a label, the rest its partner's."""
@@ -257,11 +259,3 @@ def _as_row(values: Tensor, images: Tensor) -> Tensor:
     by one, with three numbers each.
     """
     return torch.empty_like(images[: len(values), :, :1], dtype=values.dtype).copy_(values)
-
-
-@lru_cache(maxsize=8)  # a copy to the device for every batch would cost more than the sum
-def _affine(mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Scale and offset that normalise pixels, float32 [1, C, 1, 1] each."""
-    scale = torch.tensor([1 / (255 * s) for s in std], device=device)
-    offset = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)], device=device)
-    return scale[None, :, None, None], offset[None, :, None, None]

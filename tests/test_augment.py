@@ -348,7 +348,6 @@ def test_one_small_table_crosses_to_the_device_and_nothing_comes_back(kind, monk
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
     settings, mix = ON_DEVICE[kind]
     augmentation, item = make_augment(**settings), item_of(3, np.arange(100, 110))
-    augment_module._affine.cache_clear()
     with FakeTensorMode(allow_non_fake_inputs=True):
         images = torch.empty((10, 3, 16, 24), dtype=torch.uint8, device="cuda")
         images = images.contiguous(memory_format=torch.channels_last)
@@ -362,7 +361,6 @@ def test_one_small_table_crosses_to_the_device_and_nothing_comes_back(kind, monk
         with Crossings() as crossings:
             assert augmentation.normalise(images).device.type == "cuda"
         assert (crossings.to_device, crossings.to_host) == (0, 0)
-    augment_module._affine.cache_clear()
 
 
 def test_warns_of_cutout_with_erasing(caplog):

@@ -28,17 +28,8 @@ WEIGHTS = "model.safetensors"
 BODY_THAT_FITS = 0.95  # share of the tensors outside the classifier; less is another network
 # What models raise at image sizes that they cannot take.
 SIZE_ERRORS = (AssertionError, IndexError, RuntimeError, ValueError)
-# What torch.load may stumble over in a file of something else.
-LOAD_ERRORS = (
-    AttributeError,
-    EOFError,
-    LookupError,
-    OSError,
-    RuntimeError,
-    TypeError,
-    UnpicklingError,
-    ValueError,
-)
+# What torch.load may stumble over, besides, in a file of something else.
+LOAD_ERRORS = (*SIZE_ERRORS, AttributeError, EOFError, LookupError, OSError, TypeError, UnpicklingError)
 
 
 def create_model(
@@ -49,8 +40,7 @@ def create_model(
     Args:
         name: one of `RESNETS` for those written here, "timm/<name>" or any other timm name for timm's.
         num_classes: length of the logits.
-        img_size: side in pixels for networks that fit one size only (`check_size` tells); None = timm's default.
-            All others take images of any size, whatever stands here.
+        img_size: side in pixels for networks that fit one size only; None = timm's default.
         drop_path: highest probability of stochastic depth (Huang et al., 2016), the last block's.
 
     Raises:
@@ -118,8 +108,7 @@ def create_finetuned_model(
             .pth or .pt file of tensors, "timm" for timm's default weights of this model, or a timm pretrained name
             or tag such as "resnet50.a1_in1k" or "a1_in1k" (timm downloads its weights).
 
-    Returns:
-        The model, and what the weights know about themselves: None for a bare file.
+    Returns the model, and what the weights know about themselves: None for a bare file.
 
     Raises:
         UserError: the weights cannot be found or read, or are another network's.

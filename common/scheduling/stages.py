@@ -83,17 +83,10 @@ def scale_stages(
     size_scale = (img_size or largest.img_size) / largest.img_size
     batch_scale = (batch_size or largest.batch_size) / largest.batch_size
 
-    def size(stage: Stage) -> int:
-        if size_scale == 1 or stage.img_size == largest.img_size:
-            return round(stage.img_size * size_scale)
-        return in_patches(stage.img_size * size_scale)
-
-    return [
-        replace(
-            stage,
-            epochs=length,
-            img_size=size(stage),
-            batch_size=max(1, round(stage.batch_size * batch_scale)),
-        )
-        for stage, length in zip(stages, apportion(lengths, epochs or sum(lengths)), strict=True)
-    ]
+    scaled = []
+    for stage, length in zip(stages, apportion(lengths, epochs or sum(lengths)), strict=True):
+        pixels = stage.img_size * size_scale
+        size = round(pixels) if size_scale == 1 or stage.img_size == largest.img_size else in_patches(pixels)
+        batch = max(1, round(stage.batch_size * batch_scale))
+        scaled.append(replace(stage, epochs=length, img_size=size, batch_size=batch))
+    return scaled

@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from common.augment import Augment, AugmentSettings, _affine
+from common.augment import Augment, AugmentSettings
 from common.data.loader import Batch
 from common.engine.evaluate import evaluate
 from common.engine.fit import train_epoch
@@ -173,12 +173,10 @@ class Placed(TorchDispatchMode):
 
 
 def accelerator_on(device, monkeypatch):
-    """An accelerator that believes it has that device, and the augmentation's constants made anew there."""
+    """An accelerator that believes it has that device."""
     accelerator = Accelerator(cpu=True)
     monkeypatch.setattr(PartialState(), "device", torch.device(device))
     monkeypatch.setattr(accelerator.state, "device", torch.device(device))
-    # They would be tensors without numbers, for whoever comes after.
-    monkeypatch.setattr("common.augment._affine", _affine.__wrapped__)
     return accelerator
 
 
@@ -191,8 +189,8 @@ def test_forward_and_meter_stay_on_the_device(monkeypatch):
     run = SimpleNamespace(accelerator=accelerator_on("cuda", monkeypatch), is_main=False)
     epoch = SimpleNamespace(index=0, steps=4, first_step=0)
     progress = SimpleNamespace(step=0, epoch_sums=[0.0, 0.0])
-    augment = Augment(AugmentSettings(), num_classes=CLASSES, seed=0)
     with FakeTensorMode(), Placed("cuda") as placed:
+        augment = Augment(AugmentSettings(), num_classes=CLASSES, seed=0)
         not_finite = torch.zeros((), dtype=torch.int64, device="cuda")
         meter = Meter(run, SimpleNamespace(total_epochs=1), epoch, progress, not_finite)
         images, labels = images_on("cuda")
