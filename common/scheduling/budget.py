@@ -177,8 +177,11 @@ def plan_budget(
     Raises:
         UserError: not even one epoch of each stage on the smallest share of the data fits; names the budget that would do.
     """
+    # The smallest share of the data leaves every stage some steps of the smallest batch, and an image of each class.
+    least = STEPS_PER_EPOCH * FEWEST_IMAGES * facts.processes * settings["accumulation"]
+    fewest = min(stage.data_fraction for stage in listed) * facts.images
     runs: list[Budgeted] = []
-    for share, stages in _lengths(listed, 1.0 if streaming else _smallest_share(listed, settings, facts)):
+    for share, stages in _lengths(listed, 1.0 if streaming else max(least, facts.classes) / fewest):
         runs.append(_budgeted(share, stages, settings, given, facts, costs, evaluations))
         if runs[-1].total_s > 2 * BEYOND * budget_s:
             break
@@ -205,9 +208,8 @@ def _longest(runs: Sequence[Budgeted], limit_s: float) -> Budgeted | None:
     return longest
 
 
-def _lengths(listed: Sequence[Stage], smallest_share: float) -> Iterator[tuple[float, list[Stage]]]:
+def _lengths(listed: Sequence[Stage], share: float) -> Iterator[tuple[float, list[Stage]]]:
     """Ever longer runs: one epoch of each stage on a growing share of the data, then more epochs, in steps of 1 % or one."""
-    share = smallest_share
     while share < 1:
         yield share, [replace(stage, epochs=1) for stage in listed]
         share *= 1.1
@@ -215,13 +217,6 @@ def _lengths(listed: Sequence[Stage], smallest_share: float) -> Iterator[tuple[f
     while True:
         yield 1.0, scale_stages(listed, epochs)
         epochs += max(1, epochs // 100)
-
-
-def _smallest_share(listed: Sequence[Stage], settings: Mapping[str, Any], facts: Facts) -> float:
-    """Of the data: it leaves every stage some steps of the smallest batch, and an image of each class."""
-    steps = STEPS_PER_EPOCH * FEWEST_IMAGES * facts.processes * settings["accumulation"]
-    fewest = min(stage.data_fraction for stage in listed) * facts.images
-    return min(1.0, max(steps, facts.classes) / fewest)
 
 
 def _budgeted(
