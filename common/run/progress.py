@@ -186,5 +186,6 @@ def closing_block(run: Run, progress: Progress) -> str:
         f"\n  best top-1   {summary['best_top1']:.2f} % (epoch {summary['best_epoch']}, {summary['best_weights']} weights)"
         f"\n  last top-1   {summary['last_top1']:.2f} %{shown}"
         f"\n  wall time    {clock(progress.wall_s)}"
-        f"\n  folder       {run.folder}"
+        f"\n  model        {run.folder / 'model'}"
+        f"\n  plots        {run.folder / 'plots'}"
     )
