@@ -4,8 +4,8 @@
 
 One OneCycle spans the whole run, scaled stage by stage (--stage_wise: one per stage).
 
-Measured: Caltech-101, ResNet-18, 32 / 64 / 96 px, two CPU cores: 70.0 % top-1 in 0.70 of the time in which standard training
-ends at 68.2 % (docs/results.md, with a list of its own). ImageNet: not measured.
+Measured: 20 epochs, in about the time of 12 of standard training, ResNet-18, two CPU cores: 82.3 against 77.1 % top-1 on photographs
+of clothes at 96 px, 67.7 against 65.5 % on Caltech-101 at 64 px (docs/recipe.md). ImageNet: not measured.
 """
 
 from __future__ import annotations
