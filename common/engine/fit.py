@@ -65,7 +65,6 @@ def train_epochs(t: Trainer, rates: Rates) -> None:
             record(t, epoch, rates, t.evaluate(epoch, stream) if epoch.evaluated else [])
     except Interrupted:
         save(t)
-        run.background.drain()
         raise
 
 

@@ -215,6 +215,10 @@ def start_run(cfg: TrainConfig) -> Iterator[Run]:
     try:
         yield run
         run.background.drain()
+    except Interrupted:
+        # What cannot be written is said, wherever the signal came.
+        run.background.drain()
+        raise
     finally:
         code = run.end(sys.exc_info()[1])
         if code:

@@ -12,6 +12,8 @@ import yaml
 
 from common import UserError
 from common.run import s3 as storage
+from common.run import start_run
+from common.run.processes import Interrupted
 from tests import forked
 from tests.helpers import assert_same, launch, make_images, progress, run_training, stop_after, weights
 from train_standard import StandardConfig
@@ -154,6 +156,21 @@ def test_a_real_signal_saves_and_exits_with_75(data, tmp_path, number):
         assert (
             progress(tmp_path / "run")["epochs_done"] == sum(1 for _ in file) - 1
         )  # nothing older than the signal
+
+
+def test_what_could_not_be_written_is_said_though_a_signal_ends_the_run(tmp_path, capsys):
+    def fail() -> None:
+        raise UserError("cannot write the checkpoint")
+
+    def stopped(cfg: StandardConfig) -> None:
+        with start_run(cfg) as run:
+            run.background.submit(fail)
+            raise Interrupted
+
+    with pytest.raises(SystemExit) as end:
+        stopped(StandardConfig(output=str(tmp_path), trackers="none", mixed_precision="no"))
+    assert end.value.code == 2
+    assert "error: cannot write the checkpoint" in capsys.readouterr().err
 
 
 def test_s3_mirror_and_restore_on_an_empty_machine(data, tmp_path, s3, monkeypatch):
