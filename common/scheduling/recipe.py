@@ -8,11 +8,11 @@ set is never changed. Reasons are published or measured; docs/recipe.md has the 
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
+from itertools import chain, groupby, repeat
 from typing import Any, Literal
 
 from common.scheduling.rates import known_peak
-from common.scheduling.stages import BACKBONE, Stage, apportion, couple_strength, in_patches
+from common.scheduling.stages import BACKBONE, PATCH, Stage, apportion, couple_strength, in_patches
 
 # Levels of regularisation, and the epochs from which each holds. Mixing cost 9 points in 5 and in 12 epochs; ffcv-imagenet (16 to 88
 # epochs) and Mosaic ResNet (below 67) do without it, Mosaic's longer recipes and our lists, from 50 epochs, have it.
@@ -34,14 +34,11 @@ WORTHWHILE_BATCH = 32
 # BatchNorm's statistics of 8 images per process cost a point of accuracy on ImageNet, of 4 four points (Wu and He, 2018, Group
 # Normalization).
 FEWEST_IMAGES = 8
-# Smallest training image in pixels, and one cell of the last map (the stride): stages of 32 px paid with ResNet-18.
-SMALLEST_SIZE, DEFAULT_STRIDE = 32, 32
-# Smallest size of a short run's curriculum, of its largest: a ninth of the pixels, at which 32, 64 and 96 px paid.
-SMALLEST_SHARE = 1 / 3
-# Times the size before, at most, of a short run's next size: EfficientNetV2-S goes from 128 to 300 px by 1.45 and less (Tan and Le, 2021).
-# After a jump from 32 to 64 px two of twelve epochs went by until top-1 was back; sizes between won 1.6 points, 2.1 on test images (two
-# seeds). Each size keeps two epochs.
-LARGEST_STEP, FEWEST_EPOCHS = 1.5, 2
+# Pixels per cell of the last map (the stride) of most networks, and the smallest training image.
+DEFAULT_STRIDE, SMALLEST_SIZE = 32, 32
+# Sizes of a short run's curriculum, at most: EfficientNetV2-S takes four (Tan and Le, 2021). And the smallest one's share of the largest, a
+# ninth of the pixels. When the size doubles, top-1 falls by 10 points, and is back two of twelve epochs later.
+SIZES, SMALLEST_SHARE = 4, 1 / 3
 # OneCycle's (Smith and Topin, 2018), and the swing of torch's.
 RISE, SWING = 0.3, 0.05
 # Share of a short run's epochs that rectangles settle in, after squares, and the strength of crops and erasing there.
@@ -108,43 +105,24 @@ def adapt(
     if "stages" not in given:
         short = sum(stage.epochs for stage in stages) < STRONG_FROM
         if short:
-            _fit_lengths(result)
             _fit_shapes(result, free)
             _fit_head(result, free, facts)
         _fit_sizes(result, settings, free, facts, short)
-        if short:
-            _fit_steps(result)
         _fit_batches(result, settings, free, facts)
     smaller = [s.batch_size for s in result.stages] != [s.batch_size for s in stages]
     if length != "strong" or smaller:
         _fit_rates(result, settings, free)
     _fit_regularisation(result, settings, free, length if recipe == "auto" else recipe)
     _fit_horizons(result, settings, free, facts)
+    if "stages" not in given and short:
+        alike = groupby(result.stages, lambda stage: replace(stage, epochs=1))
+        result.stages[:] = [replace(stage, epochs=sum(s.epochs for s in group)) for stage, group in alike]
     return result
 
 
-def _fit_lengths(recipe: Recipe) -> None:
-    """As many epochs for each size in a short run, on all of the data."""
-    # Small stages are cheap, so that leaving data out of them saves little; and it takes steps, which a smaller batch has to give back:
-    # with its shares a curriculum ended at 66.9 %, at the same cost without at 70.4.
-    if any(stage.data_fraction < 1 for stage in recipe.stages):
-        recipe.stages[:] = [replace(stage, data_fraction=1.0) for stage in recipe.stages]
-        recipe.notes.append("all of the data in every stage (--stages)")
-    # The largest size costs most, and is there to settle.
-    listed = [stage.epochs for stage in recipe.stages]
-    sizes = [stage.img_size for stage in recipe.stages]
-    ascending = sorted(set(sizes))
-    if len(ascending) == 1:
-        return
-    shares = apportion([1] * len(ascending), sum(listed), [sizes.count(size) for size in ascending])
-    parts = {
-        size: iter(apportion([stage.epochs for stage in recipe.stages if stage.img_size == size], share))
-        for size, share in zip(ascending, shares, strict=True)
-    }
-    lengths = [next(parts[size]) for size in sizes]
-    recipe.stages[:] = [replace(s, epochs=length) for s, length in zip(recipe.stages, lengths, strict=True)]
-    if lengths != listed:
-        recipe.notes.append(f"stages of {lengths} epochs, not {listed}: as many for each size (--stages)")
+def smallest_size(stride: int) -> int:
+    """Below it the last map is a single cell, so that of its 3 x 3 kernels the middle alone would learn."""
+    return max(SMALLEST_SIZE, (stride // PATCH + 1) * PATCH)
 
 
 def _fit_shapes(recipe: Recipe, free: set[str]) -> None:
@@ -186,10 +164,7 @@ def _fit_head(recipe: Recipe, free: set[str], facts: Facts) -> None:
 def _fit_sizes(
     recipe: Recipe, settings: Mapping[str, Any], free: set[str], facts: Facts, short: bool
 ) -> None:
-    """No stage larger than the images, unless the user says so, and none smaller than the network bears.
-
-    In a short run the sizes of a curriculum are evenly spaced.
-    """
+    """No stage larger than the images, unless the user says so, and none smaller than the network bears."""
     stride = facts.stride or DEFAULT_STRIDE
     sizes = [stage.img_size for stage in recipe.stages]
     largest = top = max(sizes)
@@ -201,36 +176,40 @@ def _fit_sizes(
     if top < largest:
         sizes = [top if size == largest else in_patches(size * top / largest) for size in sizes]
         recipe.notes.append(f"{top} px, not {largest}: the images have {facts.short_side} (--{flag})")
-    floor, different = min(max(SMALLEST_SIZE, stride), top), sorted(set(sizes))
-    if len(different) > 1 and (short or floor > different[0]):
-        # Equal steps from the smallest size that serves to the largest, as EfficientNetV2 spaces its stages (Tan and Le, 2021).
-        smallest = max(floor, SMALLEST_SHARE * top if short else 0)
-        step = (top - smallest) / (len(different) - 1)
-        spaced = [smallest + step * different.index(size) for size in sizes]
-        evenly = [top if size == top else in_patches(size) for size in spaced]
-        if evenly != sizes:
-            why = f"the network needs {floor}" if smallest == floor else "evenly spaced from a third"
-            recipe.notes.append(f"stages of {evenly} px: {why} (--stages)")
-        sizes = evenly
+    floor, different = min(smallest_size(stride), top), sorted(set(sizes))
+    if floor > different[0] and len(different) > 1 and not short:
+        step = (top - floor) / (len(different) - 1)
+        spaced = [floor + step * different.index(size) for size in sizes]
+        sizes = [top if size == top else in_patches(size) for size in spaced]
+        recipe.notes.append(f"stages of {sizes} px: the network needs {floor} (--stages)")
     recipe.stages[:] = [replace(s, img_size=size) for s, size in zip(recipe.stages, sizes, strict=True)]
+    if short:
+        _fit_curriculum(recipe, floor)
 
 
-def _fit_steps(recipe: Recipe) -> None:
-    """The second half of each stage at a size between its own and the next, where some size is much larger than the one before it."""
-    stages, finer, steep = recipe.stages, list[Stage](), False
-    for stage, following in pairwise([*stages, stages[-1]]):
-        half, between = stage.epochs // 2, in_patches((stage.img_size + following.img_size) / 2)
-        if not stage.img_size < between < following.img_size:
-            finer.append(stage)
-            continue
-        if half < FEWEST_EPOCHS:
-            return
-        steep |= following.img_size > LARGEST_STEP * stage.img_size
-        finer += [replace(stage, epochs=stage.epochs - half), replace(stage, epochs=half, img_size=between)]
-    if steep:
-        stages[:] = finer
-        plan = ", ".join(f"{stage.epochs} at {stage.img_size} px" for stage in stages)
-        recipe.notes.append(f"smaller steps between the sizes: epochs {plan} (--stages)")
+def _fit_curriculum(recipe: Recipe, floor: int) -> None:
+    """All of the data in every epoch, and as many epochs for each size; sizes rise in equal steps. All else stays with its epochs."""
+    # Small stages are cheap, so that leaving data out of them saves little; and it takes steps, which a smaller batch has to give back:
+    # with its shares a curriculum ended at 66.9 %, at the same cost without at 70.4.
+    if any(stage.data_fraction < 1 for stage in recipe.stages):
+        recipe.stages[:] = [replace(stage, data_fraction=1.0) for stage in recipe.stages]
+        recipe.notes.append("all of the data in every stage (--stages)")
+    batches = {stage.img_size: stage.batch_size for stage in recipe.stages}
+    if len(batches) == 1:
+        return
+    epochs = [replace(stage, epochs=1) for stage in recipe.stages for _ in range(stage.epochs)]
+    top = max(batches)
+    span = top - max(floor, SMALLEST_SHARE * top)
+    number = min(SIZES, len(epochs)) if span > 0 else 1
+    sizes = sorted({top, *(in_patches(top - span * step / (number - 1)) for step in range(1, number))})
+    lengths = apportion([1] * len(sizes), len(epochs))
+    for i, size in enumerate(chain.from_iterable(map(repeat, sizes, lengths))):
+        # Memory that the next larger of the listed sizes needs is enough.
+        batch = batches[min(listed for listed in batches if listed >= size)]
+        epochs[i] = replace(epochs[i], img_size=size, batch_size=batch)
+    recipe.stages[:] = epochs
+    plan = ", ".join(f"{length} at {size} px" for length, size in zip(lengths, sizes, strict=True))
+    recipe.notes.append(f"as many epochs for each size, in equal steps: {plan} (--stages)")
 
 
 def _fit_batches(recipe: Recipe, settings: Mapping[str, Any], free: set[str], facts: Facts) -> None:
@@ -252,7 +231,8 @@ def _fit_batches(recipe: Recipe, settings: Mapping[str, Any], free: set[str], fa
         recipe.stages[i] = replace(stage, batch_size=batch, data_fraction=max(stage.data_fraction, needed))
     batches = [stage.batch_size for stage in recipe.stages]
     if batches != listed:
-        recipe.notes.append(f"batches of {batches}, not {listed}, for more steps (--batch_size)")
+        fitted, before = (list(dict.fromkeys(sizes)) for sizes in (batches, listed))
+        recipe.notes.append(f"batches of {fitted}, not {before}, for more steps (--batch_size)")
     shares = [stage.data_fraction for stage in recipe.stages]
     if shares != listed_shares:
         percent = ", ".join(f"{share:.0%}" for share in shares)

@@ -1,4 +1,5 @@
 import dataclasses
+import math
 
 import pytest
 from hypothesis import given, settings
@@ -176,18 +177,27 @@ def test_no_stage_goes_below_the_batch_that_was_asked_for():
 @pytest.mark.parametrize(
     ("name", "img_size", "sizes"),
     [
-        ("progressive", 64, [32, 48, 64]),
-        ("progressive", 96, [32, 48, 64, 80, 96]),
-        ("progressive", 128, [48, 64, 80, 96, 128]),
-        ("progressive", 224, [80, 112, 144, 192, 224]),
-        ("hybrid", 96, [32, 48, 64, 80, 96, 96]),
-        ("hybrid", 48, [32, 32, 48, 48]),
-        ("progressive", 24, [24, 24, 24]),
+        ("progressive", 64, [48, 64]),
+        ("progressive", 96, [48, 64, 80, 96]),
+        ("progressive", 128, [48, 80, 96, 128]),
+        ("progressive", 224, [80, 128, 176, 224]),
+        ("hybrid", 96, [48, 64, 80, 96]),
+        ("hybrid", 48, [48]),
+        ("progressive", 24, [24]),
     ],
 )
-def test_small_stages_stay_large_enough_for_the_network(name, img_size, sizes):
+def test_sizes_of_a_short_curriculum_rise_in_equal_steps(name, img_size, sizes):
     recipe = adapted(name, epochs=12, img_size=img_size)
     assert [stage.img_size for stage in recipe.stages] == sizes
+    assert len({stage.epochs for stage in recipe.stages}) == 1
+
+
+@pytest.mark.parametrize(("stride", "smallest"), [(8, 32), (14, 32), (16, 32), (32, 48)])
+@pytest.mark.parametrize("epochs", [12, 75])
+def test_the_last_map_has_more_than_one_cell(stride, smallest, epochs):
+    recipe = adapted("progressive", Facts(3000, 10, stride=stride), epochs=epochs, img_size=64)
+    assert recipe.stages[0].img_size == smallest
+    assert math.ceil(smallest / stride) >= 2
 
 
 @pytest.mark.parametrize(
@@ -197,7 +207,7 @@ def test_small_stages_stay_large_enough_for_the_network(name, img_size, sizes):
         ("standard", 200, [192]),
         ("standard", 0, [224]),
         ("standard", 32, [64]),
-        ("progressive", 128, [32, 64, 128]),
+        ("progressive", 128, [48, 96, 128]),
         ("rect", 128, [128]),
         ("finetune", 32, [224, 224]),
     ],
@@ -223,22 +233,36 @@ def test_a_short_curriculum_has_one_cycle_and_the_finders_rate():
 @pytest.mark.parametrize(
     ("name", "epochs", "lengths"),
     [
-        ("hybrid", 12, [2, 2, 2, 2, 2, 2]),
-        ("hybrid", 8, [2, 3, 2, 1]),
-        ("hybrid", 49, [8, 8, 8, 8, 10, 7]),
+        ("hybrid", 12, [3, 3, 3, 3]),
+        ("hybrid", 8, [2, 2, 2, 2]),
+        ("hybrid", 48, [12, 12, 12, 12]),
         ("hybrid", 50, [9, 9, 19, 13]),
-        ("progressive", 12, [2, 2, 2, 2, 4]),
-        ("progressive", 11, [3, 4, 4]),
-        ("expert", 12, [2, 2, 2, 2, 1, 1, 1, 1]),
+        ("progressive", 3, [1, 1, 1]),
+        ("progressive", 11, [2, 3, 3, 3]),
         ("standard", 12, [12]),
     ],
 )
 def test_each_size_gets_as_many_epochs_in_a_short_run(name, epochs, lengths):
     recipe = adapted(name, imagenet(8), epochs=epochs)
     assert [stage.epochs for stage in recipe.stages] == lengths
-    assert any("as many for each size" in note for note in recipe.notes) == (
-        name in ("hybrid", "expert") and epochs < 50
+    assert any("as many epochs for each size" in note for note in recipe.notes) == (
+        name != "standard" and epochs < 50
     )
+
+
+def test_what_is_frozen_stays_with_its_epochs():
+    listed = dataclasses.replace(CONFIGS["expert"], epochs=20).curriculum()
+    recipe = adapted("expert", imagenet(8), epochs=20)
+    assert [s.frozen for s in listed for _ in range(s.epochs)] == [
+        s.frozen for s in recipe.stages for _ in range(s.epochs)
+    ]
+    sizes = [s.img_size for s in recipe.stages for _ in range(s.epochs)]
+    assert sizes == [80] * 5 + [128] * 5 + [176] * 5 + [224] * 5
+
+
+def test_a_size_between_two_has_the_batch_of_the_larger():
+    sizes = {stage.img_size: stage.batch_size for stage in adapted("hybrid", imagenet(8), epochs=12).stages}
+    assert sizes == {80: 1024, 128: 1024, 176: 512, 224: 512}
 
 
 def test_the_finders_peak_has_a_warm_up():
@@ -266,7 +290,7 @@ def test_rectangles_settle_after_squares_in_a_short_run():
 
 def test_strength_follows_the_size():
     recipe = adapted("progressive", epochs=12, img_size=96)
-    assert [stage.strength for stage in recipe.stages] == pytest.approx([1 / 3, 1 / 2, 2 / 3, 5 / 6, 1])
+    assert [stage.strength for stage in recipe.stages] == pytest.approx([1 / 2, 2 / 3, 5 / 6, 1])
 
 
 def test_fine_tuning_keeps_its_two_cycles_and_a_tenth_for_the_head():
