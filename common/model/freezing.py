@@ -1,8 +1,9 @@
-"""Which layers train: freezing by module names, and what "all but the classifier" means."""
+"""Which layers train: freezing by module names, and what "backbone" and "statistics" mean among them."""
 
 from collections.abc import Callable, Sequence
 
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from common import UserError
 
@@ -55,7 +56,7 @@ def check_frozen(model: nn.Module, frozen: Sequence[str]) -> None:
     """UserError: a name of `frozen` matches nothing in the model, or nothing is left to train."""
     names = [name for name, _ in model.named_parameters()]
     for prefix in frozen:
-        if prefix != "backbone" and not any(under(name, prefix) for name in names):
+        if prefix not in ("backbone", "statistics") and not any(under(name, prefix) for name in names):
             layers = ", ".join(dict.fromkeys(name.partition(".")[0] for name in names))
             raise UserError(f"frozen: {prefix!r} is no layer of the model, which has {layers}")
     if all(map(_is_frozen(model, frozen), names)):
@@ -63,9 +64,12 @@ def check_frozen(model: nn.Module, frozen: Sequence[str]) -> None:
 
 
 def train_mode(model: nn.Module, frozen: Sequence[str]) -> None:
-    """model.train(), but frozen modules in eval: BatchNorm keeps its statistics there, dropout is off."""
+    """model.train(), but frozen modules in eval: BatchNorm keeps its statistics there, dropout is off.
+
+    With "statistics" every BatchNorm keeps them, and normalises with them instead of the batch's.
+    """
     model.train()
-    is_frozen = _is_frozen(model, frozen)
+    is_frozen, keeps_statistics = _is_frozen(model, frozen), "statistics" in frozen
     for name, module in model.named_modules():
-        if name and is_frozen(name):
+        if (name and is_frozen(name)) or (keeps_statistics and isinstance(module, _BatchNorm)):
             module.eval()

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Literal
 if TYPE_CHECKING:
     from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, PositiveFloat, PositiveInt
 
-# In `Stage.frozen`: every module but the classifier.
-BACKBONE = "backbone"
+# In `Stage.frozen`: every module but the classifier; the running mean and variance of every BatchNorm, by which it then normalises.
+BACKBONE, STATISTICS = "backbone", "statistics"
 # Sizes that are chosen here are multiples of it, in pixels: the patch of most vision transformers, which take no others.
 PATCH = 16
 
@@ -32,7 +32,7 @@ class Stage:
     lr_scale: PositiveFloat | None = None
     """Peak learning rate relative to the first stage's; null = by the linear rule from the stage's own batch."""
     frozen: tuple[str, ...] = ()
-    """Module-name prefixes that do not train; "backbone" means everything but the classifier."""
+    """Module-name prefixes that do not train; "backbone": all but the classifier; "statistics": those of every BatchNorm."""
     shape: Literal["square", "rect"] = "square"
     """square, or rect for batches of one aspect ratio each."""
     strength: NonNegativeFloat = 1.0

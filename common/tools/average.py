@@ -144,11 +144,19 @@ def statistics_items(setup: Setup) -> list[BatchItem]:
 def soup_of(setup: Setup, ingredients: Sequence[Candidate]) -> dict[str, Tensor]:
     """The mean of some weights, with BatchNorm's statistics taken anew: means over all batches, as torch's `update_bn`.
 
-    Unlike there, everything else stays in evaluation mode: dropout would change what the layers see.
+    Unlike there, everything else stays in evaluation mode: dropout would change what the layers see. Statistics in which the
+    ingredients agree were kept by their trainings, and stay.
     """
-    model = setup.model
-    model.model.load_state_dict(mean_of([candidate.state for candidate in ingredients]))
-    norms = [module for module in model.model.modules() if isinstance(module, _BatchNorm)]
+    model, (first, *others) = setup.model, [candidate.state for candidate in ingredients]
+    model.model.load_state_dict(mean_of([first, *others]))
+    norms = [
+        module
+        for name, module in model.model.named_modules()
+        if isinstance(module, _BatchNorm)
+        and any(
+            not torch.equal(first[f"{name}.running_mean"], each[f"{name}.running_mean"]) for each in others
+        )
+    ]
     if norms:
         for norm in norms:
             norm.reset_running_stats()

@@ -1,4 +1,5 @@
 import pytest
+import torch
 from torch import nn
 from torch.nn import functional as F
 
@@ -70,6 +71,19 @@ def test_frozen_layers_keep_weights_and_statistics():
     train_mode(model, ())
     model(IMAGES)
     assert "bn1.running_mean" in changed(model, before)
+
+
+def test_statistics_are_kept_while_everything_trains():
+    model = small()
+    check_frozen(model, ["statistics"])
+    set_trainable_layers(model, ["statistics"])
+    train_mode(model, ["statistics"])
+    before = snapshot(model)
+    assert torch.equal(model(IMAGES[:2]), model(IMAGES)[:2])
+    step(model, optimizer_for(model))
+    moved = changed(model, before)
+    assert {"conv1.weight", "bn1.weight", "fc.weight"} <= moved
+    assert moved.isdisjoint(name for name, _ in model.named_buffers())
 
 
 def test_backward_stops_at_the_frozen_layers():

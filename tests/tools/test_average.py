@@ -38,7 +38,7 @@ def runs(images: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     generator = torch.Generator().manual_seed(0)
     state = {
         name: tensor + 0.02 * torch.randn(tensor.shape, generator=generator)
-        if name.endswith("weight")
+        if name.endswith(("weight", "running_mean"))
         else tensor
         for name, tensor in load_file(near / "model.safetensors").items()
     }
@@ -67,7 +67,10 @@ def test_the_mean_of_weights() -> None:
 def test_statistics_are_taken_from_mixed_batches_of_training_images(setup: Setup) -> None:
     """As the first BatchNorm's definition has it: means over batches of its inputs' mean and variance."""
     net, items = setup.model.model, statistics_items(setup)
-    soup = soup_of(setup, [Candidate("a", net.state_dict(), 0, 0)])
+    state = {key: tensor.clone() for key, tensor in net.state_dict().items()}
+    assert all(torch.equal(soup_of(setup, [Candidate("a", state, 0, 0)])[key], state[key]) for key in state)
+    moved = {key: tensor + 1 if key.endswith("running_mean") else tensor for key, tensor in state.items()}
+    soup = soup_of(setup, [Candidate("a", state, 0, 0), Candidate("b", moved, 0, 0)])
     assert not any(module.training for module in net.modules())
     assert sorted(np.concatenate([item.indices for item in items])) == list(range(72))
     # Of one class, a batch's variance would be too small.
