@@ -20,7 +20,7 @@ from common.data.sources.base import Source
 from common.data.sources.cache import cache_folder, fingerprint_of
 from common.engine.evaluate import GRID_EVALUATIONS
 from common.engine.measure import measure, measure_save, slowest
-from common.engine.probe import START_IMAGES
+from common.engine.probe import START_IMAGES, losses_by_statistics
 from common.engine.setup import assembled, facts_of
 from common.engine.trainer import Trainer
 from common.run.checkpoint import write_durably
@@ -42,6 +42,9 @@ from common.scheduling.recipe import Facts, Recipe, adapt
 
 # Epochs whose batches are measured first, and the share of the budget for the steps of each round over those that are planned then.
 FIRST_LENGTH, SHARE = 12, 0.0075
+# Times the loss on trained features, at least, where BatchNorm's batch statistics spoil them. They doubled an EfficientNet's, and left a weak
+# ResNet's as it was.
+WORSE = 1.25
 
 
 def settle_stages(run: Run, model: nn.Module, train: Source, val: Source) -> dict[str, Any]:
@@ -53,6 +56,15 @@ def settle_stages(run: Run, model: nn.Module, train: Source, val: Source) -> dic
     if run.stages:
         return forecast
     facts = facts_of(run, model, train)
+    if cfg.pretrained and cfg.recipe != "listed" and "stages" not in cfg.given:
+        recipe = adapt(cfg.stages_in_force(), vars(cfg), cfg.given, facts, cfg.recipe)
+        with _tried(run, recipe, model, train, val) as t:
+            by_weights, by_batch = losses_by_statistics(t)
+        text = (
+            "a head's loss on images held out: %.3f by the weights' BatchNorm statistics, %.3f by the batch's"
+        )
+        run.log.info(text, by_weights, by_batch)
+        facts = dataclasses.replace(facts, batch_spoils=by_batch > WORSE * by_weights)
     if cfg.budget:
         fitting, forecast = within_budget(run, model, train, val, facts)
     else:

@@ -5,7 +5,8 @@ Fine-tuning starts from there, and `train_finetune.py --probe` ends there.
 
 import dataclasses
 import time
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 
 import numpy as np
 import torch
@@ -13,6 +14,7 @@ from safetensors.torch import load_file
 from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
 from tqdm import tqdm
 
 from common import UserError
@@ -38,6 +40,8 @@ BATCH = 128
 # Settings of a training in steps, which does not take place, beside those of its schedule, optimizer and augmentation.
 STEPS = {"stages", "recipe", "epochs", "head_epochs", "mixup_share", "accumulation"}
 STEPS |= {"clip_grad", "crop_scale", "eval_every", "final_eval", "patience", "sampler"}
+# Training images that tell which statistics serve a BatchNorm better.
+LOOK_IMAGES = 1024
 # Images that a head to start from is fitted to, at most: their features have to lie in memory.
 START_IMAGES = 50_000
 
@@ -61,10 +65,53 @@ def fit_head(t: Trainer) -> None:
 def _set_head(t: Trainer, head: nn.Linear, features: Tensor, labels: np.ndarray) -> None:
     """The best head for features [N, C] of images with these labels [N], in place."""
     classes, targets = len(t.batches.train.classes), torch.from_numpy(labels).to(features.device)
-    weight, bias = choose_head(features, targets, classes, t.run.cfg.seed, t.run.log.info)
+    weight, bias, _ = choose_head(features, targets, classes, t.run.cfg.seed, t.run.log.info)
     with torch.no_grad():
         head.weight.copy_(weight)
         head.bias.copy_(bias)
+
+
+@torch.inference_mode()
+def losses_by_statistics(t: Trainer) -> tuple[float, float]:
+    """How well a head can do on the first training batches' features: its loss on images held out, twice.
+
+    First where BatchNorm normalises by the statistics of the weights, then by the batch's, as in training. Both are 0 where it
+    cannot be told: without BatchNorm, or one linear layer at the end. A collective that leaves no trace.
+    """
+    model, accelerator = t.state.model.eval(), t.run.accelerator
+    head, norms = linear_head(model), [m for m in model.modules() if isinstance(m, _BatchNorm)]
+    if head is None or not norms:
+        return 0.0, 0.0
+    items = (
+        item._replace(indices=item.indices[:BATCH]) for item in t.batches.train_items(next(t.plan.epochs()))
+    )
+    momentum = [norm.momentum for norm in norms]
+    seen, labels, by_weights, by_batch = 0, list[Tensor](), list[Tensor](), list[Tensor]()
+    with features_of(t, head) as forward:
+        for batch in t.loader.stream(items):
+            t.run.stop_if_asked()
+            labels.append(accelerator.gather(batch.labels))
+            for norm in norms:
+                norm.eval()
+            by_weights.append(accelerator.gather(forward(batch.images)))
+            for norm in norms:
+                norm.train()
+                norm.momentum = 0.0
+            by_batch.append(accelerator.gather(forward(batch.images)))
+            seen += len(labels[-1])
+            if seen >= LOOK_IMAGES:
+                break
+    for norm, before in zip(norms, momentum, strict=True):
+        norm.momentum = before
+    with torch.inference_mode(False):
+        known, classes = torch.cat(labels).clone(), len(t.batches.train.classes)
+        pair = [
+            choose_head(torch.cat(some).clone(), known, classes, t.run.cfg.seed, t.run.log.debug)[2]
+            for some in (by_weights, by_batch)
+        ]
+    # The same on all processes, to the last bit.
+    kept, batch_loss = accelerator.reduce(torch.tensor(pair, device=accelerator.device), "mean").tolist()
+    return kept, batch_loss
 
 
 def probe(run: Run, model: nn.Module, train: Source, val: Source, source: PretrainedCfg | None) -> None:
@@ -150,7 +197,8 @@ def cached_features(t: Trainer, head: nn.Linear) -> Tensor:
 @torch.inference_mode()
 def extract(t: Trainer, head: nn.Linear, images: np.ndarray) -> np.ndarray:
     """What enters the head for these training images [N] in evaluation's view: float32 [N, C], 0 where another process has it."""
-    run, train, model = t.run, t.batches.train, t.state.model.eval()
+    run, train = t.run, t.batches.train
+    t.state.model.eval()
     as_val = Batches(t.plan, train, train, run.cfg, run.cfg.seed, t.batches.rank, t.batches.world)
     features = np.zeros((len(images), head.in_features), np.float32)
     place = np.full(len(train), -1)
@@ -158,20 +206,31 @@ def extract(t: Trainer, head: nn.Linear, images: np.ndarray) -> np.ndarray:
     every = as_val.eval_items(t.plan.stages[0].img_size, t.plan.micro_batch(0))
     wanted = (item._replace(split=TRAIN, indices=item.indices[place[item.indices] >= 0]) for item in every)
     items = [item for item in wanted if len(item.indices)]
-    caught: list[Tensor] = []
-    # Whatever the network is called inside, this is what its logits are made of.
-    hook = head.register_forward_pre_hook(lambda _, inputs: caught.append(inputs[0]))
     stream = t.loader.stream(items)
-    with tqdm(total=len(images), desc="features", unit="img", disable=None, leave=False) as bar:
+    bar = tqdm(total=len(images), desc="features", unit="img", disable=None, leave=False)
+    with bar, features_of(t, head) as forward:
         # Processes may have different numbers of batches, and all have to ask equally often.
         for _ in range(run.votes.largest(len(items))[0]):
             run.stop_if_asked()
             batch = next(stream, None)
             if batch is None:
                 continue
-            with run.accelerator.autocast():
-                model.forward(t.augment.normalise(batch.images))
-            features[place[batch.item.indices]] = caught.pop().float().cpu().numpy()
+            features[place[batch.item.indices]] = forward(batch.images).cpu().numpy()
             bar.update(len(batch.labels))
-    hook.remove()
     return features
+
+
+@contextmanager
+def features_of(t: Trainer, head: nn.Linear) -> Iterator[Callable[[Tensor], Tensor]]:
+    """A function from raw images [B, 3, H, W] to what enters the head: float32 [B, C]."""
+    caught: list[Tensor] = []
+    # Whatever the network is called inside, this is what its logits are made of.
+    hook = head.register_forward_pre_hook(lambda _, inputs: caught.append(inputs[0]))
+
+    def forward(images: Tensor) -> Tensor:
+        with t.run.accelerator.autocast():
+            t.state.model.forward(t.augment.normalise(images))
+        return caught.pop().float()
+
+    yield forward
+    hook.remove()

@@ -2,11 +2,12 @@
 
 from common.scheduling.plan import EpochPlan, Plan, make_plan
 from common.scheduling.rates import KEEPING_WEIGHTS, Rates, ScheduleSettings, known_peak, resolve_lr
-from common.scheduling.stages import BACKBONE, Stage, scale_stages
+from common.scheduling.stages import BACKBONE, STATISTICS, Stage, scale_stages
 
 __all__ = [
     "BACKBONE",
     "KEEPING_WEIGHTS",
+    "STATISTICS",
     "EpochPlan",
     "Plan",
     "Rates",

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 from torch import nn
 
@@ -16,6 +17,7 @@ from common import UserError
 from common.config import parse_args
 from common.engine import lr_finder
 from common.engine import probe as module
+from common.engine.peak import KEEPING_STATISTICS
 from common.model.create import create_model
 from common.model.pretrained_cfg import PretrainedCfg
 from common.scheduling import KEEPING_WEIGHTS
@@ -86,10 +88,11 @@ def test_a_probe_ends_as_any_other_run(
 
 def fine_tune(data: Path, base: Path, output: Path, *flags: str) -> dict[str, torch.Tensor]:
     """The weights after an epoch whose steps move next to nothing."""
-    stage = '[{"epochs": 1, "img_size": 32, "batch_size": 24}]'
+    if "--epochs" not in flags and "--stages" not in flags:
+        flags = (*flags, "--stages", '[{"epochs": 1, "img_size": 32, "batch_size": 24}]')
     args = ["--data_dir", str(data), "--weights", str(base), "--model", "resnet18", "--lr", "1e-9"]
     args += ["--output", str(output), "--run_name", "tuned", "--trackers", "none", "--workers", "0"]
-    args += ["--mixed_precision", "no", "--stages", stage, *flags]
+    args += ["--mixed_precision", "no", *flags]
     train_finetune.main(parse_args(train_finetune.FinetuneConfig, "", args))
     return weights(output / "tuned")
 
@@ -124,6 +127,53 @@ def test_processes_share_the_images_whose_features_are_wanted(
     assert first.any()
     assert second.any()
     np.testing.assert_allclose(first + second, whole, rtol=1e-4, atol=1e-5)
+
+
+def test_which_statistics_serve_a_head_better_is_told_without_a_trace(
+    images: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[float, float]] = []
+
+    def compare(t: Any) -> None:
+        model = t.state.model
+        before = {name: tensor.clone() for name, tensor in model.named_parameters()}
+        means = {name: tensor.clone() for name, tensor in model.named_buffers() if "running" in name}
+        seen.append(module.losses_by_statistics(t))
+        assert all(torch.equal(tensor, before[name]) for name, tensor in model.named_parameters())
+        assert all(torch.equal(dict(model.named_buffers())[name], tensor) for name, tensor in means.items())
+        # By these, nothing passes the first ReLU.
+        model.bn1.running_mean.add_(1e9)
+        seen.append(module.losses_by_statistics(t))
+        norms = [name for name, each in model.named_modules() if isinstance(each, nn.BatchNorm2d)]
+        for name in norms:
+            model.set_submodule(name, nn.Identity())
+        assert module.losses_by_statistics(t) == (0.0, 0.0)
+        raise UserError("enough")
+
+    monkeypatch.setattr(train_finetune, "fit_head", compare)
+    with pytest.raises(SystemExit):
+        fine_tune(images, base, tmp_path)
+    (kept, by_batch), (spoilt, unchanged) = seen
+    assert 0 < kept < 1.09
+    assert by_batch == unchanged < spoilt
+    assert spoilt == pytest.approx(np.log(3), abs=0.05)
+
+
+@pytest.mark.parametrize(("losses", "keeps"), [((1.0, 2.0), True), ((1.0, 1.1), False), ((0.0, 0.0), False)])
+def test_statistics_stay_where_the_batchs_would_spoil_the_features(
+    images: Path,
+    base: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    losses: tuple[float, float],
+    keeps: bool,
+) -> None:
+    monkeypatch.setattr("common.engine.calibrate.losses_by_statistics", lambda _t: losses)
+    tuned = fine_tune(images, base, tmp_path, "--epochs", "1", "--img_size", "32", "--batch_size", "24")
+    trained = load_file(base / "model.safetensors")
+    assert torch.equal(tuned["bn1.running_mean"], trained["bn1.running_mean"]) == keeps
+    config = yaml.safe_load((tmp_path / "tuned" / "config.yaml").read_text())
+    assert [stage["frozen"] for stage in config["stages"]] == [["statistics"] if keeps else []]
 
 
 def test_features_are_made_once_for_the_same_weights_images_and_view(
@@ -202,7 +252,12 @@ def test_processes_with_fewer_batches_ask_for_signals_as_often(
 
 
 @pytest.mark.parametrize(
-    ("frozen", "factor"), [([], KEEPING_WEIGHTS), (["backbone"], lr_finder.ABOVE_BLOW_UP)]
+    ("frozen", "factor"),
+    [
+        ([], KEEPING_WEIGHTS),
+        (["statistics"], KEEPING_STATISTICS),
+        (["backbone"], lr_finder.ABOVE_BLOW_UP),
+    ],
 )
 def test_trained_weights_get_a_rate_that_keeps_them(
     images: Path,

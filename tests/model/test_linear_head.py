@@ -33,8 +33,9 @@ def test_the_head_is_the_logistic_regression(decay: float) -> None:
 def test_the_chosen_head_takes_raw_features_and_has_the_lowest_loss_held_out() -> None:
     features, labels = some_features()
     lines: list[str] = []
-    weight, bias = choose_head(features, labels, 3, 0, lines.append)
+    weight, bias, loss = choose_head(features, labels, 3, 0, lines.append)
     losses = [float(line.split("loss ")[1].split(",")[0]) for line in lines]
+    assert loss == pytest.approx(min(losses), abs=1e-4)
     # It goes on to the first decay that is worse.
     assert 2 < len(losses) < len(linear_head.DECAYS)
     assert losses.index(min(losses)) == len(losses) - 2
