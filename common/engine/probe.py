@@ -40,8 +40,8 @@ BATCH = 128
 # Settings of a training in steps, which does not take place, beside those of its schedule, optimizer and augmentation.
 STEPS = {"stages", "recipe", "epochs", "head_epochs", "mixup_share", "accumulation"}
 STEPS |= {"clip_grad", "crop_scale", "eval_every", "final_eval", "patience", "sampler"}
-# Training images that tell which statistics serve a BatchNorm better.
-LOOK_IMAGES = 1024
+# Training images that tell which statistics serve a BatchNorm better, and the weight decay of the heads that are compared: the middle one.
+LOOK_IMAGES, LOOK_DECAY = 1024, 0.01
 # Images that a head to start from is fitted to, at most: their features have to lie in memory.
 START_IMAGES = 50_000
 
@@ -106,7 +106,9 @@ def losses_by_statistics(t: Trainer) -> tuple[float, float]:
     with torch.inference_mode(False):
         known, classes = torch.cat(labels).clone(), len(t.batches.train.classes)
         pair = [
-            choose_head(torch.cat(some).clone(), known, classes, t.run.cfg.seed, t.run.log.debug)[2]
+            choose_head(
+                torch.cat(some).clone(), known, classes, t.run.cfg.seed, t.run.log.debug, [LOOK_DECAY]
+            )[2]
             for some in (by_weights, by_batch)
         ]
     # The same on all processes, to the last bit.

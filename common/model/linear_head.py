@@ -1,7 +1,7 @@
 """A linear head for given features: logistic regression, its weight decay chosen by cross-validation."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -17,7 +17,12 @@ SMALLEST_STD = 1e-4
 
 
 def choose_head(
-    features: Tensor, labels: Tensor, classes: int, seed: int, report: Callable[[str], None]
+    features: Tensor,
+    labels: Tensor,
+    classes: int,
+    seed: int,
+    report: Callable[[str], None],
+    decays: Sequence[float] = DECAYS,
 ) -> tuple[Tensor, Tensor, float]:
     """The weight [K, C] and bias [K], for features [N, C], of the decay that does best on images held out; and its mean loss on these.
 
@@ -29,8 +34,8 @@ def choose_head(
     standardised = (features - mean) * scale
     fold = folds(labels, seed)
     heads = [features.new_zeros(classes, features.shape[1] + 1)] * FOLDS
-    best_loss, best_decay, best = math.inf, DECAYS[0], heads
-    for decay in DECAYS:
+    best_loss, best_decay, best = math.inf, decays[0], heads
+    for decay in decays:
         out = features.new_empty(len(labels), classes)
         for number in range(FOLDS):
             inside, held_out = fold != number, fold == number
