@@ -42,8 +42,8 @@ from common.scheduling.recipe import Facts, Recipe, adapt
 
 # Epochs whose batches are measured first, and the share of the budget for the steps of each round over those that are planned then.
 FIRST_LENGTH, SHARE = 12, 0.0075
-# Times the loss on trained features, at least, where BatchNorm's batch statistics spoil them. They doubled an EfficientNet's, and left a weak
-# ResNet's as it was.
+# Times the loss on trained features, at least, where BatchNorm's batch statistics spoil them: 1.5 and 1.6 with an EfficientNet, 1.0 and 1.1
+# with a weak ResNet (docs/results.md).
 WORSE = 1.25
 
 

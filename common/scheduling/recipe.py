@@ -221,7 +221,8 @@ def _fit_curriculum(recipe: Recipe, floor: int) -> None:
     top = max(batches)
     span = top - max(floor, SMALLEST_SHARE * top)
     number = min(SIZES, len(epochs)) if span > 0 else 1
-    sizes = sorted({top, *(in_patches(top - span * step / (number - 1)) for step in range(1, number))})
+    spaced = [top - span * step / (number - 1) for step in range(1, number)]
+    sizes = sorted({top, *(min(top, in_patches(size)) for size in spaced)})
     lengths = apportion([1] * len(sizes), len(epochs))
     for i, size in enumerate(chain.from_iterable(map(repeat, sizes, lengths))):
         # Memory that the next larger of the listed sizes needs is enough.

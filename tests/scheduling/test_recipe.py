@@ -177,6 +177,7 @@ def test_no_stage_goes_below_the_batch_that_was_asked_for():
 @pytest.mark.parametrize(
     ("name", "img_size", "sizes"),
     [
+        ("progressive", 60, [48, 60]),
         ("progressive", 64, [48, 64]),
         ("progressive", 96, [48, 64, 80, 96]),
         ("progressive", 128, [48, 80, 96, 128]),
