@@ -38,7 +38,7 @@ from common.scheduling.budget import (
     in_agreement,
     plan_budget,
 )
-from common.scheduling.recipe import Facts, Recipe, adapt
+from common.scheduling.recipe import Facts, Recipe, adapt, is_short
 
 # Epochs whose batches are measured first, and the share of the budget for the steps of each round over those that are planned then.
 FIRST_LENGTH, SHARE = 12, 0.0075
@@ -56,19 +56,19 @@ def settle_stages(run: Run, model: nn.Module, train: Source, val: Source) -> dic
     if run.stages:
         return forecast
     facts = facts_of(run, model, train)
-    if cfg.pretrained and cfg.recipe != "listed" and "stages" not in cfg.given:
-        recipe = adapt(cfg.stages_in_force(), vars(cfg), cfg.given, facts, cfg.recipe)
+    listed, fixed = cfg.stages_in_force(), cfg.recipe == "listed" or "stages" in cfg.given
+    if cfg.pretrained and facts.linear_head and not fixed and (cfg.budget or is_short(listed)):
+        recipe = adapt(listed, vars(cfg), cfg.given, facts, cfg.recipe)
         with _tried(run, recipe, model, train, val) as t:
             by_weights, by_batch = losses_by_statistics(t)
-        text = (
-            "a head's loss on images held out: %.3f by the weights' BatchNorm statistics, %.3f by the batch's"
-        )
-        run.log.info(text, by_weights, by_batch)
+        if by_weights:
+            text = "a head's loss on images held out: %.3f by the weights' BatchNorm statistics, %.3f by the batch's"
+            run.log.info(text, by_weights, by_batch)
         facts = dataclasses.replace(facts, batch_spoils=by_batch > WORSE * by_weights)
     if cfg.budget:
         fitting, forecast = within_budget(run, model, train, val, facts)
     else:
-        fitting = adapt(cfg.stages_in_force(), vars(cfg), cfg.given, facts, cfg.recipe)
+        fitting = adapt(listed, vars(cfg), cfg.given, facts, cfg.recipe)
     run.stages = fitting.stages
     for name, value in fitting.values.items():
         setattr(cfg, name, value)

@@ -76,7 +76,7 @@ def losses_by_statistics(t: Trainer) -> tuple[float, float]:
     """How well a head can do on the first training batches' features: its loss on images held out, twice.
 
     First where BatchNorm normalises by the statistics of the weights, then by the batch's, as in training. Both are 0 where it
-    cannot be told: without BatchNorm, or one linear layer at the end. A collective that leaves no trace.
+    cannot be told: without BatchNorm, or one linear layer at the end. A collective that leaves weights and statistics as they are.
     """
     model, accelerator = t.state.model.eval(), t.run.accelerator
     head, norms = linear_head(model), [m for m in model.modules() if isinstance(m, _BatchNorm)]
@@ -234,5 +234,5 @@ def features_of(t: Trainer, head: nn.Linear) -> Iterator[Callable[[Tensor], Tens
             t.state.model.forward(t.augment.normalise(images))
         return caught.pop().float()
 
-    yield forward
-    hook.remove()
+    with hook:
+        yield forward

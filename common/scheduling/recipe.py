@@ -92,6 +92,11 @@ def fitting_level(stages: Sequence[Stage], facts: Facts) -> str:
     return LEVELS[max(0, rank - hardly_known)]
 
 
+def is_short(stages: Sequence[Stage]) -> bool:
+    """Whether a run is shorter than those the lists are written for."""
+    return sum(stage.epochs for stage in stages) < STRONG_FROM
+
+
 def adapt(
     stages: Sequence[Stage],
     settings: Mapping[str, Any],
@@ -113,7 +118,7 @@ def adapt(
         return result
     length, free = fitting_level(stages, facts), settings.keys() - set(given)
     if "stages" not in given:
-        short = sum(stage.epochs for stage in stages) < STRONG_FROM
+        short = is_short(stages)
         if short:
             _fit_shapes(result, free)
             _fit_head(result, free, facts)
@@ -126,6 +131,7 @@ def adapt(
     _fit_regularisation(result, settings, free, length if recipe == "auto" else recipe)
     _fit_horizons(result, settings, free, facts)
     if "stages" not in given and short:
+        # Neighbours that came out alike are one stage.
         alike = groupby(result.stages, lambda stage: replace(stage, epochs=1))
         result.stages[:] = [replace(stage, epochs=sum(s.epochs for s in group)) for stage, group in alike]
     return result
@@ -174,8 +180,8 @@ def _fit_head(recipe: Recipe, free: set[str], facts: Facts) -> None:
 
 def _fit_statistics(recipe: Recipe, facts: Facts) -> None:
     """BatchNorm keeps the statistics of trained weights in a short run, where their features need them."""
-    # In a long one there is time to learn anew. EfficientNet-Lite0 falls from 79 to 58 % of Caltech-101 by the batch's, and from 82 to 64 of
-    # the clothing photographs, before the first step; Keras's guide to EfficientNet freezes them for that reason.
+    # In a long one there is time to learn anew. Keras's guide to fine-tuning EfficientNets keeps them too. EfficientNet-Lite0's gained 2 points
+    # on Caltech-101; on photographs of clothes 3 on validation images, and none on test images.
     if facts.batch_spoils:
         recipe.stages[:] = [replace(s, frozen=(*s.frozen, STATISTICS)) for s in recipe.stages]
         recipe.notes.append("BatchNorm keeps the weights' statistics (--stages)")

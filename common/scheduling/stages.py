@@ -50,16 +50,15 @@ def couple_strength(stages: Sequence[Stage]) -> list[Stage]:
     return [replace(stage, strength=stage.strength * stage.img_size / largest) for stage in stages]
 
 
-def apportion(epochs: Sequence[int], total: int, least: Sequence[int] | None = None) -> list[int]:
-    """Share `total` epochs out in proportion to `epochs`, at least `least` (one) each; the sum is `total` if that is enough.
+def apportion(epochs: Sequence[int], total: int) -> list[int]:
+    """Share `total` epochs out in proportion to `epochs`, at least one each; the sum is `total` if that is enough.
 
     Largest remainders (Hamilton's method); of equal remainders the later stage's, with the larger images, counts first.
     """
     shares = [count * total / sum(epochs) for count in epochs]
-    fewest = list(least or [1] * len(shares))
-    counts = [max(few, int(share)) for few, share in zip(fewest, shares, strict=True)]
+    counts = [max(1, int(share)) for share in shares]
     if sum(counts) > total:
-        counts = fewest
+        counts = [1] * len(shares)
     for _ in range(total - sum(counts)):
         counts[max(range(len(counts)), key=lambda i: (round(shares[i] - counts[i], 9), i))] += 1
     return counts
