@@ -5,8 +5,9 @@ import dataclasses
 import json
 import logging
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from common.config import RecordSettings, as_plain
 from common.data.sources.base import Source
 from common.data.sources.cache import cache_folder, fingerprint_of
 from common.engine.evaluate import GRID_EVALUATIONS
-from common.engine.measure import measure, measure_save, slowest
+from common.engine.measure import measure, measure_costs, slowest, timed_images
 from common.engine.probe import START_IMAGES, losses_by_statistics
 from common.engine.setup import assembled, facts_of
 from common.engine.trainer import Trainer
@@ -27,21 +28,12 @@ from common.run.checkpoint import write_durably
 from common.run.processes import rank0_errors
 from common.run.progress import clock
 from common.run.run import Run
-from common.scheduling import scale_stages
-from common.scheduling.budget import (
-    DRIFT,
-    Budgeted,
-    BudgetSettings,
-    Costs,
-    Measured,
-    Outcome,
-    in_agreement,
-    plan_budget,
-)
+from common.scheduling import EpochPlan, Plan, scale_stages
+from common.scheduling.budget import Budgeted, BudgetSettings, Costs, Measured, Outcome, plan_budget
 from common.scheduling.recipe import Facts, Recipe, adapt, is_short
 
-# Epochs whose batches are measured first, and the share of the budget for the steps of each round over those that are planned then.
-FIRST_LENGTH, SHARE = 12, 0.0075
+# Epochs whose batches are measured, and the share of the budget for the steps that are timed.
+FIRST_LENGTH, SHARE = 12, 0.01
 # Times the loss on trained features, at least, where BatchNorm's batch statistics spoil them: 1.5 and 1.6 with an EfficientNet, 1.0 and 1.1
 # with a weak ResNet (docs/results.md).
 WORSE = 1.25
@@ -99,26 +91,7 @@ def within_budget(
     (costs,) = broadcast_object_list([_read(run, kept) if cfg.dry_run and run.is_main else None])
     if costs is None:
         recipe = adapt(scale_stages(listed, FIRST_LENGTH), vars(cfg), cfg.given, facts, cfg.recipe)
-        with _tried(run, recipe, model, train, val) as t:
-            # To put a run together takes long the first time only, and every run pays it.
-            began = time.monotonic()
-            # Between the first size and the last, time is guessed from the pixels.
-            epochs = list(t.plan.epochs())
-            rough = measure(t, 0.0, (epochs[0], epochs[-1]))
-        (start_s,) = slowest(run, began - run.started)
-
-        def costs_of(measured: Iterable[Measured], save_s: float = 0.0, drift: float = DRIFT) -> Costs:
-            (calibration_s,) = slowest(run, time.monotonic() - began)
-            return Costs(tuple(measured), start_s, calibration_s, save_s, drift)
-
-        # The recipe's batches follow the length, so the first ones were a guess; between two that were measured lies a line.
-        recipe = plan(costs_of(rough)).whole.recipe
-        with _tried(run, recipe, model, train, val) as t:
-            rounds = [measure(t, SHARE * budget_s / len(recipe.stages)) for _ in range(2)]
-            save_s = measure_save(t)
-        steps, drift = in_agreement(*rounds)
-        # Of the same batch, the longer measurement.
-        costs = costs_of({m[:4]: m for m in (*rough, *steps)}.values(), save_s, drift)
+        costs = _calibrated(run, model, train, val, recipe, plan)
         with rank0_errors():
             if run.is_main:
                 kept.parent.mkdir(parents=True, exist_ok=True)
@@ -128,6 +101,43 @@ def within_budget(
     low_s, high_s = outcome.whole.interval_s()
     forecast = {"budget_s": budget_s, "low_s": low_s, "high_s": high_s, "parts": outcome.whole.parts}
     return outcome.whole.recipe, forecast
+
+
+def _calibrated(
+    run: Run, model: nn.Module, train: Source, val: Source, recipe: Recipe, plan: Callable[[Costs], Outcome]
+) -> Costs:
+    """What a recipe's stages take, and those that are planned by it, if their batches are larger. A collective."""
+    with _tried(run, recipe, model, train, val) as t:
+        # To put a run together takes long the first time only, and every run pays it.
+        began = time.monotonic()
+        (start_s,) = slowest(run, began - run.started)
+        ends = _smallest_and_largest(t.plan)
+        limit_s = SHARE * run.cfg.budget_s() / len(ends)
+        costs = measure_costs(t, limit_s, start_s, ends)
+    costs = costs._replace(calibration_s=slowest(run, time.monotonic() - began)[0])
+    whole = plan(costs).whole
+    known = {m.img_size: m.images for m in sorted(costs.measured, key=lambda m: m.images)}
+    larger = [
+        epoch
+        for epoch in _smallest_and_largest(whole.plan)
+        if timed_images(whole.plan, epoch, run.accelerator.device) > known.get(epoch.stage.img_size, 0)
+    ]
+    if larger:
+        # More images may be what keeps a GPU busy.
+        with _tried(run, whole.recipe, model, train, val) as t:
+            measured = *costs.measured, *measure(t, limit_s, larger)
+        (calibration_s,) = slowest(run, time.monotonic() - began)
+        costs = costs._replace(measured=measured, calibration_s=calibration_s)
+    return costs
+
+
+def _smallest_and_largest(plan: Plan) -> list[EpochPlan]:
+    """Of each shape and frozen set, an epoch of the smallest images and one of the largest: between them lies a line."""
+    kinds = dict[tuple, list[EpochPlan]]()
+    for epoch in plan.epochs():
+        kinds.setdefault((epoch.stage.shape, epoch.stage.frozen), []).append(epoch)
+    size = attrgetter("stage.img_size")
+    return [end(epochs, key=size) for epochs in kinds.values() for end in (min, max)]
 
 
 def _calibration_file(run: Run, train: Source, val: Source) -> Path:

@@ -17,7 +17,7 @@ from common.data.order import BatchItem, View
 from common.data.sources.base import Source
 from common.data.sources.cache import fingerprint_of
 from common.engine.evaluate import GRID_EVALUATIONS
-from common.engine.measure import measure, measure_save
+from common.engine.measure import measure_costs
 from common.engine.recording import KEEP_CHECKPOINTS
 from common.engine.setup import sample
 from common.engine.trainer import Trainer
@@ -58,7 +58,7 @@ def preflight(t: Trainer, source: PretrainedCfg | None) -> None:
             tell(checks(t, source), found)
             if found["error"]:
                 conclude(found)
-    costs = Costs(tuple(measure(t, STEPS_S)), start_s, save_s=measure_save(t))
+    costs = measure_costs(t, STEPS_S, start_s)
     with rank0_errors():
         if t.run.is_main:
             stages = costs.by_stage(t.plan)

@@ -2,7 +2,7 @@
 
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import cycle, islice
 from pathlib import Path
 from statistics import fmean, stdev
@@ -11,6 +11,7 @@ from tempfile import TemporaryDirectory
 import torch
 
 from common.data.loader import PREFETCH, Batch
+from common.data.order import BatchItem
 from common.engine.evaluate import one_view
 from common.engine.memory import finished
 from common.engine.peak import endless_items
@@ -19,13 +20,16 @@ from common.run import checkpoint
 from common.run.plots import write_plots
 from common.run.progress import peak_memory_mb
 from common.run.run import Run
-from common.scheduling import EpochPlan
-from common.scheduling.budget import Measured
+from common.scheduling import EpochPlan, Plan
+from common.scheduling.budget import Costs, Measured
 
-# Steps, or batches of an evaluation, that are timed at least.
+# Steps that are timed at least.
 FEWEST = 2
-# Pixels of a timed micro-batch on a CPU, whose time grows with them; a GPU takes whole ones, of which it tells the memory.
-CPU_PIXELS = 16 * 224 * 224
+# Pixels of a timed micro-batch on a CPU, whose time grows with them from about so many images on (docs/budget.md); a GPU takes whole ones, of
+# which it tells the memory.
+CPU_PIXELS, CPU_IMAGES = 2 * 224 * 224, 16
+# The share of a batch whose step is compared with the whole batch's.
+PART = 4
 # So small that no weight moves; some optimizers divide by their rate.
 NO_RATE = 1e-9
 ONE_EPOCH = (
@@ -34,13 +38,21 @@ ONE_EPOCH = (
 )
 
 
-def measure(t: Trainer, limit_s: float, epochs: Iterable[EpochPlan] | None = None) -> list[Measured]:
-    """Train and evaluate each kind of stage of these epochs, or of the plan, for about `limit_s` seconds; a collective.
+def measure_costs(t: Trainer, limit_s: float, start_s: float, epochs: Sequence[EpochPlan] = ()) -> Costs:
+    """What the kinds of stage of these epochs, or of the plan, take: steps for about `limit_s` seconds each. A collective."""
+    epochs = epochs or list(t.plan.epochs())
+    measured = measure(t, limit_s, epochs)
+    beside_s = measure_beside_images(t, epochs[0], measured[0])
+    return Costs(tuple(measured), start_s, save_s=measure_save(t), step_s=beside_s)
+
+
+def measure(t: Trainer, limit_s: float, epochs: Iterable[EpochPlan]) -> list[Measured]:
+    """Train and evaluate each kind of stage of these epochs for about `limit_s` seconds; a collective.
 
     Weights stay, momentum and BatchNorm's statistics do not. Times are the slowest process's.
     """
     kinds: dict[tuple, EpochPlan] = {}
-    for epoch in epochs or t.plan.epochs():
+    for epoch in epochs:
         stage = epoch.stage
         kinds.setdefault((stage.img_size, stage.shape, stage.frozen, epoch.global_batch), epoch)
     return [measure_stage(t, epoch, limit_s) for epoch in kinds.values()]
@@ -49,46 +61,67 @@ def measure(t: Trainer, limit_s: float, epochs: Iterable[EpochPlan] | None = Non
 def measure_stage(t: Trainer, epoch: EpochPlan, limit_s: float) -> Measured:
     """Time steps with the loader beside them, as in training, and an evaluation; on a CPU of smaller batches."""
     run, stage, device = t.run, epoch.stage, t.run.accelerator.device
-    micro_batch = most = t.plan.micro_batch(epoch.stage_index)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    else:
-        most = max(1, CPU_PIXELS // stage.img_size**2)
+    images = timed_images(t.plan, epoch, device)
+    micro_batch = images // t.plan.accumulation(epoch.stage_index)
     began = time.monotonic()
     t.enter_stage(epoch)
     t.begin_epoch(epoch)
     # A resumed epoch's are not this batch's.
     t.meter.sums.zero_()
     enter_s = time.monotonic() - began
-    items = (item._replace(indices=item.indices[:most]) for item in endless_items(t, epoch))
-    stream = t.loader.stream(items)
-
-    def step() -> tuple[list[Batch], float]:
-        batches = list(islice(stream, t.plan.accumulation(epoch.stage_index)))
-        began = time.monotonic()
-        t.train_step(epoch, NO_RATE, run.cfg.momentum, iter(batches))
-        return batches, finished(device) - began
-
+    stream = t.loader.stream(_cut(endless_items(t, epoch), micro_batch))
     # Warms up, and chooses the fastest kernels.
-    batches, first_s = step()
-    images = sum(len(batch.labels) for batch in batches)
+    pixels = _mean_pixels(t, epoch)
+    first_pace = _pace(t, stream, epoch, pixels)
     first_loss = float(t.meter.sums[0]) / images
-    seconds, pixels = list[float](), list[int]()
+    paces = list[float]()
     began = time.monotonic()
-    while len(seconds) < FEWEST or not run.votes.largest(int(time.monotonic() - began > limit_s))[0]:
-        batches, step_s = step()
-        seconds.append(step_s)
-        pixels += [batch.item.height * batch.item.width for batch in batches]
-    wait_s = _wait_s(t, stream, images, fmean(seconds))
-    evaluate_s = _evaluation(t, epoch, min(most, micro_batch), limit_s / 4)
+    while len(paces) < FEWEST or not run.votes.largest(int(time.monotonic() - began > limit_s))[0]:
+        paces.append(_pace(t, stream, epoch, pixels))
     t.meter.bar.close()
-    # Rectangular batches differ in size.
-    scale = fmean(item.height * item.width for item in t.batches.train_items(epoch)) / fmean(pixels)
-    error = stdev(seconds) / len(seconds) ** 0.5 / fmean(seconds)
-    enter_s += max(0.0, first_s - fmean(seconds))
-    times = slowest(run, scale * fmean(seconds), scale * wait_s, evaluate_s, enter_s, error)
+    step_s, loading_s = images * fmean(paces), _loading_s(t, stream)
+    # Without workers, nothing is computed meanwhile.
+    wait_s = max(0.0, images * loading_s - step_s * bool(t.loader.workers))
+    enter_s += max(0.0, images * first_pace - step_s)
+    times = (
+        step_s,
+        wait_s,
+        _evaluation_s(t, epoch, micro_batch, loading_s),
+        enter_s,
+        stdev(paces) / fmean(paces),
+    )
     kind = stage.img_size, stage.shape, stage.frozen, images
-    return Measured(*kind, *times)._replace(first_loss=first_loss, memory_mb=peak_memory_mb(device))
+    return Measured(*kind, *slowest(run, *times))._replace(
+        first_loss=first_loss, memory_mb=peak_memory_mb(device)
+    )
+
+
+def measure_beside_images(t: Trainer, epoch: EpochPlan, whole: Measured) -> float:
+    """Seconds of an optimizer step that do not grow with its images: by one of fewer images than were measured. A collective."""
+    accumulation = t.plan.accumulation(epoch.stage_index)
+    part = whole.images // accumulation // PART
+    # BatchNorm takes no single image.
+    if part < 2:
+        return 0.0
+    t.enter_stage(epoch)
+    t.begin_epoch(epoch)
+    stream = t.loader.stream(_cut(endless_items(t, epoch), part))
+    pixels = _mean_pixels(t, epoch)
+    paces = [_pace(t, stream, epoch, pixels) for _ in range(1 + FEWEST)]
+    t.meter.bar.close()
+    (step_s,) = slowest(t.run, part * accumulation * fmean(paces[1:]))
+    share = whole.images / part / accumulation
+    return min(step_s, max(0.0, (share * step_s - whole.step_s) / (share - 1)))
+
+
+def timed_images(plan: Plan, epoch: EpochPlan, device: torch.device) -> int:
+    """Images of a step, per process, when it is timed."""
+    whole, pixels = plan.micro_batch(epoch.stage_index), epoch.stage.img_size**2
+    if device.type != "cuda":
+        whole = min(whole, max(CPU_IMAGES, CPU_PIXELS // pixels))
+    return whole * plan.accumulation(epoch.stage_index)
 
 
 def measure_save(t: Trainer) -> float:
@@ -105,39 +138,51 @@ def measure_save(t: Trainer) -> float:
         return slowest(t.run, time.monotonic() - began)[0]
 
 
-def _wait_s(t: Trainer, stream: Iterator[Batch], images: int, computing_s: float) -> float:
-    """Seconds that a loader which is slower than the computing keeps it waiting, for so many images."""
-    # By itself, and last: behind the batches that lie ready, and hide for a while how slow it is. Were they taken before the
-    # computing is timed, the workers would be making up for them meanwhile, on its cores.
+def _cut(items: Iterable[BatchItem], images: int) -> Iterator[BatchItem]:
+    return (item._replace(indices=item.indices[:images]) for item in items)
+
+
+def _mean_pixels(t: Trainer, epoch: EpochPlan) -> float:
+    """Of a training image: rectangular batches differ in size."""
+    return fmean(item.height * item.width for item in t.batches.train_items(epoch))
+
+
+def _pace(t: Trainer, stream: Iterator[Batch], epoch: EpochPlan, image_pixels: float) -> float:
+    """Seconds of an optimizer step on the next micro-batches by image, if images had so many pixels."""
+    batches = list(islice(stream, t.plan.accumulation(epoch.stage_index)))
+    began = time.monotonic()
+    t.train_step(epoch, NO_RATE, t.run.cfg.momentum, iter(batches))
+    seconds = finished(t.run.accelerator.device) - began
+    return seconds * image_pixels / sum(len(b.labels) * b.item.height * b.item.width for b in batches)
+
+
+def _loading_s(t: Trainer, stream: Iterator[Batch]) -> float:
+    """Seconds by image of the loader alone."""
+    # Behind the batches that lie ready, and hide for a while how slow it is. Were they taken before the computing is timed, the
+    # workers would be making up for them meanwhile, on its cores.
     workers = t.loader.workers
     deque(islice(stream, workers * PREFETCH), maxlen=0)
     began = time.monotonic()
     loaded = sum(len(batch.labels) for batch in islice(stream, max(FEWEST, workers)))
-    loading_s = (time.monotonic() - began) * images / loaded
-    # Without workers, nothing is computed meanwhile.
-    return max(0.0, loading_s - computing_s) if workers else loading_s
+    return (time.monotonic() - began) / loaded
 
 
 @torch.inference_mode()
-def _evaluation(t: Trainer, epoch: EpochPlan, batch_size: int, limit_s: float) -> float:
-    """Seconds of an evaluation of this process's validation images, from a few batches of it."""
+def _evaluation_s(t: Trainer, epoch: EpochPlan, batch_size: int, loading_s: float) -> float:
+    """Seconds of an evaluation of this process's validation images, whose loading takes so long by image, from one batch of it."""
     models = [t.state.model] if t.state.ema is None else [t.state.model, t.state.ema.module]
     items = t.batches.eval_items(epoch.stage.img_size, batch_size)
-    stream, images, seconds = t.loader.stream(cycle(items)), 0, 0.0
-    for number, batch in enumerate(stream):
+    seconds = 0.0
+    # The first batch warms up.
+    for batch in t.loader.stream(islice(cycle(items), 2)):
         began = time.monotonic()
         for model in models:
             model.eval()
             with t.run.accelerator.autocast():
                 one_view(model, t.augment.normalise(batch.images))
-        # The first batch warms up.
-        if number:
-            images += len(batch.labels)
-            seconds += finished(t.run.accelerator.device) - began
-        if number >= FEWEST and seconds > limit_s:
-            break
-    wait_s = _wait_s(t, stream, images, seconds)
-    return (seconds + wait_s) * sum(len(item.indices) for item in items) / images
+        seconds = (finished(t.run.accelerator.device) - began) / len(batch.labels)
+    by_image = max(seconds, loading_s) if t.loader.workers else seconds + loading_s
+    return by_image * sum(len(item.indices) for item in items)
 
 
 def slowest(run: Run, *values: float) -> list[float]:

@@ -10,6 +10,7 @@ import math
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from statistics import fmean
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from common import UserError
@@ -22,14 +23,14 @@ if TYPE_CHECKING:
     from jsonargparse.typing import PositiveFloat
 
 # Least drift of a machine's speed from its calibration to the mean of a run: one standard deviation, relative. Assumed.
-DRIFT = 0.02
+LEAST_DRIFT = 0.02
 Z_90 = 1.645
 # Lengths are tried up to this many times the budget: a longer run may have larger, cheaper batches.
 BEYOND = 2.0
 # Share of the run that its evaluations may take before they become rarer.
 EVALUATION_SHARE = 0.1
-# Of what is measured of a stage, the times that recur and grow with its images; entering it is done once, and is quicker the second time.
-RECURRING = ("step_s", "wait_s", "evaluate_s")
+# Of what is measured of a stage, the times that grow with its pixels.
+GROWING = ("step_s", "wait_s", "evaluate_s")
 UNITS = {"s": 1.0, "min": 60.0, "h": 3600.0}
 
 
@@ -67,12 +68,9 @@ class Measured(NamedTuple):
     wait_s: float  # waiting for the loader
     evaluate_s: float  # the whole validation set
     enter_s: float  # entering the stage: compiling, and what its first step takes longer
-    error: float  # relative standard error of `step_s`
+    scatter: float  # standard deviation of a step's time, relative
     first_loss: float = math.nan  # mean of the first batch, as the weights are
     memory_mb: float = 0.0  # most that the main process has held: the GPU's, if it has one
-
-    def serves(self, stage: Stage) -> bool:
-        return (self.img_size, self.shape, self.frozen) == (stage.img_size, stage.shape, stage.frozen)
 
 
 class Costs(NamedTuple):
@@ -82,7 +80,16 @@ class Costs(NamedTuple):
     start_s: float  # from the program's start, without calibrating
     calibration_s: float = 0.0
     save_s: float = 0.0  # what a checkpoint and the plots of an epoch take from the training
-    drift: float = DRIFT  # of the machine's speed: one standard deviation, relative
+    step_s: float = 0.0  # what an optimizer step takes beside its images: the update, launching kernels
+
+    @property
+    def drift(self) -> float:
+        """Of the machine's speed, from now to the mean of a run: one standard deviation, relative.
+
+        As much as single steps scatter: those of a look follow each other, and the speed of a shared machine changes more slowly than
+        they do, so that their mean tells the next minutes hardly better than one of them (docs/budget.md).
+        """
+        return max(LEAST_DRIFT, fmean(m.scatter**2 for m in self.measured) ** 0.5)
 
     def by_stage(self, plan: Plan) -> list[Measured]:
         """What is known of a plan's stages, at their batches."""
@@ -90,24 +97,27 @@ class Costs(NamedTuple):
         return [self.step(stage, batch // plan.processes) for stage, batch in batches]
 
     def step(self, stage: Stage, images: int) -> Measured:
-        """What is known of a stage, for so many images per process and step: on the line through the two nearest batches."""
-        known = [m for m in self.measured if m.serves(stage)]
-        if not known:
-            # Until it is measured: an image costs as its pixels do, which holds best among large ones.
-            near = min(self.measured, key=lambda m: (abs(m.img_size - stage.img_size), -m.img_size))
-            pixels = (stage.img_size / near.img_size) ** 2
-            scaled = {name: pixels * getattr(near, name) for name in RECURRING}
-            known = [near._replace(**scaled)]
-        known.sort(key=lambda m: (abs(m.images - images), m.images))
-        nearest = known[0]
-        scale = images / nearest.images
-        step_s = nearest.step_s * scale
-        if scale != 1 and len(known) > 1:
-            slope = (nearest.step_s - known[1].step_s) / (nearest.images - known[1].images)
-            line = nearest.step_s + slope * (images - nearest.images)
-            # No batch makes an image cheaper than the cheapest that was seen.
-            step_s = max(line, images * min(m.step_s / m.images for m in known))
-        return nearest._replace(images=images, step_s=step_s, wait_s=nearest.wait_s * scale)
+        """What is known of a stage, for so many images per process and step."""
+        kind = stage.shape, stage.frozen
+        known = [m for m in self.measured if (m.shape, m.frozen) == kind] or self.measured
+        # Of each size, the batch that is most like this one.
+        sizes = {m.img_size: m for m in sorted(known, key=lambda m: -abs(m.images - images))}
+        below = max((size for size in sizes if size <= stage.img_size), default=min(sizes))
+        above = min((size for size in sizes if size >= stage.img_size), default=max(sizes))
+        low, high = (self._with(sizes[size], images) for size in (below, above))
+        if below < above:
+            share = (stage.img_size**2 - below**2) / (above**2 - below**2)
+            line = {name: (1 - share) * getattr(low, name) + share * getattr(high, name) for name in GROWING}
+        else:
+            # It was measured, or is beyond all that was: there, an image costs as its pixels do.
+            line = {name: (stage.img_size / below) ** 2 * getattr(low, name) for name in GROWING}
+        return high._replace(**line)
+
+    def _with(self, m: Measured, images: int) -> Measured:
+        """The same with another batch."""
+        scale = images / m.images
+        step_s = self.step_s + (m.step_s - self.step_s) * scale
+        return m._replace(images=images, step_s=step_s, wait_s=m.wait_s * scale)
 
 
 class Budgeted(NamedTuple):
@@ -123,7 +133,7 @@ class Budgeted(NamedTuple):
         return sum(self.parts.values())
 
     def interval_s(self) -> tuple[float, float]:
-        """Holds nine of ten runs, if the machine goes on drifting as it did."""
+        """Holds nine of ten runs, if the machine goes on as it did."""
         spread = Z_90 * self.deviation_s
         return self.total_s - spread, self.total_s + spread
 
@@ -134,24 +144,6 @@ class Outcome(NamedTuple):
     half: Budgeted | None
     whole: Budgeted
     double: Budgeted | None
-
-
-def in_agreement(first: Sequence[Measured], again: Sequence[Measured]) -> tuple[list[Measured], float]:
-    """Two rounds over the same stages as one, and the drift of the machine's speed that they tell.
-
-    Steps of one round follow each other, and the speed of a shared machine changes more slowly than they do: their own scatter does not
-    show it. A round is one observation; of two, half the difference is the standard error of the mean.
-    """
-    means = [
-        a._replace(
-            error=math.hypot(a.error, b.error) / 2,
-            **{name: (getattr(a, name) + getattr(b, name)) / 2 for name in RECURRING},
-        )
-        for a, b in zip(first, again, strict=True)
-    ]
-    # What all stages have in common: one stage's own scatter is in its error.
-    one, other = (sum(m.step_s for m in rounds) for rounds in (first, again))
-    return means, max(DRIFT, abs(one - other) / (one + other))
 
 
 def plan_budget(
@@ -255,9 +247,8 @@ def _budgeted(
         recipe.notes.append(
             f"an evaluation after every {rarely} epochs: more would be over a tenth of the run (--eval_every)"
         )
-    errors = (parts[f"train {i + 1}"] * step.error for i, step in enumerate(costs.by_stage(plan)))
     to_come = sum(parts.values()) - parts["start"] - parts["calibration"]
-    return Budgeted(recipe, plan, parts, math.hypot(*errors, costs.drift * to_come))
+    return Budgeted(recipe, plan, parts, costs.drift * to_come)
 
 
 def seconds_by_part(

@@ -3,6 +3,7 @@
 import csv
 import json
 from contextlib import suppress
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -12,6 +13,7 @@ from common.run.checkpoint import Progress
 from common.run.plots import plot_receipt
 from common.run.progress import outlook
 from common.scheduling import Stage, make_plan
+from common.scheduling.recipe import Recipe
 from common.tools import receipt
 from tests.helpers import (
     as_if_measured,
@@ -148,6 +150,30 @@ def test_a_dry_run_plans_from_the_calibration_that_was_kept(data, tmp_path, monk
     assert same_plan == plan
     assert "ago" not in dry_run("--weight_decay", "0.1")[0]
     assert not (tmp_path / "a").exists()
+
+
+def test_the_smallest_and_the_largest_images_are_measured_and_batches_that_grow_with_the_run(
+    data, tmp_path, monkeypatch
+):
+    looked = []
+    as_if = as_if_measured(1.0)
+
+    def measured(t, epoch, *rest):
+        looked.append((epoch.stage.img_size, as_if(t, epoch).images))
+        return as_if(t, epoch)
+
+    monkeypatch.setattr("common.engine.measure.measure_stage", measured)
+    sizes = [{"epochs": 1, "img_size": size, "batch_size": 16} for size in (24, 28, 32)]
+    run_training(HybridConfig, data, tmp_path, "a", "--stages", json.dumps(sizes), "--budget", "60s")
+    assert looked == [(24, 16), (32, 16)]
+    looked.clear()
+    # As if batches of 4 images had been guessed.
+    monkeypatch.setattr(
+        "common.engine.calibrate.adapt",
+        lambda stages, *rest: Recipe([replace(stage, batch_size=4) for stage in stages], {}, []),
+    )
+    run_training(HybridConfig, data, tmp_path, "b", "--stages", json.dumps(sizes[2:]), "--budget", "60s")
+    assert looked == [(32, 4), (32, 16)]
 
 
 def test_the_same_weights_as_without_a_budget(data, tmp_path, monkeypatch):

@@ -18,7 +18,7 @@ from train_progressive import ProgressiveConfig
 from train_standard import StandardConfig
 
 MEASURED = Measured(
-    32, "square", (), images=64, step_s=0.5, wait_s=0.5, evaluate_s=3.0, enter_s=1.0, error=0.0
+    32, "square", (), images=64, step_s=0.5, wait_s=0.5, evaluate_s=3.0, enter_s=1.0, scatter=0.0
 )
 
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from common.engine import measure as measuring
-from common.engine.measure import measure, measure_stage
-from common.scheduling import Stage
+from common.engine.measure import CPU_IMAGES, measure, measure_beside_images, measure_stage, timed_images
+from common.scheduling import Stage, make_plan
 from tests.engine.trainers import noise, small_trainer
 
 STAGE = Stage(epochs=2, img_size=16, batch_size=8)
@@ -29,7 +29,7 @@ def of_noise(t, late_s=0.0, ready=0, workers=2):
 
 
 def test_no_weight_moves(monkeypatch):
-    monkeypatch.setattr(measuring, "_evaluation", lambda *_: 1.0)
+    monkeypatch.setattr(measuring, "_evaluation_s", lambda *_: 1.0)
     with small_trainer([STAGE]) as t:
         t.loader = of_noise(t)
         # Of an epoch that is resumed.
@@ -46,7 +46,7 @@ def test_no_weight_moves(monkeypatch):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_slow_loader_shows_behind_the_batches_that_lie_ready(monkeypatch, workers):
-    monkeypatch.setattr(measuring, "_evaluation", lambda *_: 1.0)
+    monkeypatch.setattr(measuring, "_evaluation_s", lambda *_: 1.0)
     with small_trainer([STAGE]) as t:
         t.loader = of_noise(
             t, 0.2, ready=1 + measuring.FEWEST + workers * measuring.PREFETCH, workers=workers
@@ -57,7 +57,7 @@ def test_a_slow_loader_shows_behind_the_batches_that_lie_ready(monkeypatch, work
 
 
 def test_a_loader_that_keeps_up_costs_no_time(monkeypatch):
-    monkeypatch.setattr(measuring, "_evaluation", lambda *_: 1.0)
+    monkeypatch.setattr(measuring, "_evaluation_s", lambda *_: 1.0)
     with small_trainer([STAGE]) as t:
         t.loader = of_noise(t)
         monkeypatch.setattr(measuring, "finished", lambda device: time.monotonic() + 1)
@@ -71,5 +71,41 @@ def test_each_kind_of_stage_is_measured_once(monkeypatch):
     monkeypatch.setattr(measuring, "measure_stage", lambda t, epoch, *_: measured.append(epoch.stage))
     stages = [STAGE, Stage(1, 16, 8, mixup=False), Stage(1, 16, 8, frozen=("conv1",)), Stage(1, 24, 8)]
     with small_trainer(stages) as t:
-        measure(t, 0.0)
+        measure(t, 0.0, t.plan.epochs())
     assert measured == [stages[0], *stages[2:]]
+
+
+def test_what_does_not_grow_with_the_images_is_found(monkeypatch):
+    stage = Stage(epochs=1, img_size=16, batch_size=16)
+    with small_trainer([stage]) as t:
+        epoch = next(t.plan.epochs())
+        sizes = []
+
+        def stream(items):
+            return (
+                batch._replace(item=item) for batch, item in zip(cycle(noise(t, epoch)), items, strict=False)
+            )
+
+        def pace(t, stream, epoch, pixels):
+            sizes.append(len(next(stream).item.indices))
+            # A step of 0.3 s and 0.1 s for each image.
+            return 0.3 / sizes[-1] + 0.1
+
+        t.loader = SimpleNamespace(stream=stream, workers=0)
+        monkeypatch.setattr(measuring, "_pace", pace)
+        monkeypatch.setattr(measuring, "_evaluation_s", lambda *_: 1.0)
+        whole = measure_stage(t, epoch, 0.0)
+        assert whole.step_s == pytest.approx(1.9)
+        assert measure_beside_images(t, epoch, whole) == pytest.approx(0.3)
+        assert sizes[-1] == 4
+        # A machine that was slower when it had more to do.
+        assert measure_beside_images(t, epoch, whole._replace(step_s=9.0)) == 0
+        assert measure_beside_images(t, epoch, whole._replace(images=7)) == 0
+
+
+def test_a_cpu_is_timed_with_few_images_and_a_gpu_with_all():
+    plan = make_plan([Stage(1, 48, 64), Stage(1, 224, 64), Stage(1, 224, 8)], 512, 1, accumulation=2)
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    epochs = list(plan.epochs())
+    assert [timed_images(plan, epoch, gpu) for epoch in epochs] == [128, 128, 16]
+    assert [timed_images(plan, epoch, cpu) for epoch in epochs] == [86, 2 * CPU_IMAGES, 16]
