@@ -102,8 +102,8 @@ def measure_beside_images(t: Trainer, epoch: EpochPlan, whole: Measured) -> floa
     """Seconds of an optimizer step that do not grow with its images: by one of fewer images than were measured. A collective."""
     accumulation = t.plan.accumulation(epoch.stage_index)
     part = whole.images // accumulation // PART
-    # BatchNorm takes no single image.
-    if part < 2:
+    # BatchNorm takes no single image; and another batch would be compiled anew.
+    if part < 2 or t.run.cfg.compile:
         return 0.0
     t.enter_stage(epoch)
     t.begin_epoch(epoch)

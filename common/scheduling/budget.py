@@ -116,8 +116,11 @@ class Costs(NamedTuple):
     def _with(self, m: Measured, images: int) -> Measured:
         """The same with another batch."""
         scale = images / m.images
-        step_s = self.step_s + (m.step_s - self.step_s) * scale
-        return m._replace(images=images, step_s=step_s, wait_s=m.wait_s * scale)
+        # Frozen layers may take less than what the first stage's steps take beside their images.
+        beside_s = min(self.step_s, m.step_s)
+        return m._replace(
+            images=images, step_s=beside_s + (m.step_s - beside_s) * scale, wait_s=m.wait_s * scale
+        )
 
 
 class Budgeted(NamedTuple):
