@@ -6,12 +6,9 @@
 Measured: half of Caltech-101 from weights of the other half, ResNet-18, 64 px, 4 epochs: 55.7 %, 39.1 % from scratch (docs/results.md).
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-from common import UserError
+from common import ClosedUnitInterval, PositiveInt, UserError
 from common.config import OneSizeConfig, run_script
 from common.data import open_dataset
 from common.engine import fit
@@ -19,9 +16,6 @@ from common.engine.probe import fit_head, probe
 from common.model import create_finetuned_model
 from common.run import start_run
 from common.scheduling import BACKBONE, Stage
-
-if TYPE_CHECKING:
-    from jsonargparse.typing import ClosedUnitInterval, PositiveInt
 
 
 @dataclass

@@ -9,20 +9,16 @@ Measured: Caltech-101, ResNet-18, 32 / 64 / 96 px, two CPU cores: 69.5 % top-1 i
 ends at 68.2 % (docs/results.md, with a list of its own). ImageNet: not measured.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
+from common import PositiveFloat
 from common.config import CurriculumConfig, run_script
 from common.data import open_dataset
 from common.engine import fit
 from common.model import create_model
 from common.run import start_run
 from common.scheduling import Stage
-
-if TYPE_CHECKING:
-    from jsonargparse.typing import PositiveFloat
 
 STAGES = [
     Stage(epochs=25, img_size=56, batch_size=4096),

@@ -10,20 +10,16 @@ Measured: Caltech-101, ResNet-18, 64 px, 5 epochs: 49.9 % top-1 against 54.6 % w
 measured.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
+from common import ClosedUnitInterval, NonNegativeFloat, PositiveFloat, PositiveInt
 from common.config import TrainConfig, run_script
 from common.data import open_dataset
 from common.engine import fit
 from common.model import create_model
 from common.run import start_run
 from common.scheduling import Stage
-
-if TYPE_CHECKING:
-    from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, PositiveFloat, PositiveInt
 
 
 @dataclass

@@ -8,20 +8,15 @@ Measured: Caltech-101, ResNet-18, 96 px, 20 epochs, two CPU cores: 68.2 % top-1 
 measured.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
+from common import ClosedUnitInterval, PositiveInt
 from common.config import OneSizeConfig, run_script
 from common.data import open_dataset
 from common.engine import fit
 from common.model import create_model
 from common.run import start_run
 from common.scheduling import Stage
-
-if TYPE_CHECKING:
-    from jsonargparse.typing import ClosedUnitInterval, PositiveInt
 
 
 @dataclass

@@ -4,22 +4,18 @@ What is drawn is drawn on the CPU, as a few numbers per image, and travels to th
 comes back. Images keep the memory layout in which they come.
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from common import ClosedUnitInterval, NonNegativeFloat, PositiveInt
 from common.data.order import EVENNESS, BatchItem
 from common.data.rng import CUTOUT, ERASE, FLIP, uniforms
-
-if TYPE_CHECKING:
-    from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, PositiveInt
 
 log = logging.getLogger(__name__)
 

@@ -1,7 +1,5 @@
 """Every setting of a run, joined from the rooms that read them into one flat command line."""
 
-from __future__ import annotations
-
 import argparse
 import ast
 import copy
@@ -18,11 +16,11 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
-from common import UserError
+from common import ClosedUnitInterval, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, UserError
 from common.augment import AugmentSettings
 from common.data.batches import ViewSettings
 from common.data.loader import LoaderSettings
@@ -31,15 +29,6 @@ from common.model.create import did_you_mean
 from common.model.optimizer import OptimizerSettings
 from common.scheduling import ScheduleSettings, Stage, scale_stages
 from common.scheduling.budget import BudgetSettings
-
-if TYPE_CHECKING:
-    from jsonargparse.typing import (
-        ClosedUnitInterval,
-        NonNegativeFloat,
-        NonNegativeInt,
-        PositiveFloat,
-        PositiveInt,
-    )
 
 # About a minute on two CPU cores.
 DEBUG_EPOCHS, DEBUG_SIZE, DEBUG_BATCH = 6, 64, 64
@@ -267,12 +256,6 @@ Config = TypeVar("Config", bound=TrainConfig)
 
 # How a type reads in a sentence.
 WORDS = {
-    "PositiveInt": "a whole number above 0",
-    "NonNegativeInt": "a whole number from 0",
-    "PositiveFloat": "a number above 0",
-    "NonNegativeFloat": "a number from 0",
-    "ClosedUnitInterval": "a number from 0 to 1",
-    "OpenUnitInterval": "a number between 0 and 1",
     "tuple": 'two numbers such as "[0.35, 1]"',
     "list": "a list of stages (README.md shows one)",
     "NoneType": "null",
@@ -390,6 +373,11 @@ def _read(value: Any, kind: Any, place: str) -> Any:
         raise ValueError
     if origin is Literal:
         return options[options.index(value)]
+    if origin is Annotated:
+        number = _read(value, options[0], place)
+        if not options[1].low <= number <= options[1].high:
+            raise ValueError
+        return number
     if isinstance(value, str) and kind is not str:
         # A pair may come without its brackets.
         value = yaml.safe_load(f"[{value}]" if origin is tuple and "[" not in value else value)
@@ -400,6 +388,8 @@ def _read(value: Any, kind: Any, place: str) -> Any:
         return read_stages(value, place)
     if kind in (str, bool, NoneType) and not isinstance(value, kind):
         raise TypeError
+    if kind in (int, float) and (isinstance(value, bool) or kind(value) != float(value)):
+        raise TypeError
     return value if kind is NoneType else kind(value)
 
 
@@ -409,6 +399,8 @@ def in_words(kind: Any) -> str:
         return " or ".join(map(in_words, get_args(kind)))
     if get_origin(kind) is Literal:
         return ", ".join(get_args(kind))
+    if get_origin(kind) is Annotated:
+        return get_args(kind)[1].words
     if ... in get_args(kind):
         return "a list of names"
     return WORDS[(get_origin(kind) or kind).__name__]
@@ -416,10 +408,7 @@ def in_words(kind: Any) -> str:
 
 def types_of(kind: type) -> dict[str, Any]:
     """The type of each field of a dataclass."""
-    import jsonargparse.typing
-
-    # The rooms' modules import their ranges for the type checker alone, so that they load without jsonargparse.
-    types = get_type_hints(kind, localns=vars(jsonargparse.typing))
+    types = get_type_hints(kind, include_extras=True)
     return {f.name: types[f.name] for f in dataclasses.fields(kind)}
 
 

@@ -17,7 +17,6 @@ _server = multiprocessing.get_context("forkserver")
 _server.set_forkserver_preload(
     [
         "accelerate.utils",
-        "jsonargparse.typing",
         "matplotlib.backends.backend_agg",
         "pandas",
         "pyarrow",

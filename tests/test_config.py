@@ -42,6 +42,8 @@ def test_a_flag_counts_before_a_file_that_follows_it(tmp_path):
     [
         ("--lr 1e-4", "lr", 1e-4),
         ("--batch-size 3", "batch_size", 3),
+        ("--epochs 3.0", "epochs", 3),
+        ("--lr 1", "lr", 1.0),
         ("--batch_size=3 --batch_size 4", "batch_size", 4),
         ("--debug --epochs 2", "debug", True),
         ("--channels_last false", "channels_last", False),

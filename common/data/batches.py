@@ -1,23 +1,18 @@
 """From a plan to the batch items of one process: the whole run, training and evaluation, as one sequence."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import numpy as np
 
-from common import UserError
+from common import ClosedUnitInterval, UserError
 from common.data import order
 from common.data.order import BatchItem, View
 from common.data.shapes import assign, bucket_table, choose_shapes, jittered
 from common.data.sources.base import Source
 from common.scheduling import EpochPlan, Plan, Stage
-
-if TYPE_CHECKING:
-    from jsonargparse.typing import ClosedUnitInterval
 
 WHOLE = 0.0  # instead of the share that a square crop keeps
 

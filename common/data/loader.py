@@ -4,8 +4,6 @@ The sampler yields `BatchItem`s (which images, how large, which crop) and a work
 So the workers know nothing of stages, and live through all of them.
 """
 
-from __future__ import annotations
-
 import ctypes
 import importlib
 import logging
@@ -17,22 +15,19 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
-from common import UserError
+from common import NonNegativeInt, UserError
 from common.data.auto_augment import auto_augment
 from common.data.decode import DecodeError, decode_batch
 from common.data.order import BatchItem
 from common.data.slots import Slot, Slots
 from common.data.sources.base import Source
-
-if TYPE_CHECKING:
-    from jsonargparse.typing import NonNegativeInt
 
 log = logging.getLogger(__name__)
 

@@ -154,8 +154,14 @@ def _write(t: Trainer, files: dict[str, Any], img_size: int, began: float) -> No
         (run.folder / "model").mkdir(exist_ok=True)
         weights = files["ema.safetensors" if progress["best_is_ema"] else "model.safetensors"]
         checkpoint.write_durably(run.folder / "model" / "model.safetensors", to_safetensors(weights))
-        images = {"img_size": img_size, "test_size": None, "crop_pct": run.cfg.crop_pct}
-        description = replace(t.model_cfg, **images, crop_mode="center", interpolation="bilinear")
+        description = replace(
+            t.model_cfg,
+            img_size=img_size,
+            test_size=None,
+            crop_pct=run.cfg.crop_pct,
+            crop_mode="center",
+            interpolation="bilinear",
+        )
         run.records.write_json("model/config.json", description.timm_config())
     ends = [epoch.first_step + epoch.steps for epoch in t.plan.epochs()]
     numbered = ends[run.cfg.keep_every - 1 :: run.cfg.keep_every] if run.cfg.keep_every else []

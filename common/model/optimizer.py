@@ -1,20 +1,15 @@
 """The optimizer by name, with its parameter groups, and the moving average of the weights."""
 
-from __future__ import annotations
-
 import copy
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from common import UserError
+from common import ClosedUnitInterval, NonNegativeFloat, UserError
 from common.model.create import did_you_mean
 from common.model.freezing import classifiers
-
-if TYPE_CHECKING:
-    from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat
 
 
 @dataclass

@@ -4,23 +4,18 @@ A run is never cut off: its stages keep their proportions and its learning rate 
 over whatever is left). Pure Python: the same measurements always give the same plan.
 """
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
-from common import UserError
+from common import PositiveFloat, UserError
 from common.scheduling.plan import Plan, make_plan
 from common.scheduling.rates import known_peak
 from common.scheduling.recipe import FEWEST_IMAGES, STEPS_PER_EPOCH, Facts, Recipe, adapt
 from common.scheduling.stages import Stage, scale_stages
-
-if TYPE_CHECKING:
-    from jsonargparse.typing import PositiveFloat
 
 # Least drift of a machine's speed from its calibration to the mean of a run: one standard deviation, relative. Assumed.
 LEAST_DRIFT = 0.02

@@ -1,17 +1,12 @@
 """Learning rate and momentum of every optimizer step: pure functions of a plan and a peak, tested against torch's OneCycleLR."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
-from common import UserError
+from common import ClosedUnitInterval, NonNegativeFloat, PositiveFloat, PositiveInt, UserError
 from common.scheduling.plan import Plan, images_of
-
-if TYPE_CHECKING:
-    from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, PositiveFloat, PositiveInt
 
 # A base learning rate is per this many images (Goyal et al., 2017).
 LR_PER_IMAGES = 256

@@ -1,13 +1,10 @@
 """The vocabulary of a curriculum: a `Stage`, and what can be done to a list of them."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
-if TYPE_CHECKING:
-    from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, PositiveFloat, PositiveInt
+from common import ClosedUnitInterval, NonNegativeFloat, PositiveFloat, PositiveInt
 
 # In `Stage.frozen`: every module but the classifier; the running mean and variance of every BatchNorm, by which it then normalises.
 BACKBONE, STATISTICS = "backbone", "statistics"

@@ -6,8 +6,6 @@ Both train the same network on the same batches, which lie on the device, augmen
 the median over the repeats of (engine / bare loop).
 """
 
-from __future__ import annotations
-
 import json
 import statistics
 import time
@@ -16,12 +14,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import cycle, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
 from torch.nn import functional as F
 
+from common import PositiveInt
 from common.config import TrainConfig, run_script
 from common.data.batches import Batches
 from common.data.loader import Batch
@@ -34,9 +33,6 @@ from common.model.optimizer import create_optimizer
 from common.run import start_run
 from common.scheduling import EpochPlan, Rates
 from train_standard import StandardConfig
-
-if TYPE_CHECKING:
-    from jsonargparse.typing import PositiveInt
 
 # Different batches on the device: enough that no cache holds them all.
 READY_BATCHES = 8

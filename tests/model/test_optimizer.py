@@ -4,7 +4,6 @@ import json
 import pytest
 import timm
 import torch
-from jsonargparse import ArgumentParser
 from timm.utils import ModelEmaV3
 from torch import nn
 from torch.nn import functional as F
@@ -14,7 +13,7 @@ from common import UserError
 from common.engine.trainer import set_rates
 from common.model import create_model
 from common.model.freezing import set_trainable_layers, train_mode
-from common.model.optimizer import Ema, OptimizerSettings
+from common.model.optimizer import Ema
 from common.run.checkpoint import _pack_optimizer, _unpack_optimizer
 from tests.model.models import IMAGES, LABELS, changed, optimizer_for, small, snapshot, step
 
@@ -23,16 +22,6 @@ def by_name(model, optimizer, key):
     """A value of the groups, by the names of their parameters."""
     values = {p: group[key] for group in optimizer.param_groups for p in group["params"]}
     return {name: values[parameter] for name, parameter in model.named_parameters()}
-
-
-def test_settings_are_a_group_of_the_command_line(capsys):
-    parser = ArgumentParser()
-    parser.add_class_arguments(OptimizerSettings, as_group=True)
-    assert parser.parse_args([]).as_dict() == vars(OptimizerSettings())
-    assert parser.parse_args(["--layer_decay", "0.8"]).layer_decay == 0.8
-    for wrong in (["--layer_decay", "1.5"], ["--weight_decay", "-1"], ["--ema_decay", "2"]):
-        with pytest.raises(SystemExit):
-            parser.parse_args(wrong)
 
 
 @pytest.mark.parametrize("name", ["resnet18", "test_vit"])

@@ -15,7 +15,7 @@ from common.tools.gpu_report import REHEARSED, Pictures, Row, main, measure
 from tests.helpers import ROOT, make_images
 
 # What a machine with a GPU may lack.
-REFUSED = "datasets wandb boto3 jsonargparse pyarrow pandas matplotlib"
+REFUSED = "datasets wandb boto3 pyarrow pandas matplotlib"
 HOOK = f"""
 import sys
 

@@ -94,7 +94,7 @@ def test_no_name_means_the_sample(tree, monkeypatch):
 
 WITHOUT = """
 import sys
-sys.modules["pyarrow"] = sys.modules["datasets"] = sys.modules["jsonargparse"] = None
+sys.modules["pyarrow"] = sys.modules["datasets"] = None
 import common.data.loader, common.data.batches, common.data.sources.open, common.data.sources.cache
 """
 
