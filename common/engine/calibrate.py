@@ -33,7 +33,7 @@ from common.scheduling.budget import Budgeted, BudgetSettings, Costs, Measured, 
 from common.scheduling.recipe import Facts, Recipe, adapt, is_short
 
 # Epochs whose batches are measured, and the share of the budget for the steps that are timed.
-FIRST_LENGTH, SHARE = 12, 0.01
+FIRST_LENGTH, SHARE = 12, 0.005
 # Times the loss on trained features, at least, where BatchNorm's batch statistics spoil them: 1.5 and 1.6 with an EfficientNet, 1.0 and 1.1
 # with a weak ResNet (docs/results.md).
 WORSE = 1.25
