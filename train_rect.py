@@ -6,8 +6,8 @@ Aspect ratios come from the files' headers, shapes from the data's own aspects; 
 with warm-up is a OneCycle with a short rise and no momentum swing. (--dist_port of the original script is now
 `accelerate launch --main_process_port`.)
 
-Measured: Caltech-101, ResNet-18, 64 px, 5 epochs: 49.9 % top-1 against 54.6 % with squares (docs/results.md). ImageNet: not
-measured.
+Measured, ResNet-18, 12 epochs, the last 3 on rectangles: 64.6 % top-1 on Caltech-101 at 64 px, where squares end at 64.8, 76.8 against
+76.0 on photographs of clothes at 96 px (docs/recipe.md). ImageNet: not measured.
 """
 
 from dataclasses import dataclass
