@@ -4,6 +4,7 @@ Fine-tuning starts from there, and `train_finetune.py --probe` ends there.
 """
 
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -57,18 +58,22 @@ def fit_head(t: Trainer) -> None:
     t.run.log.info("fitting the head to the weights' features")
     images = subset(train.labels, min(1.0, START_IMAGES / len(train)), t.run.cfg.seed)
     own = torch.from_numpy(extract(t, head, images)).to(t.run.accelerator.device)
-    _set_head(t, head, t.run.accelerator.reduce(own, "sum"), train.labels[images])
+    loss = _set_head(t, head, t.run.accelerator.reduce(own, "sum"), train.labels[images])
+    # The same on all processes, to the last bit: the peak follows from it.
+    left = torch.tensor(min(1.0, loss / math.log(len(train.classes))), device=own.device)
+    t.left_to_learn = float(t.run.accelerator.reduce(left, "mean"))
     # Evaluation's view of the training images takes what an evaluation of as many takes.
     t.lap("evaluate")
 
 
-def _set_head(t: Trainer, head: nn.Linear, features: Tensor, labels: np.ndarray) -> None:
-    """The best head for features [N, C] of images with these labels [N], in place."""
+def _set_head(t: Trainer, head: nn.Linear, features: Tensor, labels: np.ndarray) -> float:
+    """The best head for features [N, C] of images with these labels [N], in place; returns its loss on images held out."""
     classes, targets = len(t.batches.train.classes), torch.from_numpy(labels).to(features.device)
-    weight, bias, _ = choose_head(features, targets, classes, t.run.cfg.seed, t.run.log.info)
+    weight, bias, loss = choose_head(features, targets, classes, t.run.cfg.seed, t.run.log.info)
     with torch.no_grad():
         head.weight.copy_(weight)
         head.bias.copy_(bias)
+    return loss
 
 
 @torch.inference_mode()

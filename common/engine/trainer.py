@@ -37,6 +37,7 @@ class Trainer:
         loss: from logits and soft targets, both float32 [B, classes], to the mean over the batch.
         net: the model as training calls it: with autocast, and wrapped for several processes.
         optimizer: Accelerate's, which steps at the end of an accumulation window only.
+        left_to_learn: of trained weights, the loss of a head that was fitted to their features, as a share of a guess's; 0 without one.
         recent: step and images of the last micro-batches, for when the loss is not finite.
     """
 
@@ -64,6 +65,7 @@ class Trainer:
         self.loss = LOSSES[cfg.loss]
         self.net: nn.Module = state.model
         self.stage_index = -1
+        self.left_to_learn = 0.0
         self.meter: Meter
         self.not_finite = torch.zeros((), dtype=torch.int64, device=run.accelerator.device)
         self.recent: deque = deque(maxlen=2 * NAN_PATIENCE)

@@ -1,5 +1,6 @@
 import csv
 import json
+import math
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -108,6 +109,22 @@ def test_fine_tuning_starts_from_the_probes_head_unless_the_weights_know_the_cla
     known = write_model(tmp_path / "known", create_model("resnet18", 3), cfg)
     kept = fine_tune(images, known, tmp_path / "kept")
     assert torch.allclose(kept["fc.weight"], load_file(known / "model.safetensors")["fc.weight"], atol=1e-5)
+
+
+@pytest.mark.parametrize(("loss", "left"), [(0.5 * math.log(3), 0.5), (2 * math.log(3), 1.0)])
+def test_how_far_the_weights_have_to_go_follows_from_the_heads_loss(
+    images: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, loss: float, left: float
+) -> None:
+    told: list[float] = []
+
+    def fit(t: Any) -> None:
+        module.fit_head(t)
+        told.append(t.left_to_learn)
+
+    monkeypatch.setattr(train_finetune, "fit_head", fit)
+    monkeypatch.setattr(module, "choose_head", lambda *_: (torch.zeros(3, 512), torch.zeros(3), loss))
+    fine_tune(images, base, tmp_path)
+    assert told == [pytest.approx(left)]
 
 
 def test_processes_share_the_images_whose_features_are_wanted(
@@ -252,11 +269,12 @@ def test_processes_with_fewer_batches_ask_for_signals_as_often(
 
 
 @pytest.mark.parametrize(
-    ("frozen", "factor"),
+    ("frozen", "left", "factor"),
     [
-        ([], KEEPING_WEIGHTS),
-        (["statistics"], KEEPING_STATISTICS),
-        (["backbone"], lr_finder.ABOVE_BLOW_UP),
+        ([], 0.1, KEEPING_WEIGHTS),
+        ([], 0.6, 0.6),
+        (["statistics"], 0.6, KEEPING_STATISTICS),
+        (["backbone"], 0.6, lr_finder.ABOVE_BLOW_UP),
     ],
 )
 def test_trained_weights_get_a_rate_that_keeps_them(
@@ -265,9 +283,15 @@ def test_trained_weights_get_a_rate_that_keeps_them(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     frozen: list[str],
+    left: float,
     factor: float,
 ) -> None:
     given: list[float] = []
+
+    def know(t: Any) -> None:
+        t.left_to_learn = left
+
+    monkeypatch.setattr(train_finetune, "fit_head", know)
 
     def find(*args: Any, factor: float, **kwargs: Any) -> None:
         given.append(factor)
