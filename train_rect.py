@@ -43,7 +43,7 @@ class RectConfig(TrainConfig):
     momentum_swing: NonNegativeFloat = 0.0
     batch_aug_prob: ClosedUnitInterval = 0.5
     erasing_prob: ClosedUnitInterval = 0.25
-    crop_scale: tuple[float, float] = (0.35, 1.0)
+    crop_scale: tuple[ClosedUnitInterval, ClosedUnitInterval] = (0.35, 1.0)
     rect_val: bool = True
 
     def __post_init__(self) -> None:

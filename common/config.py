@@ -260,7 +260,6 @@ WORDS = {
     "list": "a list of stages (README.md shows one)",
     "NoneType": "null",
     "bool": "true or false",
-    "float": "a number",
     "str": "a text",
 }
 WRONG = (TypeError, ValueError, yaml.YAMLError)
@@ -388,8 +387,11 @@ def _read(value: Any, kind: Any, place: str) -> Any:
         return read_stages(value, place)
     if kind in (str, bool, NoneType) and not isinstance(value, kind):
         raise TypeError
-    if kind in (int, float) and (isinstance(value, bool) or kind(value) != float(value)):
+    # Python takes true for 1, and cuts 2.5 down to 2.
+    if kind in (int, float) and isinstance(value, bool):
         raise TypeError
+    if kind is int and isinstance(value, float) and not value.is_integer():
+        raise ValueError
     return value if kind is NoneType else kind(value)
 
 

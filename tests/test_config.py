@@ -44,6 +44,8 @@ def test_a_flag_counts_before_a_file_that_follows_it(tmp_path):
         ("--batch-size 3", "batch_size", 3),
         ("--epochs 3.0", "epochs", 3),
         ("--lr 1", "lr", 1.0),
+        # No float holds it.
+        ("--seed 9007199254740993", "seed", 2**53 + 1),
         ("--batch_size=3 --batch_size 4", "batch_size", 4),
         ("--debug --epochs 2", "debug", True),
         ("--channels_last false", "channels_last", False),

@@ -148,7 +148,9 @@ def _calibration_file(run: Run, train: Source, val: Source) -> Path:
     idle = {f.name for kind in (RecordSettings, BudgetSettings) for f in dataclasses.fields(kind)}
     settings = {name: value for name, value in as_plain(run.cfg).items() if name not in idle}
     given = sorted(run.cfg.given - idle)
-    name = fingerprint_of(machine, settings, given, train.fingerprint, val.fingerprint)
+    # What an older version measured has other fields.
+    fields = Costs._fields, Measured._fields
+    name = fingerprint_of(machine, settings, given, fields, train.fingerprint, val.fingerprint)
     return cache_folder() / "calibrations" / f"{name}.json"
 
 

@@ -43,7 +43,7 @@ def measure_costs(t: Trainer, limit_s: float, start_s: float, epochs: Sequence[E
     epochs = epochs or list(t.plan.epochs())
     measured = measure(t, limit_s, epochs)
     beside_s = measure_beside_images(t, epochs[0], measured[0])
-    return Costs(tuple(measured), start_s, save_s=measure_save(t), step_s=beside_s)
+    return Costs(tuple(measured), start_s, save_s=measure_save(t), beside_s=beside_s)
 
 
 def measure(t: Trainer, limit_s: float, epochs: Iterable[EpochPlan]) -> list[Measured]:

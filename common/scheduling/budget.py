@@ -75,7 +75,7 @@ class Costs(NamedTuple):
     start_s: float  # from the program's start, without calibrating
     calibration_s: float = 0.0
     save_s: float = 0.0  # what a checkpoint and the plots of an epoch take from the training
-    step_s: float = 0.0  # what an optimizer step takes beside its images: the update, launching kernels
+    beside_s: float = 0.0  # what an optimizer step takes beside its images: the update, launching kernels
 
     @property
     def drift(self) -> float:
@@ -112,7 +112,7 @@ class Costs(NamedTuple):
         """The same with another batch."""
         scale = images / m.images
         # Frozen layers may take less than what the first stage's steps take beside their images.
-        beside_s = min(self.step_s, m.step_s)
+        beside_s = min(self.beside_s, m.step_s)
         return m._replace(
             images=images, step_s=beside_s + (m.step_s - beside_s) * scale, wait_s=m.wait_s * scale
         )

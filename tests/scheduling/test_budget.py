@@ -196,11 +196,11 @@ def test_another_batch_takes_what_an_image_takes_beside_what_every_step_takes():
     one = Measured(64, "square", (), 32, 0.5, 0.1, 1.0, 0.0, 0.0)
     stage = Stage(1, 64)
     assert Costs((one,), 0).step(stage, 16).step_s == 0.25
-    costs = Costs((one,), 0, step_s=0.1)
+    costs = Costs((one,), 0, beside_s=0.1)
     assert costs.step(stage, 32) == one
     assert costs.step(stage, 64).step_s == pytest.approx(0.9)
     assert costs.step(stage, 16).wait_s == pytest.approx(0.05)
-    assert costs._replace(step_s=0.7).step(stage, 64).step_s == 0.5
+    assert costs._replace(beside_s=0.7).step(stage, 64).step_s == 0.5
     # Of two batches, the one that is more like it.
     two = Costs((one, one._replace(images=64, step_s=0.6)), 0)
     assert two.step(stage, 128).step_s == pytest.approx(1.2)
