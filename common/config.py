@@ -260,6 +260,8 @@ WORDS = {
     "list": "a list of stages (README.md shows one)",
     "NoneType": "null",
     "bool": "true or false",
+    "int": "a whole number",
+    "float": "a number",
     "str": "a text",
 }
 WRONG = (TypeError, ValueError, yaml.YAMLError)
