@@ -40,8 +40,8 @@ def fit(
             preflight(trainer, source)
             return
         begin(trainer, forecast)
-        begun = trainer.state.progress.step
-        if start and not begun:
+        epochs_before = trainer.state.progress.epochs_done
+        if start and not trainer.state.progress.step:
             start(trainer)
         rates = settle_rates(trainer)
         run.log.info("%s", "\n".join(filter(None, (rates.table(), trainer.batches.bucket_tables()))))
@@ -49,7 +49,7 @@ def fit(
         if run.cfg.final_eval:
             final_grid(run, trainer.state, trainer.augment, trainer.batches, trainer.loader)
             trainer.lap("evaluate")
-    finish(trainer, trained=trainer.state.progress.step > begun)
+    finish(trainer, trained=trainer.state.progress.epochs_done > epochs_before)
 
 
 def train_epochs(t: Trainer, rates: Rates) -> None:

@@ -260,9 +260,9 @@ def _by_step(checkpoints: Path) -> list[Path]:
 
 
 def write(checkpoints: Path, files: Files) -> Path:
-    """Write a checkpoint under the name of its step; one of that step that is whole stays as it is.
+    """Write a checkpoint under the name of its step; one of that step that is whole and says the same stays as it is.
 
-    Those of later steps are deleted. They are damaged or of a course that `--resume` of an older checkpoint
+    It says otherwise when a run was stopped within an evaluation, which is now over. Those of later steps are deleted. They are damaged or of a course that `--resume` of an older checkpoint
     has left, and the next resume would take them for the newest.
 
     Raises:
@@ -272,7 +272,7 @@ def write(checkpoints: Path, files: Files) -> Path:
     temporary = folder.with_name(folder.name + TEMPORARY)
     manifest: dict[str, Any] = {"format_version": FORMAT_VERSION, "files": {}}
     try:
-        if not _is_whole(folder):
+        if _epochs_done(folder) != files[STATE]["progress"]["epochs_done"]:
             _remove(folder)
             _remove(temporary)
             temporary.mkdir(parents=True)
@@ -329,12 +329,12 @@ def read(folder: Path) -> Files:
     return files
 
 
-def _is_whole(folder: Path) -> bool:
+def _epochs_done(folder: Path) -> int | None:
+    """Epochs that were over at a checkpoint; None = it is not whole."""
     try:
-        read(folder)
+        return read(folder)[STATE]["progress"]["epochs_done"]
     except DamagedCheckpoint:
-        return False
-    return True
+        return None
 
 
 def newest_whole(checkpoints: Path) -> tuple[Files | None, list[str]]:

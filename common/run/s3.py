@@ -9,7 +9,7 @@ then each checkpoint, its manifest last, and only then are checkpoints deleted t
 manifest first. What a restored checkpoint holds is compared with its manifest when it is read.
 
 A request that timed out may yet be carried out, after those that followed it. That does no harm to a
-checkpoint, whose files never change; what has not the size that was sent is sent again by the next pass.
+checkpoint, whose files no process changes; what has not the size that was sent is sent again by the next pass.
 
 What the mirror asks of the modules that write into the folder: a plain file is either replaced by a rename
 (from a `*.tmp` name) or appended to in whole lines; `checkpoint.prune` keeps what is in `uploading`.

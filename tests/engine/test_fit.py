@@ -126,6 +126,26 @@ def test_stops_during_evaluation_and_goes_on_with_it(data, tmp_path, monkeypatch
     assert without_times(whole) == without_times(parts)
 
 
+def test_stopped_in_the_last_evaluation_it_is_complete_after_the_next_start(data, tmp_path, monkeypatch):
+    def stop_in_the_last(self):
+        if len(rows(tmp_path / "run")) == 1:
+            self.signals.number = 15
+        return original(self)
+
+    original, flags = Run.stop_if_asked, (*STANDARD, "--epochs", "2")
+    monkeypatch.setattr("common.engine.evaluate.ROUNDS_BETWEEN", 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "stop_if_asked", stop_in_the_last)
+        with pytest.raises(SystemExit):
+            run_training(StandardConfig, data, tmp_path, "run", *flags)
+    run = run_training(StandardConfig, data, tmp_path, "run", *flags)
+    assert len(rows(run)) == 2
+    assert (run / "receipt.json").exists()
+    assert "this run is complete" not in (run / "training_log.txt").read_text()
+    run_training(StandardConfig, data, tmp_path, "run", *flags)
+    assert "this run is complete" in (run / "training_log.txt").read_text()
+
+
 def test_lr_finder_leaves_no_trace(data, tmp_path):
     found = run_training(
         StandardConfig, data, tmp_path, "found", *STANDARD, "--lr", "auto", "--lr_finder_iterations", "15"

@@ -24,7 +24,10 @@ def name(step):
 def saved(folder, *steps, content=0.0):
     for step in steps:
         weights = {"w": torch.arange(6.0).reshape(2, 3) + content}
-        checkpoint.write(folder, {"model.safetensors": weights, "state.json": {"progress": {"step": step}}})
+        checkpoint.write(
+            folder,
+            {"model.safetensors": weights, "state.json": {"progress": {"step": step, "epochs_done": 0}}},
+        )
     return folder
 
 
@@ -45,7 +48,7 @@ def test_round_trip(tmp_path):
     files = {
         "model.safetensors": {"w": torch.arange(6.0).reshape(2, 3), "channels_last": torch.rand(2, 3, 4, 5)},
         "optimizer.safetensors": {},
-        "state.json": {"progress": {"step": 1}},
+        "state.json": {"progress": {"step": 1, "epochs_done": 0}},
     }
     folder = checkpoint.write(tmp_path / "checkpoints", files)
     assert folder == tmp_path / "checkpoints" / name(1)
@@ -97,12 +100,15 @@ def test_the_same_step_twice(tmp_path):
     saved(tmp_path, 2, content=1.0)
     assert checkpoint.read(tmp_path / name(2))["model.safetensors"]["w"][0, 0] == 1
     assert newest(tmp_path) == (2, [])
+    # Its epoch was not over: it is now.
+    checkpoint.write(tmp_path, {"state.json": {"progress": {"step": 2, "epochs_done": 1}}})
+    assert checkpoint.read(tmp_path / name(2))["state.json"]["progress"]["epochs_done"] == 1
 
 
 def test_another_course_from_an_older_checkpoint_deletes_the_later_ones(tmp_path):
     saved(tmp_path, 1, 2, 3, 4)
     (tmp_path / name(4) / "state.json").unlink()
-    checkpoint.write(tmp_path, {"state.json": {"progress": {"step": 2}}})
+    checkpoint.write(tmp_path, {"state.json": {"progress": {"step": 2, "epochs_done": 0}}})
     assert names(tmp_path) == [name(1), name(2)]
 
 

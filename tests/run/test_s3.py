@@ -128,7 +128,7 @@ def save_checkpoint(folder: Path, step: int, size: int = 50_000, mirror: S3Mirro
     files = {
         "model.safetensors": weights,
         "ema.safetensors": {"w": weights["w"][:1000]},
-        "state.json": {"progress": {"step": step}},
+        "state.json": {"progress": {"step": step, "epochs_done": 0}},
     }
     checkpoint.write(folder / "checkpoints", files)
     also = mirror.uploading if mirror else ()
