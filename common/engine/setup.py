@@ -17,7 +17,7 @@ from common.engine.memory import fit_memory
 from common.engine.trainer import Trainer
 from common.model.create import check_size
 from common.model.freezing import check_frozen, linear_head
-from common.model.optimizer import Ema, create_optimizer
+from common.model.optimizer import create_optimizer
 from common.model.pretrained_cfg import PretrainedCfg
 from common.run import checkpoint
 from common.run.checkpoint import Progress, TrainState
@@ -95,7 +95,12 @@ def prepare_state(run: Run, model: nn.Module, train: Source) -> TrainState:
         checkpoint_gradients(model)
     layout = torch.channels_last if cfg.channels_last else torch.contiguous_format
     model = model.to(accelerator.device).to(memory_format=layout)
-    ema = Ema(model, cfg.ema_decay) if cfg.ema else None
+    ema = None
+    if cfg.ema:
+        from timm.utils import ModelEmaV3
+
+        # Its decay rises as 1 - step^-0.75, lest a short run's average be mostly its random start.
+        ema = ModelEmaV3(model, cfg.ema_decay, use_warmup=True, warmup_power=0.75)
     # Dropout differs between processes; the first weights did not.
     set_seed(cfg.seed, device_specific=True)
     optimizer = create_optimizer(cfg, model, momentum=cfg.momentum)

@@ -1,11 +1,10 @@
-"""The optimizer by name, with its parameter groups, and the moving average of the weights."""
+"""The optimizer by name, with its parameter groups."""
 
-import copy
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from common import ClosedUnitInterval, NonNegativeFloat, UserError
 from common.model.create import did_you_mean
@@ -107,38 +106,3 @@ def _match_buffers(optimizer: torch.optim.Optimizer, _args: Any, _kwargs: Any) -
                 state["momentum_buffer"] = torch.zeros_like(parameter)  # steps as if it had none
             elif buffer.stride() != parameter.stride():
                 state["momentum_buffer"] = torch.empty_like(parameter).copy_(buffer)
-
-
-class Ema:
-    """An exponential moving average of a model's weights and BatchNorm statistics, in `.module`.
-
-    The decay rises as 1 - step^-0.75 up to `decay` (timm's ModelEmaV3 with a warm-up of that power, whose results
-    these are to the bit), lest a short run's average be mostly its random start. Integer buffers are copied.
-    """
-
-    def __init__(self, model: nn.Module, decay: float) -> None:
-        self.module = copy.deepcopy(model).eval().requires_grad_(False)
-        self.decay = decay
-        self._averages = _floating_and_integer(self.module)
-        self._model: nn.Module | None = None
-
-    def decay_at(self, step: int) -> float:
-        return min(self.decay, 1 - step**-0.75)
-
-    @torch.no_grad()
-    def update(self, model: nn.Module, step: int) -> None:
-        """Take in the weights after optimizer step number `step`, counted from 1, without waiting for the device.
-
-        The model's tensors are looked up once, so they must be changed in place from the first call on.
-        """
-        if model is not self._model:
-            self._model, self._weights = model, _floating_and_integer(model)
-        (averages, copies), (weights, counters) = self._averages, self._weights
-        torch._foreach_lerp_(averages, weights, weight=1 - self.decay_at(step))
-        if copies:
-            torch._foreach_copy_(copies, counters)
-
-
-def _floating_and_integer(model: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
-    tensors = list(model.state_dict(keep_vars=True).values())
-    return [t for t in tensors if t.is_floating_point()], [t for t in tensors if not t.is_floating_point()]

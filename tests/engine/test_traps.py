@@ -276,7 +276,7 @@ def test_the_average_is_told_the_number_of_the_step():
             original(model, step)
             for name, value in model.state_dict().items():
                 expected[name] = (
-                    expected[name].lerp(value, 1 - average.decay_at(len(given)))
+                    expected[name].lerp(value, 1 - average.get_decay(len(given)))
                     if value.is_floating_point()
                     else value
                 )

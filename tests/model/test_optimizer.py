@@ -2,18 +2,13 @@ import copy
 import json
 
 import pytest
-import timm
 import torch
-from timm.utils import ModelEmaV3
-from torch import nn
 from torch.nn import functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from common import UserError
 from common.engine.trainer import set_rates
 from common.model import create_model
 from common.model.freezing import set_trainable_layers, train_mode
-from common.model.optimizer import Ema
 from common.run.checkpoint import _pack_optimizer, _unpack_optimizer
 from tests.model.models import IMAGES, LABELS, changed, optimizer_for, small, snapshot, step
 
@@ -217,67 +212,3 @@ def test_muon_leaves_head_and_embeddings_to_adam():
         names[p] for group in optimizer.param_groups if group.get("use_fallback") for p in group["params"]
     ]
     assert sorted(adams) == ["cls_token", "head.bias", "head.weight", "pos_embed"]
-
-
-# ----------------------------------------------------------------------------------------------------- EMA
-
-
-@pytest.mark.parametrize("name", ["small", "test_vit"])
-def test_ema_is_to_the_bit_that_of_timm(name):
-    torch.manual_seed(0)
-    model = small() if name == "small" else timm.create_model(name, num_classes=5, img_size=(32, 48))
-    model.compile(backend="eager")
-    ema, theirs = Ema(model, decay=0.5), ModelEmaV3(model, 0.5, use_warmup=True, warmup_power=0.75)
-    optimizer = optimizer_for(model)
-    start = snapshot(ema.module)
-    for done in range(1, 5):  # the decay given is reached at the third
-        step(model.train(), optimizer)
-        ema.update(model, step=done)
-        theirs.update(model, step=done)
-        assert not changed(ema.module, theirs.module.state_dict())
-        assert bool(changed(ema.module, model.state_dict())) == (done > 1)  # the first update copies
-    moved = changed(ema.module, start)
-    assert moved == set(start)
-    assert not ema.module.training
-    assert not any(parameter.requires_grad for parameter in ema.module.parameters())
-
-
-def test_the_step_sets_the_decay_of_the_ema():
-    model = small()
-    early, late = Ema(model, 0.99), Ema(model, 0.99)
-    assert early.decay_at(1) == 0
-    assert early.decay_at(10**9) == 0.99
-    with torch.no_grad():
-        model.conv1.weight.add_(1)
-    early.update(model, step=2)
-    late.update(model, step=100)
-    steps = [(model.conv1.weight - ema.module.conv1.weight).mean().item() for ema in (early, late)]
-    assert steps == pytest.approx([1 - 2**-0.75, 1 - 100**-0.75], rel=1e-4)
-
-
-def test_ema_serves_another_model_too():
-    model = small()
-    ema, other = Ema(model, 0.99), copy.deepcopy(model)
-    ema.update(model, step=1)
-    nn.init.ones_(other.fc.weight)
-    ema.update(other, step=1)
-    assert ema.module.fc.weight.eq(1).all()
-
-
-class Operations(TorchDispatchMode):
-    def __init__(self):
-        super().__init__()
-        self.names = []
-
-    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
-        self.names.append(operation.overloadpacket.__name__)
-        return operation(*args, **kwargs or {})
-
-
-def test_an_update_is_two_operations():
-    model = small()
-    ema = Ema(model, 0.99)
-    ema.update(model, step=1)
-    with Operations() as operations:
-        ema.update(model, step=2)
-    assert operations.names == ["_foreach_lerp_", "_foreach_copy_"]  # no copies one by one, nothing read back
