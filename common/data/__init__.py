@@ -1,5 +1,3 @@
 """From files to batches on the device."""
 
 from common.data.sources.open import open_dataset
-
-__all__ = ["open_dataset"]

@@ -11,7 +11,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from common import UserError
 from common.data.rng import CLASSES, ORDER, ROWS, SUBSET, uniforms
 from common.data.shapes import area_lost, log_aspect
 
@@ -86,7 +85,7 @@ def even_out(pool: np.ndarray, labels: np.ndarray, evenness: float, seed: int, e
 def square_epoch(pool: np.ndarray, size: int, global_batch: int, seed: int, epoch: int) -> Epoch:
     """Shuffle the images of `pool` (int [N], dataset indices) into square batches of `size` pixels.
 
-    Images that do not fill a global batch stay out; which ones varies with the epoch. UserError: they do not fill one.
+    Images that do not fill a global batch stay out; which ones varies with the epoch.
     """
     indices = _shuffle(pool, global_batch, seed, epoch).reshape(-1, global_batch)
     return Epoch(indices, np.full((len(indices), 2), size, np.int32))
@@ -94,21 +93,13 @@ def square_epoch(pool: np.ndarray, size: int, global_batch: int, seed: int, epoc
 
 def _shuffle(pool: np.ndarray, global_batch: int, seed: int, epoch: int) -> np.ndarray:
     """Put `pool` in the epoch's order and cut it to whole global batches: int32 [steps * global_batch]."""
-    steps = _steps(len(pool), global_batch)
-    return pool[_by_hash(seed, epoch, pool, ORDER)[: steps * global_batch]].astype(np.int32)
+    whole = len(pool) // global_batch * global_batch
+    return pool[_by_hash(seed, epoch, pool, ORDER)[:whole]].astype(np.int32)
 
 
 def _by_hash(seed: int, epoch: int, indices: np.ndarray, stream: int) -> np.ndarray:
     """Sort by hashes; stable, because a tie between two must fall the same way on every machine."""
     return np.argsort(uniforms(seed, epoch, indices, stream, 1)[:, 0], kind="stable")
-
-
-def _steps(images: int, global_batch: int) -> int:
-    if images < global_batch:
-        raise UserError(
-            f"{images} training images do not fill one global batch of {global_batch}: lower --batch_size"
-        )
-    return images // global_batch
 
 
 def local_items(
@@ -184,7 +175,7 @@ def streaming_epoch(group_rows: np.ndarray, size: int, global_batch: int, seed: 
     order is cut into `LANES` lanes, each of which fills its own columns of every batch, so that a batch has images of
     many places and a process fetches the groups of its own lanes only.
     """
-    steps = _steps(int(group_rows.sum()), global_batch)
+    steps = int(group_rows.sum()) // global_batch
     first = np.cumsum(group_rows) - group_rows
     groups = _by_hash(seed, epoch, np.arange(len(group_rows)), ROWS)
     rows = group_rows[groups]

@@ -4,7 +4,6 @@ import json
 import time
 from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from itertools import chain, islice
 
@@ -130,6 +129,7 @@ class Trainer:
     def train_step(self, epoch: EpochPlan, lr: float, momentum: float, stream: Iterator[Batch]) -> None:
         """One optimizer step on the next micro-batches of the stream."""
         accelerator, clip_grad, state = self.run.accelerator, self.run.cfg.clip_grad, self.state
+        scaler = accelerator.scaler
         set_rates(self.optimizer, lr, momentum)
         for batch in islice(stream, accelerator.gradient_accumulation_steps):
             with accelerator.accumulate(self.net):
@@ -143,24 +143,17 @@ class Trainer:
                 accelerator.backward(loss)
                 if clip_grad and accelerator.sync_gradients:
                     accelerator.clip_grad_norm_(self.net.parameters(), clip_grad)
-                with self.counting_skips():
-                    self.optimizer.step()
+                # fp16's scaling leaves steps out: counted on the device, for `scaler.get_scale()` waits for it, and
+                # `optimizer.step_was_skipped` misses them with fused optimizers. There is a scale after a backward pass.
+                scale = scaler._scale.clone() if scaler else None
+                self.optimizer.step()
+                if scaler:
+                    self.meter.skipped += scaler._scale < scale
                 self.optimizer.zero_grad()
             self.meter.add(loss.detach(), logits.detach(), targets, batch.wait_s)
             self.recent.append((state.progress.step, batch.item.indices))
         if state.ema is not None:
             state.ema.update(state.model, step=state.progress.step + 1)
-
-    @contextmanager
-    def counting_skips(self) -> Iterator[None]:
-        """Count the steps that fp16's scaling leaves out, on the device."""
-        # `optimizer.step_was_skipped` misses them with fused optimizers, and `scaler.get_scale()` waits for the device.
-        scaler = self.run.accelerator.scaler
-        # A scaler has a scale from its first backward pass on.
-        before = scaler._scale.clone() if scaler else None
-        yield
-        if scaler:
-            self.meter.skipped += scaler._scale < before
 
     def look(self) -> bool:
         """Look at the device and, with all processes, at signals and the clock; returns whether to save now."""

@@ -29,7 +29,8 @@ def print_layers(model: nn.Module, height: int, width: int) -> None:
 
     print(f"{'layer':<40}{'type':<24}{f'output at {height}x{width}':>20}{'parameters':>14}")
     for name, module in model.named_modules():
-        if not list(module.children()) or list(module.parameters(recurse=False)):
+        is_layer = not list(module.children()) or list(module.parameters(recurse=False))
+        if is_layer and not isinstance(module, nn.Identity):
             module.register_forward_hook(partial(show, name))
     model(torch.zeros(1, 3, height, width))
     print(f"{'total':<84}{sum(parameter.numel() for parameter in model.parameters()):>14,}\n")

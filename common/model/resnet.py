@@ -1,7 +1,6 @@
 """ResNets written here, with the parameter names of torchvision and timm."""
 
-import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from torch import Tensor, nn
 
@@ -12,12 +11,7 @@ class BasicBlock(nn.Module):
     expansion = 1
 
     def __init__(
-        self,
-        channels: int,
-        width: int,
-        stride: int,
-        downsample: nn.Module | None,
-        drop_path: nn.Module | None,
+        self, channels: int, width: int, stride: int, downsample: nn.Module, drop_path: nn.Module
     ) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(channels, width, 3, stride, padding=1, bias=False)
@@ -32,8 +26,7 @@ class BasicBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         out = self.relu(self.bn1(self.conv1(x)))
         out = self.bn2(self.conv2(out))
-        out = out if self.drop_path is None else self.drop_path(out)
-        return self.relu(out + (x if self.downsample is None else self.downsample(x)))
+        return self.relu(self.drop_path(out) + self.downsample(x))
 
 
 class Bottleneck(nn.Module):
@@ -42,12 +35,7 @@ class Bottleneck(nn.Module):
     expansion = 4
 
     def __init__(
-        self,
-        channels: int,
-        width: int,
-        stride: int,
-        downsample: nn.Module | None,
-        drop_path: nn.Module | None,
+        self, channels: int, width: int, stride: int, downsample: nn.Module, drop_path: nn.Module
     ) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(channels, width, 1, bias=False)
@@ -65,8 +53,7 @@ class Bottleneck(nn.Module):
         out = self.relu(self.bn1(self.conv1(x)))
         out = self.relu(self.bn2(self.conv2(out)))
         out = self.bn3(self.conv3(out))
-        out = out if self.drop_path is None else self.drop_path(out)
-        return self.relu(out + (x if self.downsample is None else self.downsample(x)))
+        return self.relu(self.drop_path(out) + self.downsample(x))
 
 
 class ResNet(nn.Module):
@@ -101,14 +88,14 @@ class ResNet(nn.Module):
         self.bn1 = nn.BatchNorm2d(64)
         self.relu = nn.ReLU(inplace=True)
         self.maxpool = nn.Identity() if small_stem else nn.MaxPool2d(3, stride=2, padding=1)
-        drops = _drop_paths(drop_path, sum(depths))
+        drops = iter(_drop_paths(drop_path, sum(depths)))
         channels = 64
         for stage, depth in enumerate(depths):
             width = 64 * 2**stage
             blocks = []
             for index in range(depth):
                 stride = 2 if stage > 0 and index == 0 else 1
-                downsample = None
+                downsample: nn.Module = nn.Identity()
                 if stride != 1 or channels != width * block.expansion:
                     downsample = nn.Sequential(
                         nn.Conv2d(channels, width * block.expansion, 1, stride, bias=False),
@@ -138,13 +125,13 @@ class ResNet(nn.Module):
         return {"stem": r"^(?:conv1|bn1)", "blocks": r"^layer(\d+)" if coarse else r"^layer(\d+)\.(\d+)"}
 
 
-def _drop_paths(rate: float, blocks: int) -> Iterator[nn.Module | None]:
-    """What drops each block's branch, from the first to the last; None for nothing."""
+def _drop_paths(rate: float, blocks: int) -> list[nn.Module]:
+    """What drops each block's branch, from the first to the last."""
     if rate == 0:
-        return itertools.repeat(None)
+        return [nn.Identity() for _ in range(blocks)]
     from timm.layers import DropPath
 
-    return (DropPath(rate * index / (blocks - 1)) for index in range(blocks))
+    return [DropPath(rate * index / (blocks - 1)) for index in range(blocks)]
 
 
 RESNETS: dict[str, tuple[type[BasicBlock] | type[Bottleneck], Sequence[int], bool]] = {

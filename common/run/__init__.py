@@ -1,5 +1,3 @@
 """A run: its processes, folder, records and checkpoints."""
 
 from common.run.run import Run, start_run
-
-__all__ = ["Run", "start_run"]
