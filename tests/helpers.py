@@ -82,7 +82,7 @@ def as_if_measured(seconds: float) -> Callable[..., Measured]:
     def measured(t: Trainer, epoch: EpochPlan, *_: Any) -> Measured:
         kind = epoch.stage.img_size, epoch.stage.shape, epoch.stage.frozen
         images = epoch.global_batch // t.plan.processes
-        return Measured(*kind, images, seconds, 0.0, seconds, 0.0, scatter=0.01, first_loss=1.1)
+        return Measured(*kind, images, seconds, 0.0, seconds, 0.0, first_loss=1.1)
 
     return measured
 

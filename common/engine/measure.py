@@ -5,7 +5,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import cycle, islice
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 from tempfile import TemporaryDirectory
 
 import torch
@@ -30,6 +30,9 @@ FEWEST = 2
 CPU_IMAGES = 32
 # What is compared with a batch is so many times smaller: from a quarter on a CPU's time hardly grew, and forecasts were short.
 PART = 2
+# How far a machine's speed drifts from its calibration to the mean of a run, one standard deviation, relative. A CPU's as in 16 forecasts of
+# minutes on two shared machines (docs/budget.md); a GPU's is assumed. Steps that follow each other agree, and do not tell it.
+CPU_DRIFT, GPU_DRIFT = 0.1, 0.02
 # So small that no weight moves; some optimizers divide by their rate.
 NO_RATE = 1e-9
 ONE_EPOCH = (
@@ -43,7 +46,8 @@ def measure_costs(t: Trainer, limit_s: float, start_s: float, epochs: Sequence[E
     epochs = epochs or list(t.plan.epochs())
     measured = measure(t, limit_s, epochs)
     beside_s = measure_beside_images(t, epochs[0], measured[0])
-    return Costs(tuple(measured), start_s, save_s=measure_save(t), beside_s=beside_s)
+    drift = CPU_DRIFT if t.run.accelerator.device.type == "cpu" else GPU_DRIFT
+    return Costs(tuple(measured), start_s, save_s=measure_save(t), beside_s=beside_s, drift=drift)
 
 
 def measure(t: Trainer, limit_s: float, epochs: Iterable[EpochPlan]) -> list[Measured]:
@@ -85,13 +89,7 @@ def measure_stage(t: Trainer, epoch: EpochPlan, limit_s: float) -> Measured:
     # Without workers, nothing is computed meanwhile.
     wait_s = max(0.0, images * loading_s - step_s * bool(t.loader.workers))
     enter_s += max(0.0, images * first_pace - step_s)
-    times = (
-        step_s,
-        wait_s,
-        _evaluation_s(t, epoch, micro_batch, loading_s),
-        enter_s,
-        stdev(paces) / fmean(paces),
-    )
+    times = step_s, wait_s, _evaluation_s(t, epoch, micro_batch, loading_s), enter_s
     kind = stage.img_size, stage.shape, stage.frozen, images
     return Measured(*kind, *slowest(run, *times))._replace(
         first_loss=first_loss, memory_mb=peak_memory_mb(device)

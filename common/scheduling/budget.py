@@ -8,7 +8,6 @@ import math
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from statistics import fmean
 from typing import Any, NamedTuple
 
 from common import PositiveFloat, UserError
@@ -17,8 +16,6 @@ from common.scheduling.rates import known_peak
 from common.scheduling.recipe import FEWEST_IMAGES, STEPS_PER_EPOCH, Facts, Recipe, adapt
 from common.scheduling.stages import Stage, scale_stages
 
-# Least drift of a machine's speed from its calibration to the mean of a run: one standard deviation, relative. Assumed.
-LEAST_DRIFT = 0.02
 Z_90 = 1.645
 # Lengths are tried up to this many times the budget: a longer run may have larger, cheaper batches.
 BEYOND = 2.0
@@ -63,7 +60,6 @@ class Measured(NamedTuple):
     wait_s: float  # waiting for the loader
     evaluate_s: float  # the whole validation set
     enter_s: float  # entering the stage: compiling, and what its first step takes longer
-    scatter: float  # standard deviation of a step's time, relative
     first_loss: float = math.nan  # mean of the first batch, as the weights are
     memory_mb: float = 0.0  # most that the main process has held: the GPU's, if it has one
 
@@ -76,15 +72,9 @@ class Costs(NamedTuple):
     calibration_s: float = 0.0
     save_s: float = 0.0  # what a checkpoint and the plots of an epoch take from the training
     beside_s: float = 0.0  # what an optimizer step takes beside its images: the update, launching kernels
-
-    @property
-    def drift(self) -> float:
-        """Of the machine's speed, from now to the mean of a run: one standard deviation, relative.
-
-        As much as single steps scatter: those of a look follow each other, and the speed of a shared machine changes more slowly than
-        they do, so that their mean tells the next minutes hardly better than one of them (docs/budget.md).
-        """
-        return max(LEAST_DRIFT, fmean(m.scatter**2 for m in self.measured) ** 0.5)
+    drift: float = (
+        0.0  # of the machine's speed, from now to the mean of a run: one standard deviation, relative
+    )
 
     def by_stage(self, plan: Plan) -> list[Measured]:
         """What is known of a plan's stages, at their batches."""

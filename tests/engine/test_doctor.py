@@ -17,9 +17,7 @@ from tests.helpers import launch, make_images, run_training
 from train_progressive import ProgressiveConfig
 from train_standard import StandardConfig
 
-MEASURED = Measured(
-    32, "square", (), images=64, step_s=0.5, wait_s=0.5, evaluate_s=3.0, enter_s=1.0, scatter=0.0
-)
+MEASURED = Measured(32, "square", (), images=64, step_s=0.5, wait_s=0.5, evaluate_s=3.0, enter_s=1.0)
 
 
 @pytest.fixture(autouse=True)

@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 from common import UserError
 from common.scheduling import Rates, Stage, scale_stages
 from common.scheduling.budget import (
-    LEAST_DRIFT,
     BudgetSettings,
     Costs,
     Measured,
@@ -33,13 +32,14 @@ def costs_of(listed, facts=SMALL, step_s=0.1, evaluate_s=1.0, given=(), batches=
     recipe = adapt(listed, settings_of(**changes), given, facts)
     return Costs(
         tuple(
-            Measured(size, "square", (), b, step_s * b / 32 * size / 64, 0.0, evaluate_s, 0.5, 0.01)
+            Measured(size, "square", (), b, step_s * b / 32 * size / 64, 0.0, evaluate_s, 0.5)
             for size in {stage.img_size for stage in recipe.stages}
             for b in batches
         ),
         start_s=5.0,
         calibration_s=3.0,
         save_s=0.1,
+        drift=0.02,
     )
 
 
@@ -145,10 +145,12 @@ def test_everything_is_counted():
     facts = dataclasses.replace(SMALL, images=3200)
     listed = [Stage(2, 96, 32, mixup=False), Stage(3, 64, 32, frozen=("conv1",), mixup=False)]
     measured = (
-        Measured(96, "square", (), 32, 1.0, 0.5, 7.0, 2.0, 0.1),
-        Measured(64, "square", ("conv1",), 32, 0.5, 0.0, 3.0, 0.0, 0.1),
+        Measured(96, "square", (), 32, 1.0, 0.5, 7.0, 2.0),
+        Measured(64, "square", ("conv1",), 32, 0.5, 0.0, 3.0, 0.0),
     )
-    run = buy(listed, Costs(measured, 5.0, 3.0, 0.25), 760, facts, {"stages", "lr_finder_iterations"}).whole
+    run = buy(
+        listed, Costs(measured, 5.0, 3.0, 0.25, drift=0.1), 760, facts, {"stages", "lr_finder_iterations"}
+    ).whole
     assert [stage.epochs for stage in run.plan.stages] == [2, 3]
     assert run.parts == {
         "start": 5.0,
@@ -163,7 +165,7 @@ def test_everything_is_counted():
     }
     low, high = run.interval_s()
     assert low < run.total_s < high
-    # Two kinds of steps that scatter by a tenth; what is over when the plan is made is certain.
+    # What is over when the plan is made is certain.
     assert high - run.total_s == pytest.approx(1.645 * 0.1 * (run.total_s - 8))
 
 
@@ -182,18 +184,15 @@ def test_evaluations_that_would_cost_more_than_a_tenth_become_rarer():
     assert "eval_every" not in buy(STAGES, costs_of(STAGES, evaluate_s=0.1), 900).whole.recipe.values
 
 
-def test_a_machine_whose_steps_scatter_is_given_less_to_do():
+def test_a_machine_that_drifts_is_given_less_to_do():
     steady = costs_of(STAGES)
-    restless = steady._replace(measured=[m._replace(scatter=0.1) for m in steady.measured])
-    assert steady.drift == LEAST_DRIFT
-    assert restless.drift == pytest.approx(0.1)
-    plans = [buy(STAGES, costs, 900).whole for costs in (steady, restless)]
+    plans = [buy(STAGES, costs, 900).whole for costs in (steady, steady._replace(drift=0.1))]
     assert plans[1].plan.total_epochs < plans[0].plan.total_epochs
     assert all(0.85 * 900 < plan.interval_s()[1] <= 900 for plan in plans)
 
 
 def test_another_batch_takes_what_an_image_takes_beside_what_every_step_takes():
-    one = Measured(64, "square", (), 32, 0.5, 0.1, 1.0, 0.0, 0.0)
+    one = Measured(64, "square", (), 32, 0.5, 0.1, 1.0, 0.0)
     stage = Stage(1, 64)
     assert Costs((one,), 0).step(stage, 16).step_s == 0.25
     costs = Costs((one,), 0, beside_s=0.1)
@@ -208,7 +207,7 @@ def test_another_batch_takes_what_an_image_takes_beside_what_every_step_takes():
 
 
 def test_sizes_between_measured_ones_lie_on_the_line_over_their_pixels():
-    small = Measured(32, "square", (), 32, 0.2, 0.0, 1.0, 0.0, 0.0)
+    small = Measured(32, "square", (), 32, 0.2, 0.0, 1.0, 0.0)
     large = small._replace(img_size=96, step_s=1.0, wait_s=0.8, evaluate_s=2.0)
     costs = Costs((small, large), 0)
     between = costs.step(Stage(1, 64), 32)
