@@ -77,11 +77,12 @@ def write_receipt(run: Run, progress: Progress, val_images: int) -> str:
 
 
 def accuracy(rows: list[dict[str, str]], val_images: int) -> dict[str, Any]:
-    """Last and best top-1 in percent, of raw or averaged weights, and the last one's interval, from the training log."""
-    evaluated = (row for row in rows if row["val_top1"])
-    top1 = [max(float(row["val_top1"]), float(row["ema_top1"] or 0)) for row in evaluated]
-    low, high = wilson(round(top1[-1] * val_images / 100), val_images)
-    return {"last_top1": top1[-1], "best_top1": max(top1), "interval_95": [100 * low, 100 * high]}
+    """Last top-1 of the raw weights in percent, its interval, and the best of raw or averaged ones, from the training log."""
+    evaluated = [row for row in rows if row["val_top1"]]
+    last = float(evaluated[-1]["val_top1"])
+    best = max(float(row[weights] or 0) for row in evaluated for weights in ("val_top1", "ema_top1"))
+    low, high = wilson(round(last * val_images / 100), val_images)
+    return {"last_top1": last, "best_top1": best, "interval_95": [100 * low, 100 * high]}
 
 
 def _minutes(seconds: Mapping[str, float]) -> dict[str, float]:
