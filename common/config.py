@@ -20,7 +20,15 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar, Union, get_args, 
 
 import yaml
 
-from common import ClosedUnitInterval, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, UserError
+from common import (
+    ClosedUnitInterval,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Range,
+    UserError,
+)
 from common.augment import AugmentSettings
 from common.data.batches import ViewSettings
 from common.data.loader import LoaderSettings
@@ -125,7 +133,7 @@ class TrainConfig(
     """Defaults that fit data, length and machine, printed where they differ from those listed here; listed = these."""
     stages: list[Stage] = field(default_factory=list)
     """The curriculum as a list of stages, in --config or on the command line; empty = the script's own."""
-    seed: NonNegativeInt = 0
+    seed: Annotated[int, Range("a whole number from 0 to 2147483647", 0, 2**31 - 1)] = 0
     """Of everything random."""
     debug: bool = False
     """Shrink every stage, so that the whole curriculum runs in about a minute on two CPU cores."""
@@ -217,7 +225,7 @@ class CurriculumConfig(TrainConfig):
 # how far the run gets: more of it, or none, lets one that has stopped go on.
 RESUME_MAY_CHANGE = (
     {f.name for kind in (RecordSettings, SpeedSettings) for f in dataclasses.fields(kind)}
-    | {"data_dir", "workers", "usd_per_hour"}
+    | {"data_dir", "weights", "workers", "usd_per_hour"}
 ) - {"mixed_precision", "accumulation", "clip_grad", "eval_every"}
 
 
@@ -315,7 +323,8 @@ def parse_args(config_class: type[Config], description: str, args: Sequence[str]
         given |= read_settings(types, _load(file), f"--config {file}")
     given |= read_settings(types, {name: text for name, text in vars(options).items() if name in types})
     cfg = config_class(**given)
-    cfg.given = frozenset(given)
+    # null stands for what the machine does, which no checkpoint differs from.
+    cfg.given = frozenset(given) - ({"mixed_precision"} if cfg.mixed_precision is None else set())
     if "print_config" in options:
         print(yaml.safe_dump(as_plain(cfg), sort_keys=False))
         raise SystemExit(0)
@@ -373,6 +382,8 @@ def _read(value: Any, kind: Any, place: str) -> Any:
                 return _read(value, option, place)
         raise ValueError
     if origin is Literal:
+        # YAML 1.1 reads a bare `no` as false.
+        value = "no" if value is False and "no" in options else value
         return options[options.index(value)]
     if origin is Annotated:
         number = _read(value, options[0], place)

@@ -45,7 +45,7 @@ def test_a_flag_counts_before_a_file_that_follows_it(tmp_path):
         ("--epochs 3.0", "epochs", 3),
         ("--lr 1", "lr", 1.0),
         # No float holds it.
-        ("--seed 9007199254740993", "seed", 2**53 + 1),
+        ("--keep_every 9007199254740993", "keep_every", 2**53 + 1),
         ("--batch_size=3 --batch_size 4", "batch_size", 4),
         ("--debug --epochs 2", "debug", True),
         ("--channels_last false", "channels_last", False),
@@ -69,6 +69,14 @@ def test_values_as_they_are_written(words, name, value, tmp_path):
 def test_numbers_in_yaml_may_have_an_exponent(tmp_path):
     (tmp_path / "c.yaml").write_text("lr: 1e-4")
     assert parse_args(StandardConfig, "", ["--config", str(tmp_path / "c.yaml")]).lr == 1e-4
+
+
+def test_a_bare_no_in_yaml_is_a_word_and_null_is_no_wish(tmp_path):
+    (tmp_path / "c.yaml").write_text("mixed_precision: no\ngrad_compression: none")
+    assert parse_args(StandardConfig, "", ["--config", str(tmp_path / "c.yaml")]).mixed_precision == "no"
+    (tmp_path / "c.yaml").write_text("mixed_precision: null\nseed: 1")
+    cfg = parse_args(StandardConfig, "", ["--config", str(tmp_path / "c.yaml")])
+    assert (cfg.mixed_precision, cfg.given) == (None, {"seed"})
 
 
 def test_stages_from_yaml(tmp_path):

@@ -116,8 +116,9 @@ def final_grid(run: Run, state: TrainState, augment: Augment, batches: Batches, 
     for factor, crop in itertools.product(FINAL_SIZES, crops):
         size = 8 * round(stage.img_size * factor / 8) if factor != 1 else stage.img_size
         items = batches.eval_items(size, batch_size, crop)
-        if any(check_size(state.model, *shape) for shape in {(item.height, item.width) for item in items}):
-            # Some transformers take no other size than training's.
+        shapes = {(item.height, item.width) for item in items}
+        # Some transformers take no other size than training's. Of rare shapes not every process has an image.
+        if run.votes.largest(int(any(check_size(state.model, *shape) for shape in shapes)))[0]:
             continue
         for flip, transform in (("no", one_view), ("yes", with_flip)):
             stream, count = loader.stream(items), len(batches.val)

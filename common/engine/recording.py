@@ -7,6 +7,7 @@ from typing import Any
 
 from safetensors.torch import save as to_safetensors
 
+from common import UserError
 from common.config import TrainConfig, as_plain
 from common.engine.evaluate import Score
 from common.engine.trainer import Trainer
@@ -15,7 +16,7 @@ from common.run.checkpoint import Progress
 from common.run.plots import write_plots
 from common.run.processes import rank0_errors
 from common.run.progress import closing_block, outlook, peak_memory_mb
-from common.run.receipt import write_receipt
+from common.run.receipt import RECEIPT, write_receipt
 from common.run.records import draw, upload_model
 from common.scheduling import EpochPlan, Rates
 
@@ -39,7 +40,7 @@ def begin(t: Trainer, forecast: dict[str, Any]) -> None:
 
 
 def finish(t: Trainer, *, trained: bool) -> None:
-    """The closing block and, if this start has trained, the receipt; a collective."""
+    """The closing block and the receipt, if this start has trained or the last was stopped before it; a collective."""
     run, progress = t.run, t.state.progress
     if replaced := len(t.loader.unreadable):
         run.log.info("%d unreadable images were replaced by others of their class", replaced)
@@ -50,7 +51,7 @@ def finish(t: Trainer, *, trained: bool) -> None:
     t.lap("save")
     if run.is_main:
         run.log.info("%s", closing_block(run, progress))
-        if trained:
+        if trained or not (run.folder / RECEIPT).exists():
             run.log.info("%s", write_receipt(run, progress, len(t.batches.val)))
         upload_model(run.accelerator, run.folder)
     run.sync()
@@ -91,7 +92,8 @@ def record(t: Trainer, epoch: EpochPlan, rates: Rates, scores: list[Score]) -> N
         "train_top1": 100 * hits / images,
         **measures,
         "ema_top1": getattr(ema, "top1", ""),
-        "images_per_s": meter.images_per_s,
+        # A run that was stopped in its evaluation goes on with it, and has taken no step.
+        "images_per_s": meter.images_per_s if meter.step > meter.first_step else "",
         "data_wait": meter.data_wait,
         "memory_mb": peak_memory_mb(run.accelerator.device),
         "epoch_s": meter.seconds_since_start(),
@@ -148,21 +150,12 @@ def save(t: Trainer) -> None:
 def _write(t: Trainer, files: dict[str, Any], img_size: int, began: float) -> None:
     run, folder = t.run, t.run.folder / "checkpoints"
     progress = files[checkpoint.STATE]["progress"]
-    checkpoint.write(folder, files)
     if progress["best_step"] == progress["step"]:
-        # `model/`: weights that know their network, their classes and their images, in timm's format.
-        (run.folder / "model").mkdir(exist_ok=True)
-        weights = files["ema.safetensors" if progress["best_is_ema"] else "model.safetensors"]
-        checkpoint.write_durably(run.folder / "model" / "model.safetensors", to_safetensors(weights))
-        description = replace(
-            t.model_cfg,
-            img_size=img_size,
-            test_size=None,
-            crop_pct=run.cfg.crop_pct,
-            crop_mode="center",
-            interpolation="bilinear",
+        # Before the checkpoint, which says that all of its step is done.
+        _write_model(
+            t, files["ema.safetensors" if progress["best_is_ema"] else "model.safetensors"], img_size
         )
-        run.records.write_json("model/config.json", description.timm_config())
+    checkpoint.write(folder, files)
     ends = [epoch.first_step + epoch.steps for epoch in t.plan.epochs()]
     numbered = ends[run.cfg.keep_every - 1 :: run.cfg.keep_every] if run.cfg.keep_every else []
     keep = {checkpoint.name_of(step) for step in (progress["best_step"], *numbered)}
@@ -170,3 +163,22 @@ def _write(t: Trainer, files: dict[str, Any], img_size: int, began: float) -> No
         keep |= run.mirror.uploading
     checkpoint.prune(folder, KEEP_CHECKPOINTS, keep)
     run.log.info("saved step %d in %.2f s", progress["step"], time.monotonic() - began)
+
+
+def _write_model(t: Trainer, weights: dict[str, Any], img_size: int) -> None:
+    """`model/`: weights that know their network, their classes and their images, in timm's format."""
+    folder, cfg = t.run.folder / "model", t.run.cfg
+    description = replace(
+        t.model_cfg,
+        img_size=img_size,
+        test_size=None,
+        crop_pct=cfg.crop_pct,
+        crop_mode="center",
+        interpolation="bilinear",
+    )
+    try:
+        folder.mkdir(exist_ok=True)
+        t.run.records.write_json("model/config.json", description.timm_config())
+        checkpoint.write_durably(folder / "model.safetensors", to_safetensors(weights))
+    except OSError as error:
+        raise UserError(f"cannot write {folder}: {error.strerror}; set --output") from error

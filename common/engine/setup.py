@@ -152,6 +152,12 @@ def settle_plan(run: Run, state: TrainState, train: Source) -> Plan:
     plan = make_plan(run.stages, len(train), processes, cfg.accumulation, batches, cfg.eval_every)
     if cfg.auto_batch:
         plan = fit_memory(run, state, plan, train)
+        if batches and plan.global_batches != tuple(batches):
+            # A resumed run's steps are counted in its own.
+            raise UserError(
+                f"--auto_batch: global batches of {batches} images do not come in equal parts that fit into memory, and this run's "
+                "steps are counted in them; start anew with a smaller --batch_size"
+            )
     state.progress.global_batches = list(plan.global_batches)
     return plan
 

@@ -273,7 +273,6 @@ def write(checkpoints: Path, files: Files) -> Path:
     manifest: dict[str, Any] = {"format_version": FORMAT_VERSION, "files": {}}
     try:
         if _epochs_done(folder) != files[STATE]["progress"]["epochs_done"]:
-            _remove(folder)
             _remove(temporary)
             temporary.mkdir(parents=True)
             for name, content in files.items():
@@ -281,6 +280,7 @@ def write(checkpoints: Path, files: Files) -> Path:
                 manifest["files"][name] = {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
                 write_durably(temporary / name, data)
             write_durably(temporary / MANIFEST, _to_json(manifest))
+            _remove(folder)
             temporary.rename(folder)
         in_order = _by_step(checkpoints)
         for later in in_order[in_order.index(folder) + 1 :]:

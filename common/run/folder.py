@@ -53,6 +53,10 @@ def claim_folder(cfg: TrainConfig, state: PartialState) -> tuple[list[Stage], di
 
 def _place(cfg: TrainConfig) -> tuple[Path, str, Path | None]:
     """Folder of the runs, name of this run, and the path that `--resume` asks for, if it is one."""
+    if cfg.run_name == ".." or Path(cfg.run_name).name != cfg.run_name:
+        raise UserError(
+            f"--run_name {cfg.run_name} is a path; --output takes the folders, --run_name the name"
+        )
     if cfg.resume in ("auto", "none"):
         name = cfg.run_name or f"{cfg.strategy}-{datetime.now():%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
         return Path(cfg.output), name, None
@@ -63,14 +67,15 @@ def _place(cfg: TrainConfig) -> tuple[Path, str, Path | None]:
     path = Path(cfg.resume).resolve()
     if not path.is_dir():
         raise UserError(f"--resume {cfg.resume} is not a run folder or a checkpoint")
-    folder = path.parent.parent if path.parent.name == "checkpoints" else path
+    is_checkpoint = path.parent.name == "checkpoints" and not (path / "checkpoints").is_dir()
+    folder = path.parent.parent if is_checkpoint else path
     return folder.parent, folder.name, path
 
 
 def _fetch(cfg: TrainConfig, folder: Path) -> None:
     """Restore a run that this machine does not have: the one that was asked for, or one that a lost machine left on S3."""
     by_address = cfg.resume.startswith("s3://")
-    if folder.exists() or not (by_address or (cfg.resume == "auto" and cfg.s3 and cfg.run_name)):
+    if not by_address and (folder.exists() or not (cfg.resume == "auto" and cfg.s3 and cfg.run_name)):
         return
     from common.run.s3 import NothingStored, restore
 

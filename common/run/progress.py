@@ -118,11 +118,12 @@ class Meter:
                 f" → val {row['val_loss']:.3f}  top-1 {row['val_top1']:.2f}{ema}  top-5 {row['val_top5']:.2f}"
                 f"  best {progress.best_top1:.2f}"
             )
-        text = (
-            f"epoch {row['epoch']}/{self.plan.total_epochs}  {row['img_size']} px  loss {row['train_loss']:.3f}{scored}"
-            f"  {row['images_per_s']:.0f} images/s  waited {row['data_wait']:.0%}  {row['epoch_s']:.1f} s"
-            f"  ETA {clock(self.eta_s())}"
-        )
+        text = f"epoch {row['epoch']}/{self.plan.total_epochs}  {row['img_size']} px  loss {row['train_loss']:.3f}{scored}"
+        if row["images_per_s"] != "":
+            text += (
+                f"  {row['images_per_s']:.0f} images/s  waited {row['data_wait']:.0%}  {row['epoch_s']:.1f} s"
+                f"  ETA {clock(self.eta_s())}"
+            )
         if row["data_wait"] > LOADER_BOUND:
             text += (
                 f"\nloader-bound: {row['data_wait']:.0%} of the epoch went by waiting for data; raise --workers, or prepare a "

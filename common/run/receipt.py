@@ -22,6 +22,7 @@ from common.run.run import Run
 Z_95 = 1.959964
 PACKAGES = ("torch", "torchvision", "timm", "accelerate", "numpy")
 ROOT = Path(__file__).parents[2]
+RECEIPT = "receipt.json"
 
 
 def wilson(hits: int, images: int) -> tuple[float, float]:
@@ -71,7 +72,7 @@ def write_receipt(run: Run, progress: Progress, val_images: int) -> str:
     text += (
         f"; top-1 {receipt['last_top1']:.2f} %, 95 % interval {low:.1f} to {high:.1f} ({val_images:,} images)"
     )
-    run.records.write_json("receipt.json", receipt)
+    run.records.write_json(RECEIPT, receipt)
     draw(plot_receipt, run.folder)
     return f"{text}\n  python -m common.tools.receipt {run.folder} checks it against the log"
 

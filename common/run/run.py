@@ -90,13 +90,14 @@ class Run:
         self._looked_at = (progress.step, time.monotonic())
         with rank0_errors():
             if self.is_main:
-                create_folder(self.folder, self.cfg, self.stages)
-                self.records.keep_epochs(progress.epochs_done)
-                self._log_to_file(self.folder / "training_log.txt")
                 if self.cfg.s3:
                     from common.run.s3 import S3Mirror
 
+                    # It may refuse, which leaves nothing behind.
                     self.mirror = S3Mirror(self.folder, self.cfg.s3)
+                create_folder(self.folder, self.cfg, self.stages)
+                self.records.keep_epochs(progress.epochs_done)
+                self._log_to_file(self.folder / "training_log.txt")
                 start_trackers(self.cfg, self.accelerator, self.folder, progress)
         # The folder may be another machine's disk.
         (self.folder / "logs").mkdir(parents=True, exist_ok=True)

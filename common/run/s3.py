@@ -24,6 +24,7 @@ import shutil
 import stat
 import threading
 import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -66,8 +67,8 @@ class S3Mirror:
     Attributes:
         uploading: the checkpoint that must stay in the folder, else slow uploads might never get to an end.
 
-    Raises UserError if the address, the bucket or the credentials are wrong, or if the address already holds
-    checkpoints while `run_dir` has none. A server out of reach is a warning: it is retried for ever.
+    Raises UserError if the address, the bucket or the credentials are wrong, or if the address holds a later
+    checkpoint than `run_dir` when training begins. A server out of reach is a warning: it is retried for ever.
     """
 
     def __init__(self, run_dir: Path, url: str) -> None:
@@ -77,7 +78,10 @@ class S3Mirror:
         self.url = f"s3://{self._bucket}/{self._prefix}".rstrip("/")
         # One attempt: retries are ours, for close() to hurry.
         self._client = _client("--s3", attempts=1)
-        self._starts_afresh = not any(run_dir.glob(f"checkpoints/*/{MANIFEST}"))
+        # What this run goes on from, until that is compared with what S3 has.
+        self._begins_at: str | None = _newest(
+            path.relative_to(run_dir).as_posix() for path in _manifests(run_dir)
+        )
         self._changed, self._deadline = threading.Event(), math.inf
         self._sent: dict[str, Version] = {}
         self._uploads = 0
@@ -123,7 +127,7 @@ class S3Mirror:
         symbolic links, as they may point to what is not the run's.
         """
         # Looked for before plain files are, so that no checkpoint is newer than its row in the CSV.
-        whole = {f"checkpoints/{path.parent.name}" for path in self.run_dir.glob(f"checkpoints/*/{MANIFEST}")}
+        whole = {f"checkpoints/{path.parent.name}" for path in _manifests(self.run_dir)}
         units: dict[str, dict[str, Version]] = {}
         for folder, _, names in os.walk(self.run_dir):
             for path in (Path(folder, name) for name in names):
@@ -203,12 +207,13 @@ class S3Mirror:
 
     def _list(self) -> dict[str, int]:
         stored = _list(self._client, self._bucket, self._prefix)
-        if self._starts_afresh and any(map(_is_manifest, stored)):
+        if self._begins_at is not None and _newest(stored) > self._begins_at:
+            # To go on would delete it: this machine's checkpoints are the run's.
             raise UserError(
-                f"--s3 {self.url} already holds checkpoints and {self.run_dir} had none, so pass"
-                f" --resume {self.url} to go on from them, or another --run_name"
+                f"--s3 {self.url} holds {_newest(stored)}, later than what {self.run_dir} has: move that folder away and pass"
+                f" --resume {self.url} to go on from there, or another --run_name"
             )
-        self._starts_afresh = False
+        self._begins_at = None
         return stored
 
     def _send(self, unit: str, files: dict[str, Version], stored: dict[str, int]) -> None:
@@ -256,16 +261,14 @@ def probe(url: str) -> str:
 
 
 def restore(url: str, run_dir: Path, flag: str = "--resume") -> Path:
-    """Download the run at `url` into `run_dir`, absent or empty; it gets its name when everything is there.
+    """Download the run at `url` into `run_dir`; it gets its name when everything is there. One that is as far already stays.
 
     Left out are checkpoints without their manifest, and keys that would leave the folder, which are not ours.
 
-    Raises NothingStored, or another UserError: refused, out of reach, a full disk.
+    Raises NothingStored, or another UserError: refused, out of reach, a full disk, or an earlier state in `run_dir`.
     """
     bucket, prefix = _parse_url(url, flag)
     what = f"{flag} {url}"
-    if run_dir.exists() and any(run_dir.iterdir()):
-        raise UserError(f"{what}: {run_dir} is not empty, so resume from that folder or move it away")
     partial = run_dir.with_name(f"{run_dir.name}.restore{TEMPORARY}")
     client = _client(flag, attempts=RESTORE_ATTEMPTS)
     try:
@@ -273,6 +276,13 @@ def restore(url: str, run_dir: Path, flag: str = "--resume") -> Path:
         whole = {_unit(name) for name in stored if _is_manifest(name)}
         if not whole and MARKER not in stored:
             raise NothingStored(f"{what}: there is no run at this address")
+        if run_dir.exists() and any(run_dir.iterdir()):
+            here = _newest(path.relative_to(run_dir).as_posix() for path in _manifests(run_dir))
+            if here and here >= _newest(stored):
+                return run_dir
+            raise UserError(
+                f"{what} is further than {run_dir}: move that folder away, or set another --output"
+            )
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         for name in filter(_is_safe, stored):
@@ -328,6 +338,15 @@ def _unit(name: str) -> str:
 
 def _is_manifest(name: str) -> bool:
     return name == f"{_unit(name)}/{MANIFEST}"
+
+
+def _manifests(run_dir: Path) -> Iterator[Path]:
+    return run_dir.glob(f"checkpoints/*/{MANIFEST}")
+
+
+def _newest(names: Iterable[str]) -> str:
+    """The newest whole checkpoint among a run's files; "" if there is none."""
+    return max(map(_unit, filter(_is_manifest, names)), default="")
 
 
 def _is_safe(name: str) -> bool:

@@ -2,6 +2,7 @@ import csv
 import importlib
 import json
 import resource
+import shutil
 import signal
 import sys
 from contextlib import suppress
@@ -18,7 +19,9 @@ from common.config import parse_args
 from common.engine import recording
 from common.engine.trainer import Trainer
 from common.model.loss import LOSSES
+from common.run import checkpoint
 from common.run.checkpoint import name_of, newest_whole
+from common.run.processes import Interrupted, Votes
 from common.run.run import Run
 from common.tools import receipt
 from tests.helpers import assert_same, make_images, progress, run_training, stop_after, weights
@@ -142,8 +145,40 @@ def test_stopped_in_the_last_evaluation_it_is_complete_after_the_next_start(data
     assert len(rows(run)) == 2
     assert (run / "receipt.json").exists()
     assert "this run is complete" not in (run / "training_log.txt").read_text()
+    # It has taken no step, so that there is no speed to tell.
+    assert [bool(row["images_per_s"]) for row in rows(run)] == [True, False]
     run_training(StandardConfig, data, tmp_path, "run", *flags)
     assert "this run is complete" in (run / "training_log.txt").read_text()
+
+
+def test_stopped_in_the_final_evaluation_it_has_a_receipt_after_the_next_start(data, tmp_path, monkeypatch):
+    def stop(*_):
+        raise Interrupted
+
+    flags = (*STANDARD, "--final_eval")
+    with monkeypatch.context() as patch:
+        patch.setattr(fit_module, "final_grid", stop)
+        with pytest.raises(SystemExit):
+            run_training(StandardConfig, data, tmp_path, "run", *flags)
+    assert not (tmp_path / "run" / "receipt.json").exists()
+    run = run_training(StandardConfig, data, tmp_path, "run", *flags)
+    assert json.loads((run / "receipt.json").read_text())["epochs"] == 3
+
+
+def test_stopped_between_model_and_checkpoint_the_model_is_the_best(data, tmp_path, monkeypatch):
+    def no_last_one(checkpoints, files):
+        if files["state.json"]["progress"]["step"] == 12:
+            raise UserError("cannot write the checkpoint")
+        return original(checkpoints, files)
+
+    original, whole = checkpoint.write, run_training(StandardConfig, data, tmp_path, "whole", *STANDARD)
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "write", no_last_one)
+        with pytest.raises(SystemExit):
+            run_training(StandardConfig, data, tmp_path, "parts", *STANDARD)
+    parts = run_training(StandardConfig, data, tmp_path, "parts", *STANDARD)
+    assert progress(parts)["best_step"] == progress(whole)["best_step"] == 12
+    assert_same(*(load_file(run / "model" / "model.safetensors") for run in (whole, parts)))
 
 
 def test_lr_finder_leaves_no_trace(data, tmp_path):
@@ -208,6 +243,23 @@ def test_a_finished_run_can_be_evaluated_later(data, tmp_path):
         row for row in grid if row["img_size"] == 32 and row["crop"] == "whole" and row["flip"] == "no"
     ]
     assert as_trained[0]["top1"] == pytest.approx(float(rows(run)[-1]["val_top1"]), abs=1e-4)
+
+
+def test_shapes_that_one_process_cannot_evaluate_are_left_out_by_all(data, tmp_path, monkeypatch):
+    """Rare shapes are not met by every process: one that went on alone would wait for ever."""
+    asked = []
+
+    def another_cannot(votes, *numbers):
+        if sys._getframe(1).f_code.co_name != "final_grid":
+            return original(votes, *numbers)
+        asked.append(numbers)
+        return [int(len(asked) > 1)]
+
+    original = Votes.largest
+    monkeypatch.setattr(Votes, "largest", another_cannot)
+    run = run_training(StandardConfig, data, tmp_path, "run", *STANDARD, "--final_eval")
+    grid = json.loads((run / "final_eval.json").read_text())["rows"]
+    assert {(row["img_size"], row["crop"]) for row in grid} == {(32, 0.875)}
 
 
 def test_a_name_that_holds_another_run_is_refused(data, tmp_path):
@@ -311,6 +363,33 @@ def test_auto_batch_halves_and_accumulates(data, tmp_path, monkeypatch):
     run = run_training(StandardConfig, data, tmp_path, "run", *STANDARD, "--auto_batch")
     assert {row["batch_size"] for row in rows(run)} == {"8"}
     assert json.loads((run / "summary.json").read_text())["images_seen"] == 3 * 64
+
+
+def test_a_resumed_run_keeps_its_batches_whatever_fits(data, tmp_path, monkeypatch, capsys):
+    """13 images do not halve: a new run gives one up, but a resumed one has counted its steps in them."""
+    flags = ("--epochs", "3", "--batch_size", "13")
+    with monkeypatch.context() as patch:
+        stop_after(patch, 7)
+        with pytest.raises(SystemExit):
+            run_training(StandardConfig, data, tmp_path, "run", *flags)
+    monkeypatch.setattr("common.engine.memory._fits", lambda run, model, stage, size, *_: size <= 6)
+    with pytest.raises(SystemExit):
+        run_training(StandardConfig, data, tmp_path, "run", *flags, "--auto_batch")
+    assert "global batches of [13] images do not come in equal parts" in capsys.readouterr().err
+    new = run_training(StandardConfig, data, tmp_path, "new", *flags, "--auto_batch")
+    assert progress(new)["global_batches"] == [12]
+
+
+def test_a_resumed_run_finds_its_weights_elsewhere(data, base, tmp_path, monkeypatch):
+    flags = ("--epochs", "2", "--batch_size", "16", "--weights")
+    moved = shutil.copytree(base, tmp_path / "moved")
+    with monkeypatch.context() as patch:
+        stop_after(patch, 2)
+        with pytest.raises(SystemExit):
+            run_training(FinetuneConfig, data, tmp_path, "tuned", *flags, str(moved))
+    moved.rename(tmp_path / "again")
+    tuned = run_training(FinetuneConfig, data, tmp_path, "tuned", *flags, str(tmp_path / "again"))
+    assert progress(tuned)["epochs_done"] == 2
 
 
 def test_finetuning_trains_the_head_alone_first(data, base, tmp_path):

@@ -92,7 +92,7 @@ def test_damage_is_noticed_named_and_the_one_before_used(tmp_path, file, damage)
     assert named in damaged[0]
 
 
-def test_the_same_step_twice(tmp_path):
+def test_the_same_step_twice(tmp_path, monkeypatch):
     saved(tmp_path, 1, 2)
     saved(tmp_path, 2, content=1.0)  # that it is whole and stays shows in its content
     assert checkpoint.read(tmp_path / name(2))["model.safetensors"]["w"][0, 0] == 0
@@ -100,7 +100,16 @@ def test_the_same_step_twice(tmp_path):
     saved(tmp_path, 2, content=1.0)
     assert checkpoint.read(tmp_path / name(2))["model.safetensors"]["w"][0, 0] == 1
     assert newest(tmp_path) == (2, [])
-    # Its epoch was not over: it is now.
+
+    # Its epoch was not over: it is now. Where that cannot be written, the old one is still there.
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(UserError, match="No space left"):
+            checkpoint.write(tmp_path, {"state.json": {"progress": {"step": 2, "epochs_done": 1}}})
+    assert newest(tmp_path) == (2, [])
     checkpoint.write(tmp_path, {"state.json": {"progress": {"step": 2, "epochs_done": 1}}})
     assert checkpoint.read(tmp_path / name(2))["state.json"]["progress"]["epochs_done"] == 1
 

@@ -766,11 +766,32 @@ def test_another_runs_checkpoints_are_not_overwritten(s3: S3Server, address: str
     run, url = make_run(tmp_path / "a" / "run-1"), f"{address}/run-1"
     S3Mirror(run, address).close(timeout_s=30)
     before = remote(s3, url)
-    with pytest.raises(UserError, match=f"already holds checkpoints .* pass --resume {url}"):
+    with pytest.raises(UserError, match=f"holds checkpoints/step_00000002, later than .* --resume {url}"):
         S3Mirror(tmp_path / "b" / "run-1", address)
     # The same run's own folder may go on, of course.
     S3Mirror(run, address).close(timeout_s=30)
     assert remote(s3, url) == before
+
+
+def test_what_another_machine_has_trained_since_is_not_deleted(
+    s3: S3Server, address: str, tmp_path: Path
+) -> None:
+    here, url = make_run(tmp_path / "a" / "run-1"), f"{address}/run-1"
+    S3Mirror(here, address).close(timeout_s=30)
+    there = restore(url, tmp_path / "b" / "run-1")
+    save_checkpoint(there, 3)
+    S3Mirror(there, address).close(timeout_s=30)
+    before = remote(s3, url)
+    with pytest.raises(UserError, match="holds checkpoints/step_00000003, later than"):
+        S3Mirror(here, address)
+    with pytest.raises(UserError, match="move that folder away"):
+        restore(url, here)
+    assert remote(s3, url) == before
+    # It is as far, or farther: a machine that was stopped goes on in its own folder by the same command.
+    assert restore(url, there) == there
+    save_checkpoint(there, 4)
+    assert restore(url, there) == there
+    assert "step_00000004" in {path.name for path in (there / "checkpoints").iterdir()}
 
 
 def refuse(what: str, where: str, code: str, status: int, operation: str, request: dict[str, Any]) -> None:
@@ -927,8 +948,6 @@ def test_restoring_says_what_is_wrong_and_leaves_no_half_folder(
     for name in ("run-2", "run-3"):
         with pytest.raises(NothingStored, match="there is no run at this address"):
             restore(f"{address}/{name}", tmp_path / "b")
-    with pytest.raises(UserError, match="run-1 is not empty"):
-        restore(url, run)
     with pytest.raises(UserError, match="answered NoSuchBucket"):
         restore("s3://no-such-bucket/run-1", tmp_path / "b")
     with monkeypatch.context() as patch:
