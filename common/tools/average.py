@@ -135,7 +135,7 @@ def statistics_items(setup: Setup) -> list[BatchItem]:
     """
     model, train = setup.model, setup.train
     chosen = np.random.default_rng(0).permutation(len(train))[:STATISTICS_IMAGES]
-    size = model.shape_of(train.sizes()[chosen]) if len(model.shapes) > 1 else model.cfg.img_size
+    size = model.shape_of(train.sizes()[chosen]) if model.settings.get("rect_val") else model.cfg.img_size
     items = eval_items(len(chosen), size, setup.batch_size, 0, 1, model.view)
     whole = [item for item in items if len(item.indices) == setup.batch_size] or items
     return [item._replace(indices=chosen[item.indices]) for item in whole]
@@ -197,11 +197,17 @@ def greedy(setup: Setup, candidates: Sequence[Candidate], chooser: HeldOut) -> t
 
 
 def held_out_images(model: TrainedModel, data_dir: str | None, split: str) -> list[HeldOut]:
-    """The images that choose, and those that report. UserError: there are none."""
+    """The images that choose, and those that report. UserError: there are none, or they are the same."""
     val = open_split(model, data_dir, "val")
     everything = np.ones(len(val), bool)
     if split == "test":
         test = open_split(model, data_dir, "test")
+        # A dataset without val is validated on test.
+        if test.location == val.location:
+            raise UserError(
+                f"--split test: {test.location} holds the validation images too, which choose and so cannot report; "
+                "take --split val, or make a folder val"
+            )
         return [HeldOut("val", val, everything), HeldOut("test", test, np.ones(len(test), bool))]
     even = np.zeros(len(val), bool)
     for label in np.unique(val.labels):

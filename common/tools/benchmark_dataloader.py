@@ -184,6 +184,9 @@ def worker_counts(most: int) -> list[int]:
 def benchmark(options: argparse.Namespace) -> pd.DataFrame:
     if options.device_rate and len(options.device_rate) != len(options.sizes):
         raise UserError(f"--device_rate needs one number for each of --sizes {options.sizes}")
+    # Without worker processes there are no queues, and nothing to prefetch.
+    if options.workers and min(options.workers) < 1:
+        raise UserError(f"--workers takes counts of at least 1, not {min(options.workers)}")
     source = open_source(options.data_dir, "train")
     mine = ("ours", "pyramid" if source.prepared else "originals")
     loaders = {mine: ours(source, options.batch_size)}
@@ -223,7 +226,8 @@ def main(args: list[str] | None = None) -> None:
     add("--sizes", type=int, nargs="+", default=[224, 128, 56], help="of the stages (default: 224 128 56)")
     add("--workers", type=int, nargs="+", help="counts to try (default: 1, 2, 4 ... up to the CPUs)")
     add("--batch_size", type=int, default=64)
-    add("--auto_augment", nargs="+", default=[], help="also measure ours with: trivial rand three")
+    policies = ("trivial", "rand", "three")
+    add("--auto_augment", nargs="+", choices=policies, default=[], help="also measure ours with these")
     add("--passes", type=int, default=3, help="of which the median counts (default: 3)")
     add("--seconds", type=float, default=3.0, help="that a pass takes (default: 3)")
     add("--device_rate", type=float, nargs="+", help="images/s the device trains on, for each of --sizes")

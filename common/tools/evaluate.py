@@ -32,6 +32,7 @@ from common.data.sources.base import Source
 from common.data.sources.folder import FolderSource
 from common.data.sources.open import open_dataset, open_source
 from common.engine.evaluate import one_view, with_flip
+from common.model.create import WEIGHTS
 from common.run import plots
 from common.run.receipt import wilson
 from common.tools.command_line import check_least, make_folder, new_parser, one_sentence
@@ -76,7 +77,8 @@ def open_split(model: TrainedModel, data_dir: str | None, split: str) -> Source:
 def answer(model: TrainedModel, source: Source, batch_size: int, workers: int | None, tta: bool) -> Answers:
     """Ask the model about every image, once. UserError: one cannot be decoded, or the model does not know a class."""
     labels, classes = model.labels_of(source), len(model.cfg.classes)
-    size = model.shape_of(source.sizes()) if len(model.shapes) > 1 else model.cfg.img_size
+    # Images that share one aspect have a single shape, which need not be the square.
+    size = model.shape_of(source.sizes()) if model.settings.get("rect_val") else model.cfg.img_size
     items = eval_items(len(source), size, batch_size, 0, 1, model.view)
     settings = LoaderSettings(workers, model.settings.get("skip_unreadable", False))
     channels_last = model.settings.get("channels_last", True)
@@ -241,7 +243,11 @@ def predictions(source: Source, answers: Answers, names: Sequence[str]) -> pd.Da
 
 
 def evaluate(args: argparse.Namespace) -> str:
-    """Evaluate, write everything into `args.to`, and return the report. UserError: as the functions called here say."""
+    """Evaluate, write everything into `args.to`, and return the report. UserError: `args.to` is a run, or as the functions called here say."""
+    if any((args.to / name).exists() for name in ("training_log.csv", WEIGHTS)):
+        raise UserError(
+            f"--to {args.to} is the folder of a run or a model; choose another, whose files are not theirs"
+        )
     model = TrainedModel(args.model, args.mixed_precision)
     source = open_split(model, args.data_dir, args.split)
     if len(source) < 2:

@@ -11,7 +11,7 @@ The folder needs nothing of this project:
     training.yaml                     the run's settings, for the card's training command
     model.onnx, model.pt2             the network as a program, for any number of images; compared with PyTorch first
 
-It is there whole or not at all.
+It is there whole or not at all. Networks that timm has not, as resnet18_cifar, are given away as programs: with --onnx or --pt2.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from common import UserError
 from common.model.create import WEIGHTS
-from common.model.pretrained_cfg import CONFIG
+from common.model.pretrained_cfg import CONFIG, SMALL_STEM, read_pretrained_cfg
 from common.tools.command_line import new_parser, one_sentence
 from common.tools.model_card import Card, write_card
 from common.tools.model_folder import TrainedModel, add_target, check_target, model_place
@@ -128,6 +128,11 @@ def check(args: argparse.Namespace) -> None:
         raise UserError(f"--onnx needs packages that are not installed: pip install {packages}")
     if args.normalized and not (args.onnx or args.pt2):
         raise UserError("--normalized is about the programs; pass --onnx or --pt2 too")
+    name = read_pretrained_cfg(model_place(args.model)).architecture
+    if name.endswith(SMALL_STEM) and not (args.onnx or args.pt2):
+        raise UserError(
+            f"{args.model} is a {name}, which timm has not, so that timm cannot load its weights; pass --onnx or --pt2"
+        )
     if args.push:
         from huggingface_hub import get_token
 

@@ -14,7 +14,7 @@ import yaml
 
 from common import UserError
 from common.config import RESUME_MAY_CHANGE
-from common.model.pretrained_cfg import PretrainedCfg
+from common.model.pretrained_cfg import SMALL_STEM, PretrainedCfg
 from common.run.progress import clock
 
 # Classes up to which all are listed; of more, the worst by F1.
@@ -64,18 +64,19 @@ def write_card(folder: Path, card: Card) -> None:
             metric_value=round(record["progress"]["best_top1"] / 100, 4),
         )
         results = [result]
+    timms = not card.cfg.architecture.endswith(SMALL_STEM)
     data = ModelCardData(
         license=card.license,
-        library_name="timm",
+        library_name="timm" if timms else None,
         pipeline_tag="image-classification",
-        tags=["image-classification", "timm", card.cfg.architecture],
+        tags=["image-classification", *(["timm"] if timms else []), card.cfg.architecture],
         metrics=["accuracy"],
         model_name=card.name,
         eval_results=results,
     )
     parts = [
         opening(card, record, dataset),
-        use(f"hf-hub:{card.repo}" if card.repo else f"local-dir:{card.name}"),
+        use(f"hf-hub:{card.repo}" if card.repo else f"local-dir:{card.name}") if timms else "",
         programs(card) if card.gaps else "",
         curve(folder, card.run) if card.run else "",
         per_class(folder, card) if card.evaluation else "",
@@ -166,14 +167,16 @@ def per_class(folder: Path, card: Card) -> str:
     UserError: its folder is not there, or about a model of other classes.
     """
     try:
-        table = pd.read_csv(card.evaluation / "per_class.csv", keep_default_na=False, na_values=[""])
+        # Names stay what they are, also "000" and "NA".
+        names = {"dtype": {"class": str}, "keep_default_na": False, "na_values": [""]}
+        table = pd.read_csv(card.evaluation / "per_class.csv", **names)
         head = (card.evaluation / "report.txt").read_text().split("\n\ncalibration")[0]
     except OSError as error:
         why = f"{error.strerror}: {error.filename}"
         raise UserError(
             f"--evaluation {card.evaluation} is not a folder that evaluate wrote ({why})"
         ) from error
-    if table["class"].astype(str).tolist() != card.cfg.classes:
+    if table["class"].tolist() != card.cfg.classes:
         raise UserError(f"--evaluation {card.evaluation} is about a model of other classes")
     shown = (
         "Every class"

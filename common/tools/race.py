@@ -13,32 +13,43 @@ import json
 import math
 import os
 import shlex
+import shutil
+import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from operator import attrgetter
 from pathlib import Path
-from typing import Any
+from types import FrameType
+from typing import Any, TextIO
 
 import numpy as np
 import pandas as pd
 
 from common import UserError
 from common.run import plots
+from common.run.processes import SIGNALS
 from common.run.run import EXIT_INTERRUPTED
 from common.scheduling.budget import BudgetSettings
 from common.tools.command_line import check_least, new_parser, one_sentence
 from common.tools.compare import COLOURS, as_text
-from common.tools.split import split
+from common.tools.split import check_val_fraction, split
 from common.tools.yardstick import ROOT, scripts
 
 # Of the budget: for choosing.
 RACE_SHARE = 0.5
 # What another call for the same race may say.
 MAY_CHANGE = {"go", "markdown", "output"}
+# What the inner split follows from.
+OF_THE_SPLIT = {"data_dir", "val_fraction", "seed"}
+# In the sentence of a script whose planner finds that the budget buys no run: that candidate is out. All else that a script refuses
+# is for the user to mend.
+TOO_SMALL = "is too small for an epoch of each stage"
+STOPPED = "the race was stopped; the same command goes on from here"
 
 
 @dataclass(frozen=True)
@@ -67,8 +78,13 @@ class Job:
 
     @property
     def ledger(self) -> dict[str, Any]:
-        """The `seconds` it took, its `exit_code` and `why`: the last line of its log."""
+        """The `seconds` it took, its `exit_code` and `why`: the error, or else the last line, of its log."""
         return read(self.beside("json"))
+
+    @property
+    def refused(self) -> bool:
+        """Its budget is too small for it."""
+        return self.ledger.get("exit_code") == 2 and TOO_SMALL in self.ledger["why"]
 
     @property
     def receipt(self) -> dict[str, Any]:
@@ -78,6 +94,60 @@ class Job:
     def top1(self) -> float:
         """Of the last epoch, in percent."""
         return self.receipt["last_top1"]
+
+
+class Lanes:
+    """Where trainings run side by side; a signal to the race is passed on to them, and they save what they have."""
+
+    def __init__(self, count: int) -> None:
+        self.count, self.closed = count, False
+        self._running: set[subprocess.Popen[bytes]] = set()
+        # A second signal may come while the first is being passed on.
+        self._lock = threading.RLock()
+
+    def __enter__(self) -> "Lanes":
+        self._previous = {number: signal.signal(number, self._stop) for number in SIGNALS}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _stop(self, number: int, _frame: FrameType | None) -> None:
+        with self._lock:
+            self.closed = True
+            for process in self._running:
+                # Ctrl-C has reached it already; a run takes two signals at once for one.
+                process.send_signal(number)
+        raise UserError(STOPPED)
+
+    def call(self, words: Sequence[str], log: TextIO, environment: Mapping[str, str]) -> int:
+        """Run a command to its end; returns its exit code. UserError: the race was stopped before."""
+        with self._lock:
+            if self.closed:
+                raise UserError(STOPPED)
+            process = subprocess.Popen(words, stdout=log, stderr=log, env=environment)
+            self._running.add(process)
+        try:
+            return process.wait()
+        finally:
+            with self._lock:
+                self._running.remove(process)
+
+    def train(self, jobs: Sequence[Job], args: argparse.Namespace, data_dir: Path) -> None:
+        """Run jobs. UserError: one was stopped, or failed; none begins after it, and those under way have ended."""
+
+        def one(job: Job) -> None:
+            if self.closed:
+                return
+            try:
+                run(job, args, data_dir, self)
+            except BaseException:
+                self.closed = True
+                raise
+
+        with ThreadPoolExecutor(self.count) as pool:
+            list(pool.map(one, jobs))
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -101,30 +171,39 @@ def command(job: Job, args: argparse.Namespace, data_dir: Path) -> list[str]:
     return words + [word for flag, value in given.items() if value is not None for word in (flag, str(value))]
 
 
-def run(job: Job, args: argparse.Namespace, data_dir: Path) -> None:
+def reason(log: str) -> str:
+    """A log's last error, or its last line where there is none: what was waiting to be printed may come behind the error."""
+    lines = log.strip().splitlines() or [""]
+    return next((line for line in reversed(lines) if line.startswith("error: ")), lines[-1])
+
+
+def run(job: Job, args: argparse.Namespace, data_dir: Path, lanes: Lanes) -> None:
     """Train, unless that has ended before; a candidate that is refused, its budget being too small, is out.
 
-    UserError: the training was stopped, or failed.
+    UserError: the training was stopped, failed, or was refused for another reason, of which nothing is kept.
     """
-    if job.receipt or job.ledger.get("exit_code") == 2:
+    if job.receipt or job.refused:
         return
     print(f"{time.strftime('%H:%M:%S')}  {job.folder.name}: {job.budget_s / 60:.1f} min", flush=True)
     log, before, began = job.beside("log"), job.ledger.get("seconds", 0.0), time.monotonic()
     # Lanes share the cores.
     threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // args.lanes))} if args.lanes > 1 else {}
     with log.open("a") as file:
-        done = subprocess.run(
-            command(job, args, data_dir), stdout=file, stderr=file, env={**threads, **os.environ}, check=False
-        )
-    ledger = {"seconds": before + time.monotonic() - began, "exit_code": done.returncode}
-    job.beside("json").write_text(json.dumps({**ledger, "why": log.read_text().strip().rpartition("\n")[2]}))
-    if done.returncode == EXIT_INTERRUPTED:
-        raise UserError("the race was stopped; the same command goes on from here")
-    if done.returncode not in (0, 2):
-        raise UserError(f"{job.folder.name} ended with exit code {done.returncode}: see {log}")
+        # What an earlier attempt said does not count.
+        start = file.tell()
+        code = lanes.call(command(job, args, data_dir), file, {**threads, **os.environ})
+    why = reason(log.read_bytes()[start:].decode(errors="replace"))
+    if code == 2 and TOO_SMALL not in why:
+        raise UserError(f"{job.folder.name} was refused: {why.removeprefix('error: ')} ({log})")
+    ledger = {"seconds": before + time.monotonic() - began, "exit_code": code, "why": why}
+    job.beside("json").write_text(json.dumps(ledger))
+    if code == EXIT_INTERRUPTED:
+        raise UserError(STOPPED)
+    if code not in (0, 2):
+        raise UserError(f"{job.folder.name} ended with exit code {code}: see {log}")
 
 
-def race(args: argparse.Namespace, budget_s: float, inner: Path) -> list[Job]:
+def race(args: argparse.Namespace, budget_s: float, inner: Path, lanes: Lanes) -> list[Job]:
     """Rung by rung, all of a rung before the next; returns all jobs, those of the last rung last, its winner first of them.
 
     UserError: nobody was left.
@@ -135,8 +214,7 @@ def race(args: argparse.Namespace, budget_s: float, inner: Path) -> list[Job]:
     for rung in range(1, rungs + 1):
         share = RACE_SHARE * budget_s / rungs / math.ceil(len(field) / args.lanes)
         rung_jobs = [Job(c, rung, share, args.output / f"rung{rung}_{c.name}") for c in field]
-        with ThreadPoolExecutor(args.lanes) as lanes:
-            list(lanes.map(lambda job: run(job, args, inner), rung_jobs))
+        lanes.train(rung_jobs, args, inner)
         jobs += [job for job in rung_jobs if not job.receipt]
         ended = sorted((job for job in rung_jobs if job.receipt), key=attrgetter("top1"), reverse=True)
         if not ended:
@@ -194,12 +272,22 @@ def draw(jobs: Sequence[Job], path: Path) -> None:
 
 
 def check_same_race(args: argparse.Namespace) -> None:
-    """Write down what this race is run with; UserError: the folder holds one that was run with something else."""
+    """Write down what this race is run with; UserError: the folder holds one that has begun with something else."""
     settings = {name: str(value) for name, value in vars(args).items() if name not in MAY_CHANGE}
     path = args.output / "race.json"
     kept = read(path) or settings
-    if other := [f"--{name} {kept[name]}" for name in settings if kept[name] != settings[name]]:
-        raise UserError(f"--output {args.output} holds a race with {', '.join(other)}; choose another folder")
+    if other := [name for name in settings if kept[name] != settings[name]]:
+        ledgers = sorted(args.output.glob("rung*.json"))
+        begun = any(read(ledger)["exit_code"] != 2 for ledger in ledgers)
+        if begun or any(args.output.glob("rung*/checkpoints/*")):
+            flags = ", ".join(f"--{name} {kept[name]}" for name in other)
+            raise UserError(f"--output {args.output} holds a race with {flags}; choose another folder")
+        # Nothing was trained: the race begins anew, and refusals were of other budgets.
+        for ledger in ledgers:
+            ledger.unlink()
+        if OF_THE_SPLIT & set(other):
+            for name in ("inner", "inner.partial"):
+                shutil.rmtree(args.output / name, ignore_errors=True)
     args.output.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(settings, indent=1))
 
@@ -209,13 +297,20 @@ def whole_race(args: argparse.Namespace) -> str:
     budget_s = BudgetSettings(args.budget, args.usd_per_hour).budget_s()
     if not (args.data_dir / "train").is_dir() or not (args.data_dir / "val").is_dir():
         raise UserError(f"--data_dir {args.data_dir} must hold train/ and val/ with a folder for each class")
-    check_least(args, lanes=1)
+    check_least(args, lanes=1, seed=0)
+    check_val_fraction(args.val_fraction)
+    with Lanes(args.lanes) as lanes:
+        return in_lanes(args, budget_s, lanes)
+
+
+def in_lanes(args: argparse.Namespace, budget_s: float, lanes: Lanes) -> str:
+    """`whole_race`, once the command line is known to be right."""
     check_same_race(args)
     inner = args.output / "inner"
     if not inner.exists():
         same_disk = args.output.stat().st_dev == (args.data_dir / "train").stat().st_dev
         split(args.data_dir / "train", inner, args.val_fraction, args.seed, "link" if same_disk else "copy")
-    jobs = race(args, budget_s, inner)
+    jobs = race(args, budget_s, inner, lanes)
     draw(jobs, args.output / "race.png")
     last = [job for job in jobs if job.rung == jobs[-1].rung and job.receipt]
     winner = last[0]
@@ -231,7 +326,7 @@ def whole_race(args: argparse.Namespace) -> str:
     if not args.go:
         words = shlex.join(["python", *command(final, args, args.data_dir)[1:]])
         return "\n".join([*lines, f"{rest_s / 60:.1f} minutes are left; to train it on all images:", words])
-    run(final, args, args.data_dir)
+    lanes.train([final], args, args.data_dir)
     if not final.receipt:
         raise UserError(
             f"{rest_s / 60:.1f} minutes were left, too few for {final.folder.name}: see its log; raise --budget"

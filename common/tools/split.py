@@ -120,7 +120,7 @@ def _place(source: Path, target: Path, how: str) -> None:
                 if error.errno != errno.EXDEV:
                     raise
         if how == "link":
-            os.link(source, target)
+            _link(source, target)
         elif how == "move" and source.is_symlink():
             target.symlink_to(source.resolve())  # a relative one would lead nowhere from its new place
         else:
@@ -134,6 +134,24 @@ def _place(source: Path, target: Path, how: str) -> None:
         if not filecmp.cmp(source, target, shallow=False):
             raise UserError(f"{source} is not the image that was moved from there to {target}; move it away")
         source.unlink()
+
+
+def _link(source: Path, target: Path) -> None:
+    """Link the image itself: a link to a symbolic link would be a relative one in another place."""
+    image = os.path.realpath(source)
+    try:
+        os.link(image, target)
+    except OSError as error:
+        # The image of a symbolic link may lie on another disk, or be somebody else's.
+        if not source.is_symlink() or error.errno not in (errno.EXDEV, errno.EPERM):
+            raise
+        target.symlink_to(image)
+
+
+def check_val_fraction(share: float) -> None:
+    """UserError: no images would be left on one side."""
+    if not 0 < share < 1:
+        raise UserError(f"--val_fraction must lie between 0 and 1, not {share}")
 
 
 def _table(plan: Plan, limit: int = 20) -> str:
@@ -162,8 +180,7 @@ def main(args: list[str] | None = None) -> None:
     add("--dry_run", action="store_true", help="say what would be done and do nothing")
     options = parser.parse_args(args)
     with one_sentence(parser):
-        if not 0 < options.val_fraction < 1:
-            raise UserError(f"--val_fraction must lie between 0 and 1, not {options.val_fraction}")
+        check_val_fraction(options.val_fraction)
         check_least(options, seed=0)
         if options.dry_run:
             _refuse(options.data_dir, options.out)

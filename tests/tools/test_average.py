@@ -86,6 +86,12 @@ def test_statistics_are_taken_from_mixed_batches_of_training_images(setup: Setup
         torch.testing.assert_close(soup[f"{name}.running_{statistic}"], expected, rtol=1e-3, atol=1e-4)
 
 
+def test_images_of_one_aspect_are_seen_in_their_rectangle(setup: Setup) -> None:
+    # As `choose_shapes` gives it where all images are alike.
+    setup.model.settings["rect_val"], setup.model.shapes = True, np.array([[32, 48]])
+    assert {(item.height, item.width) for item in statistics_items(setup)} == {(32, 48)}
+
+
 def test_the_greedy_soup_takes_what_makes_it_no_worse(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ingredients are numbers, and a soup is good if their mean is near 10."""
     candidates = [
@@ -175,6 +181,10 @@ def test_half_of_the_validation_images_choose_and_the_others_report(
         (["{a}", "{strange}"], "they differ in the tensors' names and shapes"),
         (["{a}", "{b}", "--to", "{a}"], "is there already and not an empty folder"),
         (["{a}", "{b}", "--data_dir", "{empty}"], "has no val"),
+        (
+            ["{a}", "{b}", "--data_dir", "{two}", "--split", "test"],
+            "holds the validation images too, which choose",
+        ),
         (["{a}", "{b}", "--batch_size", "1"], "--batch_size must be at least 2, not 1"),
     ],
 )
@@ -187,7 +197,9 @@ def test_refusals_are_one_sentence(
     config.write_text(config.read_text().replace("class2", "klasse").replace("32", "64"))
     save_file({"w": torch.ones(1)}, tmp_path / "strange" / "model.safetensors")
     (tmp_path / "empty").mkdir()
-    places = {name: tmp_path / name for name in ("other", "strange", "empty")} | dict(
+    for split in ("train", "test"):
+        shutil.copytree(Path(images_of(runs[0])) / "val", tmp_path / "two" / split)
+    places = {name: tmp_path / name for name in ("other", "strange", "empty", "two")} | dict(
         zip("ab", runs, strict=True)
     )
     words = [argument.format(**places) for argument in arguments]

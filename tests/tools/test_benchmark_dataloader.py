@@ -99,6 +99,20 @@ def test_worker_counts():
     assert worker_counts(16) == [1, 2, 4, 8, 16]
 
 
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--workers", "2", "0"], "error: --workers takes counts of at least 1, not 0"),
+        (["--auto_augment", "bogus"], "invalid choice: 'bogus'"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_first(tree, capsys, flags, words):
+    with pytest.raises(SystemExit) as stop:
+        tool.main(["--data_dir", str(tree), "--sizes", "24", "--passes", "1", "--seconds", "0.05", *flags])
+    assert stop.value.code == 2
+    assert words in capsys.readouterr().err
+
+
 def test_what_is_refused(tree, capsys):
     with pytest.raises(SystemExit) as stop:
         tool.main(["--data_dir", str(tree), "--device_rate", "1"])

@@ -21,7 +21,7 @@ from common.tools.evaluate import (
     predictions,
     wilson,
 )
-from common.tools.evaluation_plots import draw_confusion, draw_mistakes, draw_reliability
+from common.tools.evaluation_plots import TILE, draw_confusion, draw_mistakes, draw_reliability, tile
 from common.tools.model_folder import TrainedModel
 from tests.helpers import make_images, run_training
 from train_rect import RectConfig
@@ -101,6 +101,23 @@ def test_a_run_in_rectangles_with_averaged_weights_is_repeated(
     assert "the same, to the last image" in capsys.readouterr().out
 
 
+def test_images_of_one_aspect_are_seen_in_their_rectangle(
+    run: Path, images: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, seen = TrainedModel(run), []
+    # As `choose_shapes` gives it where all images are alike.
+    model.settings["rect_val"], model.shapes = True, np.array([[32, 48]])
+    logits = model.logits
+
+    def watch(pixels: torch.Tensor, *rest: object) -> torch.Tensor:
+        seen.append(tuple(pixels.shape[2:]))
+        return logits(pixels, *rest)
+
+    monkeypatch.setattr(model, "logits", watch)
+    answer(model, FolderSource(images / "val"), 8, 0, tta=False)
+    assert set(seen) == {(32, 48)}
+
+
 def test_a_difference_to_the_log_is_counted(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     other = shutil.copytree(run, tmp_path / "other")
     log = pd.read_csv(other / "training_log.csv")
@@ -157,6 +174,8 @@ def test_two_views_are_the_mean_of_an_image_and_its_mirror_image(run: Path, tmp_
         (["{run}", "--data_dir", "{empty}/strange"], "the model does not know 1 of the classes in "),
         (["{run}", "--data_dir", "{empty}/few"], "holds 1 images; an evaluation takes two or more"),
         (["{run}", "--to", "{empty}/file"], "cannot be written"),
+        (["{run}", "--to", "{run}"], "is the folder of a run or a model; choose another"),
+        (["{run}", "--to", "{run}/model"], "is the folder of a run or a model; choose another"),
         (["{run}", "--batch_size", "0"], "--batch_size must be at least 1, not 0"),
         (["{run}", "--workers", "-1"], "--workers must be at least 0, not -1"),
         (["{run}", "--mixed_precision", "fp16"], "fp16 needs a GPU"),
@@ -259,6 +278,21 @@ def test_plots_of_few_and_many_classes(images: Path, tmp_path: Path, classes: in
             assert plot.width < 2600
             assert plot.height < 2600
             assert len(plot.convert("RGB").getcolors(plot.width * plot.height)) > 50
+
+
+def test_a_mistake_that_cannot_be_read_is_grey(images: Path, tmp_path: Path) -> None:
+    """As one of a run with --skip_unreadable, for which another image stood in."""
+    folder = shutil.copytree(images / "val", tmp_path / "val")
+    (folder / "class0" / "0.jpg").write_bytes(b"no image")
+    (folder / "class0" / "1.jpg").unlink()
+    (folder / "class0" / "1.jpg").symlink_to("nowhere")
+    source = FolderSource(folder)
+    for index in (0, 1):
+        assert (tile(source, index) == np.full((TILE, TILE, 3), 128)).all()
+    labels = np.repeat(np.arange(3), 7)
+    logits = torch.zeros(21, 3)
+    draw(tmp_path, source, Answers(labels, logits, np.tile([2, 1, 0], (21, 1))), NAMES)
+    assert (tmp_path / "mistakes.png").stat().st_size > 1000
 
 
 def test_no_mistake_is_no_trouble(images: Path, tmp_path: Path) -> None:

@@ -1,7 +1,9 @@
 import io
+import json
 import re
 import shlex
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,14 +15,17 @@ import timm
 import torch
 from huggingface_hub import ModelCard
 from PIL import Image
+from safetensors.torch import save_file
 from timm.data import create_transform, resolve_model_data_config
 
 from common.config import RESUME_MAY_CHANGE, as_plain, parse_args
 from common.data.decode import decode_batch
 from common.data.order import BatchItem, View
+from common.model import create_model
 from common.run.plots import write_plots
 from common.tools import evaluate
 from common.tools import export as tool
+from common.tools.model_card import Card, per_class
 from common.tools.model_folder import TrainedModel
 from tests.helpers import make_images, run_training
 from tests.model.models import cfg
@@ -175,6 +180,37 @@ def test_the_cards_six_lines_run(
     name, share = capsys.readouterr().out.split()
     assert name in ("class0", "class1", "class2")
     assert 1 / 3 <= float(share) <= 1
+
+
+def test_classes_may_be_called_by_numbers(tmp_path: Path) -> None:
+    names = ["000", "001", "010"]
+    evaluate.per_class(np.diag([1, 2, 3]), names).to_csv(tmp_path / "per_class.csv")
+    (tmp_path / "report.txt").write_text("a model on images\n\ntop-1 all\n\ncalibration: none\n")
+    (tmp_path / "confusion.png").touch()
+    (tmp_path / "m").mkdir()
+    described = replace(cfg("resnet18"), classes=names)
+    card = Card(None, "m", described, 1, None, tmp_path, "unknown", {}, False)
+    text = per_class(tmp_path / "m", card)
+    assert re.findall(r"^\| (\w+) \| 100.0%", text, re.MULTILINE) == names
+
+
+def test_what_timm_has_not_is_a_program_only(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "small"
+    folder.mkdir()
+    save_file(create_model("resnet18_cifar", 3).state_dict(), folder / "model.safetensors")
+    description = replace(cfg("resnet18_cifar", img_size=32), classes=["a", "b", "c"]).timm_config()
+    (folder / "config.json").write_text(json.dumps(description))
+    said = refused(capsys, folder, "--to", tmp_path / "m")
+    assert "small is a resnet18_cifar, which timm has not" in said
+    assert "pass --onnx or --pt2" in said
+    assert not (tmp_path / "m").exists()
+    monkeypatch.setattr(tool, "write_pt2", lambda *_: 0.0)
+    tool.main([str(folder), "--to", str(tmp_path / "m"), "--pt2"])
+    card = ModelCard.load(tmp_path / "m" / "README.md")
+    assert "timm" not in str(card)
+    assert "`model.pt2` (within " in card.text
 
 
 def test_a_models_folder_alone_has_a_card_too(run: Path, tmp_path: Path) -> None:

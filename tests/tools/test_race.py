@@ -1,22 +1,38 @@
+import inspect
 import json
+import os
 import runpy
+import signal
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
 
+from common.scheduling import budget
 from common.tools import race, yardstick
 from tests.helpers import ROOT, as_if_measured, make_images
 
-# Stands in for our scripts: an accuracy that follows from the strategy and the budget; the last is refused below a minute.
+# Stands in for our scripts: an accuracy that follows from the strategy and the budget; the last is refused below two minutes.
 SCRIPT = """
-import json, pathlib, sys
+import json, os, pathlib, signal, sys, time
 given = dict(zip(sys.argv[1:], sys.argv[2:]))
 name = pathlib.Path(sys.argv[0]).stem
 seconds = float(given["--budget"].rstrip("s"))
 if name == "train_rect" and seconds < 120:
-    print("error: --budget is too small", file=sys.stderr)
+    print("error: --budget 90s is too small for an epoch of each stage: it takes 120s or more", file=sys.stderr)
+    print("said before, and printed late")
     sys.exit(2)
+if given["--model"] == "unheard_of" or given.get("--workers") == "99":
+    print("error: --model or --workers is wrong", file=sys.stderr)
+    sys.exit(2)
+if pathlib.Path("wait").exists():
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
+    signal.signal(signal.SIGINT, lambda *_: sys.exit(75))
+    pathlib.Path("pid.new").write_text(str(os.getpid()))
+    pathlib.Path("pid.new").rename("pid")
+    time.sleep(20)
 stop = pathlib.Path("stop")
 if stop.exists() and "rung2" in given["--run_name"]:
     sys.exit(int(stop.read_text()))
@@ -58,7 +74,7 @@ def test_the_better_half_goes_on_and_the_rest_of_the_budget_trains_the_winner(
         "rung2_progressive_resnet18",
         "rung2_standard_resnet18",
     ]
-    assert "refused" in said
+    assert "refused: 90s is too small for an epoch of each stage: it takes 120s or more" in said
     assert (
         "winner: progressive_resnet18, 10.0 points before standard_resnet18, outside its 95 % interval"
         in said
@@ -107,6 +123,9 @@ def test_a_race_that_was_stopped_goes_on(
         ("--budget 2usd", "--usd_per_hour"),
         ("--budget 1h --data_dir nowhere", "--data_dir nowhere"),
         ("--budget 1h --lanes 0", "--lanes"),
+        ("--budget 1h --seed -1", "--seed must be at least 0, not -1"),
+        ("--budget 1h --val_fraction 0", "--val_fraction must lie between 0 and 1, not 0.0"),
+        ("--budget 1h --val_fraction 1.5", "--val_fraction must lie between 0 and 1, not 1.5"),
     ],
 )
 def test_wrong_calls(
@@ -119,13 +138,91 @@ def test_wrong_calls(
     assert not (tmp_path / "out").exists()
 
 
+def refused(capsys: pytest.CaptureFixture, *words: str) -> str:
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as end:
+        race.main([*words])
+    assert end.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    return line
+
+
+def test_the_planners_sentence_is_known() -> None:
+    assert race.TOO_SMALL in inspect.getsource(budget.plan_budget)
+
+
+def test_what_is_wrong_is_said_and_the_corrected_command_goes_on(
+    flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    out = tmp_path / "out"
+    said = refused(capsys, *flags, "--budget", "30min", "--model", "unheard_of", "--val_fraction", "0.4")
+    assert said.startswith("error: rung1_standard_unheard_of was refused: --model or --workers is wrong (")
+    assert not list(out.glob("rung*.json"))
+    # The first refusal ends the race.
+    assert [path.name for path in out.glob("rung*.log")] == ["rung1_standard_unheard_of.log"]
+    # In the same folder of logs.
+    said = refused(capsys, *flags, "--budget", "30min", "--workers", "99")
+    assert "rung1_standard_resnet18 was refused: --model or --workers is wrong (" in said
+    race.main([*flags, "--budget", "30min"])
+    assert "winner: progressive_resnet18" in capsys.readouterr().out
+    # The split is the last command's, too.
+    assert len(list((out / "inner" / "val").rglob("*.jpg"))) == 3
+    said = refused(capsys, *flags, "--budget", "30min", "--workers", "99")
+    assert "holds a race with --workers None; choose another" in said
+
+
+def test_a_larger_budget_goes_on_where_none_was_trained(
+    flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(race, "scripts", lambda _: ["rect"])
+    said = refused(capsys, *flags, "--budget", "1min")
+    assert "--budget 1min is too small for a race; rung1_rect_resnet18: error: --budget" in said
+    race.main([*flags, "--budget", "30min"])
+    assert "winner: rect_resnet18" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_race_and_its_trainings(
+    number: signal.Signals, flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    wait, pid = tmp_path / "wait", tmp_path / "pid"
+    wait.touch()
+
+    def not_handled(*_: object) -> None:
+        raise AssertionError("the race did not take the signal")
+
+    def send() -> None:
+        while not pid.exists():
+            time.sleep(0.05)
+        os.kill(os.getpid(), number)
+
+    before = signal.signal(number, not_handled)
+    try:
+        sender = threading.Thread(target=send, daemon=True)
+        sender.start()
+        began = time.monotonic()
+        said = refused(capsys, *flags, "--budget", "30min")
+        assert signal.getsignal(number) is not_handled
+    finally:
+        signal.signal(number, before)
+    assert said == "error: the race was stopped; the same command goes on from here"
+    # The training did not sleep to its end, and no other one began after it.
+    assert time.monotonic() - began < 15
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(pid.read_text()), 0)
+    assert [path.name for path in (tmp_path / "out").glob("rung*.log")] == ["rung1_standard_resnet18.log"]
+    wait.unlink()
+    race.main([*flags, "--budget", "30min"])
+    assert "winner: progressive_resnet18" in capsys.readouterr().out
+
+
 def test_our_scripts_know_their_commands(
     flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(race, "ROOT", ROOT)
     commands = []
 
-    def collect(job: race.Job, args, data_dir: Path) -> None:
+    def collect(job: race.Job, args, data_dir: Path, _lanes: race.Lanes) -> None:
         commands.append(race.command(job, args, data_dir))
         job.beside("json").write_text(json.dumps({"seconds": 1.0, "exit_code": 2, "why": "enough"}))
 

@@ -130,6 +130,29 @@ def test_a_moved_symlink_still_leads_to_its_image(folder: Path, tmp_path: Path):
     assert next((tmp_path / "out").rglob("ant/000.jpg")).read_bytes() == content
 
 
+def test_a_link_to_a_symlink_leads_to_its_image(folder: Path, tmp_path: Path, monkeypatch):
+    image, elsewhere = folder / "ant" / "000.jpg", tmp_path / "elsewhere.jpg"
+    content = image.read_bytes()
+    image.rename(elsewhere)
+    image.symlink_to("../../elsewhere.jpg")
+    split(folder, tmp_path / "out", 0.2, 0, "link")
+    (linked,) = (tmp_path / "out").rglob("ant/000.jpg")
+    assert linked.read_bytes() == content
+    assert not linked.is_symlink()
+
+    link = os.link
+
+    def other_disk(source: str, target: Path) -> None:
+        if Path(source) == elsewhere:
+            raise OSError(errno.EXDEV, "Invalid cross-device link")
+        link(source, target)
+
+    monkeypatch.setattr(os, "link", other_disk)
+    split(folder, tmp_path / "other", 0.2, 0, "link")
+    (linked,) = (tmp_path / "other").rglob("ant/000.jpg")
+    assert linked.readlink() == elsewhere
+
+
 def _single(folder: Path) -> None:
     (folder / "cat" / "000.jpg").unlink()
 
