@@ -63,7 +63,7 @@ def read_header(encoded: np.ndarray) -> Header:
 
 def _jpeg_header(data: memoryview) -> Header:
     """Find the frame header as libjpeg does, which scans on for the next marker over whatever else is there."""
-    position, turned = 2, False
+    position, turned = 2, None
     while True:
         marker, length = struct.unpack_from(">HH", data, position)
         # Junk, a stuffed zero, the markers without a length, padding.
@@ -78,7 +78,8 @@ def _jpeg_header(data: memoryview) -> Header:
             return Header(height, width, fast=components in (1, 3))
         if 0xFFD8 <= marker <= 0xFFDA:  # another image begins, this one ends, or its pixels begin
             raise ValueError("no JPEG frame header")
-        if marker == 0xFFE1 and data[position + 4 : position + 10] == b"Exif\0\0":
+        # Of several blocks, decoders look at the first.
+        if turned is None and marker == 0xFFE1 and data[position + 4 : position + 10] == b"Exif\0\0":
             turned = _exif_turned(data[position + 10 : position + 2 + length])
         position += 2 + length
 
@@ -100,7 +101,11 @@ def _exif_turned(tiff: memoryview) -> bool:
 
 def _other_header(data: memoryview) -> Header:
     with Image.open(io.BytesIO(data)) as image:
-        turned = image.getexif().get(0x0112, 1) >= 5
+        # PNG's own method decodes the image, to look behind its pixels.
+        looks_behind = image.format == "PNG" and b"eXIf" in data.tobytes()
+        exif = image.getexif() if looks_behind else Image.Image.getexif(image)
+        # TIFF's size is turned already.
+        turned = 5 <= exif.get(0x0112, 1) <= 8 and image.format != "TIFF"
         width, height = image.size
         return Header(*((width, height) if turned else (height, width)), fast=False)
 

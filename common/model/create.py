@@ -1,8 +1,9 @@
 """Models: ResNets written here, any timm model by name, and weights to start from."""
 
+import argparse
 import difflib
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -71,6 +72,11 @@ def create_model(
         raise UserError(f"--model {name} cannot be built for images of {img_size} px: {error}") from error
 
 
+def takes_one_size(name: str) -> bool:
+    """Whether `create_model` builds this network for one image size, so that it takes no other."""
+    return name not in RESNETS and size_args(architecture(name), None).keys() == {"img_size"}
+
+
 def check_size(model: nn.Module, height: int, width: int) -> str:
     """Why the model cannot take images of this size, in one sentence; "" if it can. Runs one blank image through it.
 
@@ -123,23 +129,28 @@ def create_finetuned_model(
     head_keys = {key for key in own if own[key].shape != wider[key].shape}
     body = own.keys() - head_keys
     fitting = {key: state[key] for key in body & state.keys() if state[key].shape == own[key].shape}
-    total = max(len(body), len(state.keys() - head_keys))
-    if len(fitting) < BODY_THAT_FITS * total:
+    fit, total = len(_learnt(fitting)), max(len(_learnt(body)), len(_learnt(state.keys() - head_keys)))
+    if fit < BODY_THAT_FITS * total:
         advice = f"; they are of --model {source.architecture}" if source else "; are they another model's?"
-        raise UserError(f"--weights {weights}: {len(fitting)} of {total} tensors fit --model {name}{advice}")
+        raise UserError(f"--weights {weights}: {fit} of {total} tensors fit --model {name}{advice}")
     known = source.classes if source else []
     head = _head_by_names({key: own[key] for key in head_keys & state.keys()}, state, known, classes)
     model.load_state_dict(fitting | head, strict=False)
     names = f"the head knows {len(set(known) & set(classes))} of the {len(classes)} classes by name"
-    log.info("loaded %d of %d tensors from %s; %s", len(fitting), total, weights, names)
+    log.info("loaded %d of %d tensors from %s; %s", fit, total, weights, names)
     problems = {
         "of another shape": body & state.keys() - fitting.keys(),
-        "missing from the weights": (own.keys() if head else body) - state.keys(),
+        "missing from the weights": _learnt(own if head else body) - state.keys(),
         "not in the model": state.keys() - own.keys(),
     }
     if listing := "; ".join(f"{what}: {', '.join(sorted(keys))}" for what, keys in problems.items() if keys):
         log.warning("%s: %s", weights, listing)
     return model, source
+
+
+def _learnt(keys: Iterable[str]) -> set[str]:
+    """Without BatchNorm's counts of steps, which old files lack and from which nothing follows."""
+    return {key for key in keys if not key.endswith("num_batches_tracked")}
 
 
 def _head_by_names(
@@ -154,7 +165,7 @@ def _head_by_names(
         if len(state[key]) != len(known):
             raise UserError(f"--weights: {key} has {len(state[key])} rows for {len(known)} classes")
         head[key] = tensor.clone()
-        head[key][into] = state[key][out_of]
+        head[key][into] = state[key][out_of].to(tensor.dtype)
     return head
 
 
@@ -201,9 +212,12 @@ def _read_file(path: Path) -> dict[str, Tensor]:
         if path.suffix == ".safetensors":
             state: Any = load_file(path)
         else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
+            # timm's and torchvision's own checkpoints hold the arguments of their scripts.
+            with torch.serialization.safe_globals([argparse.Namespace]):
+                state = torch.load(path, map_location="cpu", weights_only=True)
     except (*LOAD_ERRORS, SafetensorError) as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        # torch goes on with ways to run what is in the file.
+        reason = next(iter(str(error).splitlines()), type(error).__name__).partition(". ")[0]
         raise UserError(f"--weights {path} cannot be read as a file of tensors only: {reason}") from error
     for wrapper in ("model_state", "state_dict", "model"):
         if isinstance(state, Mapping) and isinstance(state.get(wrapper), Mapping):

@@ -68,6 +68,9 @@ ENCODED = {
     "png one bit": lambda: encode(photograph().convert("1", dither=Image.Dither.NONE), "PNG"),
     "png 16 bit": lambda: encode(sixteen_bits(), "PNG"),
     "png exif": lambda: encode(photograph(), "PNG", exif=exif(6)),
+    "png exif of no meaning": lambda: encode(photograph(), "PNG", exif=exif(9)),
+    "tiff": lambda: encode(photograph(), "TIFF"),
+    "tiff exif": lambda: encode(photograph(), "TIFF", exif=exif(6)),
     "webp": lambda: encode(photograph(), "WEBP"),
     "bmp": lambda: encode(photograph(), "BMP"),
     "gif": lambda: encode(photograph(), "GIF"),
@@ -118,6 +121,18 @@ def test_header_gives_the_size_as_seen(kind):
     header = read_header(encoded)
     assert header[:2] == (height, width)
     assert header.fast == (encoded[:2].tobytes() == b"\xff\xd8" and kind != "jpeg CMYK")
+
+
+def test_of_two_exif_blocks_the_first_counts():
+    once = encode(photograph(), "JPEG", exif=exif(6)).tobytes()
+    block = b"\xff\xe1" + (len(exif(1)) + 2).to_bytes(2, "big") + exif(1)
+    frame = once.index(b"\xff\xdb")
+    twice = np.frombuffer(once[:frame] + block + once[frame:], np.uint8)
+    assert read_header(twice)[:2] == ImageOps.exif_transpose(Image.open(io.BytesIO(twice))).size[::-1]
+
+
+def test_a_pngs_header_is_read_without_its_pixels():
+    assert read_header(encode(photograph(), "PNG")[:200])[:2] == (375, 500)
 
 
 def test_long_exif_block_before_the_frame_header():

@@ -44,9 +44,9 @@ def find_columns(schema: pa.Schema, name: str) -> Columns:
     return Columns(dict(sorted(levels.items())) or {0: images[0]}, label, named.get(label, []), bool(levels))
 
 
-def image_bytes(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    """The bytes of an image column, which has them in structs; nothing is copied."""
-    field = column.type.get_field_index("bytes")
+def part_of(column: pa.ChunkedArray, part: str) -> pa.ChunkedArray:
+    """The "bytes" or the "path" of an image column, which has both in structs; nothing is copied."""
+    field = column.type.get_field_index(part)
     return pa.chunked_array([chunk.flatten()[field] for chunk in column.chunks], column.type[field].type)
 
 
@@ -95,10 +95,13 @@ class ArrowSource(TableSource):
     def __init__(self, table: pa.Table, location: str, fingerprint: str):
         columns = find_columns(table.schema, location)
         super().__init__(table, columns, location, fingerprint)
-        self._images = {level: image_bytes(table.column(name)) for level, name in columns.levels.items()}
+        self._images = {level: part_of(table.column(name), "bytes") for level, name in columns.levels.items()}
+        self._files = {level: part_of(table.column(name), "path") for level, name in columns.levels.items()}
 
     def _image(self, level: int, index: int) -> pa.Scalar:
-        return self._images[level][index]
+        image, file = self._images[level][index], self._files[level][index]
+        # A folder of images that `datasets` has listed stays one of files.
+        return pa.scalar(Path(file.as_py()).read_bytes()) if file.is_valid and not image.is_valid else image
 
     def describe(self, index: int) -> str:
         return f"row {index} of {self.location}"
@@ -131,11 +134,15 @@ def open_datasets(data_dir: str, names: tuple[str, ...]) -> ArrowSource:
     import datasets
 
     try:
-        found = datasets.get_dataset_split_names(data_dir)
+        if saved := (Path(data_dir) / "dataset_dict.json").exists():
+            splits = datasets.load_from_disk(data_dir)
+        found = list(splits) if saved else datasets.get_dataset_split_names(data_dir)
         name = next((name for name in names if name in found), None)
         if name is None:
             raise MissingSplit(f"--data_dir {data_dir} has the splits {found} but no {names[0]}")
-        dataset = datasets.load_dataset(data_dir, split=name)
+        dataset = splits[name] if saved else datasets.load_dataset(data_dir, split=name)
+    except UserError:
+        raise
     except (ConnectionError, datasets.exceptions.DatasetNotFoundError) as error:
         raise UserError(
             f"--data_dir {data_dir} is no folder here, and the hub gave no such dataset: {error}"
@@ -143,4 +150,7 @@ def open_datasets(data_dir: str, names: tuple[str, ...]) -> ArrowSource:
     except datasets.exceptions.DatasetGenerationError as error:
         why = first_line(error.__cause__ or error)
         raise UserError(f"--data_dir {data_dir}: a split is empty, or a file damaged: {why}") from error
+    except (ValueError, RuntimeError, FileNotFoundError) as error:
+        # Several configurations, a loading script, nothing that it knows.
+        raise UserError(f"--data_dir {data_dir}: `datasets` cannot load it: {first_line(error)}") from error
     return ArrowSource(dataset.data.table, f"{name} of {data_dir}", dataset._fingerprint)

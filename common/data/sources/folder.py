@@ -20,6 +20,10 @@ from common.data.sources.cache import cache_folder, cached_sizes, derived, finge
 log = logging.getLogger(__name__)
 
 MANIFEST = b"manifest"
+HIDDEN = (
+    b".",
+    b"@eaDir",
+)  # how names begin that are not the user's: notebooks' and file servers' copies and thumbnails
 HEAD_BYTES = 16 << 10  # enough for most headers; the whole file is read where it is not
 
 
@@ -36,7 +40,7 @@ class FolderSource:
         folder = folder.resolve()
         self.location = str(folder)
         self._root = root = os.fsencode(folder) + b"/"
-        cached = cache_folder() / "manifests" / f"{fingerprint_of(root)}.arrow"
+        cached = cache_folder() / "manifests" / f"{fingerprint_of(root, HIDDEN)}.arrow"
         manifest = derived(cached, lambda: _scan(root), lambda table: _current(table, root))
         facts = json.loads(manifest.schema.metadata[MANIFEST])
         self.classes, self.fingerprint, self._place = facts["classes"], facts["fingerprint"], facts["place"]
@@ -71,16 +75,28 @@ def _scan(root: bytes) -> pa.Table:
         directories.append((os.fsdecode(prefix), os.stat(root + prefix).st_mtime_ns))
         with os.scandir(root + prefix) as entries:
             for entry in sorted(entries, key=lambda entry: entry.name):
+                if entry.name.startswith(HIDDEN):
+                    continue
                 if entry.is_dir():
                     yield from images_below(prefix + entry.name + b"/")
-                elif entry.name.lower().endswith(_EXTENSIONS) and not entry.name.startswith(b"."):
+                elif entry.name.lower().endswith(_EXTENSIONS):
                     yield prefix + entry.name
 
-    classes = sorted(os.fsdecode(entry.name) for entry in os.scandir(root) if entry.is_dir())
+    folders = [
+        entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith(HIDDEN)
+    ]
+    classes = sorted(map(os.fsdecode, folders))
     if not classes:
         raise UserError(f"{os.fsdecode(root)} holds no class folders; expected <class>/<image>.jpg below it")
     for name in classes:
-        found = list(images_below(os.fsencode(name) + b"/"))
+        if os.fsencode(name) != name.encode(errors="replace"):
+            raise UserError(
+                f"{os.fsdecode(root)} has a class folder whose name is not UTF-8, {name!a}; rename it"
+            )
+        try:
+            found = list(images_below(os.fsencode(name) + b"/"))
+        except OSError as error:
+            raise UserError(f"cannot list {os.fsdecode(root)}{name}: {error.strerror}") from error
         if not found:
             raise UserError(f"{os.fsdecode(root)}{name} holds no images; remove the folder or fill it")
         paths += found

@@ -78,11 +78,14 @@ def open_source(data_dir: str, split: str, streaming: bool = False) -> Source:
         return open_datasets(data_dir, names)
     if shards := sorted(folder.glob("data/*.arrow")):
         return open_shards(data_dir, shards, names)
-    if any(next((folder / below).glob("*.parquet"), None) for below in ("", "data", *names)):
-        return open_datasets(data_dir, names)
-    for name in names:
-        if (folder / name).is_dir():
-            return FolderSource(folder / name)
+    trees = [folder / name for name in names if (folder / name).is_dir()]
+    if any(path.is_dir() for tree in trees[:1] for path in tree.iterdir()):
+        return FolderSource(trees[0])
+    # Shards may lie in the folder of a configuration; `save_to_disk` writes a list of its splits.
+    if any(next(folder.glob(shard), None) for shard in ("*.parquet", "*/*.parquet", "dataset_dict.json")):
+        return open_datasets(str(folder), names)
+    if trees:
+        return FolderSource(trees[0])
     raise MissingSplit(f"--data_dir {data_dir} {_what_is_missing(folder.resolve(), names)}")
 
 

@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 from pyarrow import fs
 
 from common import UserError
-from common.data.sources.arrow import TableSource, find_columns, image_bytes
+from common.data.sources.arrow import TableSource, find_columns, part_of
 from common.data.sources.base import MissingSplit
 from common.data.sources.cache import cache_folder, derived
 from common.data.sources.remote import Storage
@@ -104,7 +104,7 @@ class StreamSource(TableSource):
         table = derived(path, lambda: self._fetch(number, level), required=True)
         with suppress(FileNotFoundError):  # another process may need the room
             os.utime(path)  # what was not used for longest makes room first
-        return image_bytes(table.column(0))
+        return part_of(table.column(0), "bytes")
 
     def _fetch(self, number: int, level: int) -> pa.Table:
         self._make_room()

@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from common import UserError
 from common.data.sources import cache as cache_module
 from common.data.sources import folder as sources
 from common.data.sources.folder import FolderSource
@@ -39,6 +40,25 @@ def test_extensions_nested_folders_and_files_that_are_no_images(tree):
         (cat / name).write_text("no image")
     train, _ = opened(tree)
     assert np.bincount(train.labels).tolist() == [8, 6, 6]
+
+
+def test_what_notebooks_and_file_servers_leave_behind_is_passed_over(tree):
+    for folder in (".ipynb_checkpoints", "@eaDir/0.jpg"):
+        (tree / "train" / "cat" / folder).mkdir(parents=True)
+        shutil.copy(tree / "train" / "cat" / "0.jpg", tree / "train" / "cat" / folder / "copy.jpg")
+    (tree / "train" / ".ipynb_checkpoints").mkdir()
+    train, _ = opened(tree)
+    assert np.bincount(train.labels).tolist() == [6, 6, 6]
+
+
+def test_folders_that_cannot_be_listed_are_named(tree):
+    (tree / "train" / "cat" / "self").symlink_to(tree / "train" / "cat")
+    with pytest.raises(UserError, match="Too many levels"):
+        opened(tree)
+    (tree / "train" / "cat" / "self").unlink()
+    os.rename(tree / "train" / "owl", os.fsencode(tree / "train") + b"/\xe9t\xe9")
+    with pytest.raises(UserError, match="name is not UTF-8"):
+        opened(tree)
 
 
 def test_names_in_any_script_and_no_valid_utf8(tree):
@@ -209,7 +229,7 @@ def test_one_million_images_start_at_once(tmp_path, monkeypatch, cache):
     table = pa.table({"path": array, "label": labels}).replace_schema_metadata(
         {"manifest": json.dumps(facts)}
     )
-    name = cache_module.fingerprint_of(os.fsencode(root) + b"/")
+    name = cache_module.fingerprint_of(os.fsencode(root) + b"/", sources.HIDDEN)
     cache_module.write_arrow(cache / "manifests" / f"{name}.arrow", table)
     sides = np.full(MANY, 500, np.int32)
     cache_module.write_arrow(cache / "sizes" / "place.arrow", pa.table({"height": sides, "width": sides}))

@@ -8,9 +8,10 @@ import pytest
 
 from common import UserError
 from common.data import sample
+from common.data.sources.arrow import open_datasets
 from common.data.sources.base import MissingSplit
 from common.data.sources.open import open_source
-from tests.data.examples import make_parquet, make_pyramid, make_tree, opened
+from tests.data.examples import encoded, make_parquet, make_pyramid, make_tree, opened, picture
 from tests.helpers import launch
 
 
@@ -103,6 +104,43 @@ def test_needs_no_arrow_to_import(tmp_path):
     (tmp_path / "without.py").write_text(WITHOUT)
     done = launch(1, str(tmp_path / "without.py"))
     assert done.returncode == 0, done.stderr
+
+
+def test_a_tree_stays_one_beside_a_table(tree):
+    pq.write_table(pa.table({"note": ["x"]}), tree / "meta.parquet")
+    assert [len(source) for source in opened(tree)] == [18, 9]
+
+
+def test_images_that_datasets_keeps_as_files_are_read(tree):
+    source = open_datasets(str(tree), ("train",))
+    assert source.read(0, 32).tobytes() == (tree / "train" / "cat" / "0.jpg").read_bytes()
+    assert source.sizes().tolist() == [[40, 50]] * 18
+
+
+@pytest.mark.parametrize("layout", ["configuration", "saved to disk"])
+def test_other_layouts_of_datasets(tmp_path, layout):
+    import datasets
+
+    flat = make_parquet(tmp_path / "flat")
+    if layout == "configuration":
+        (tmp_path / "data" / "plain_text").mkdir(parents=True)
+        for shard in flat.glob("*.parquet"):
+            shard.rename(tmp_path / "data" / "plain_text" / shard.name)
+    else:
+        datasets.load_dataset(str(flat)).save_to_disk(tmp_path / "data")
+    train, val = opened(tmp_path / "data")
+    assert (len(train), len(val), train.classes) == (12, 6, ["a", "b", "c"])
+    assert train.read(5, 32).tobytes() == encoded(picture(5))["bytes"]
+
+
+def test_what_datasets_cannot_load_is_one_sentence(tmp_path, monkeypatch):
+    import datasets
+
+    def refuse(*args, **options):
+        raise ValueError("Config name is missing.\nPlease pick one")
+
+    monkeypatch.setattr(datasets, "get_dataset_split_names", refuse)
+    assert "`datasets` cannot load it: Config name is missing." in refused("org/name")
 
 
 def test_hub_that_cannot_be_reached(monkeypatch):
