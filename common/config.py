@@ -218,7 +218,9 @@ class CurriculumConfig(TrainConfig):
 
     def curriculum(self) -> list[Stage]:
         """The script's list or the user's, scaled."""
-        return scale_stages(self.stages or self.listed(), self.epochs, self.img_size, self.batch_size)
+        # Of the script's own list, as many stages as there are epochs: the last, which have the largest images.
+        stages = self.stages or self.listed()[-(self.epochs or 0) :]
+        return scale_stages(stages, self.epochs, self.img_size, self.batch_size)
 
 
 # What may differ when a run goes on: it changes no sample and no schedule, at most the rounding, and with --patience

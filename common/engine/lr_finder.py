@@ -113,13 +113,15 @@ def rise_threshold(losses: list[float], smoothed: list[float], iterations: int) 
     They follow from the changes between neighbouring losses of the last quarter of the sweep (noise grows with the
     rate), or of all if these are larger. NaN in the first third, whose rates hardly move a weight: a rise is noise.
     """
+    if not losses:
+        return []
     first, window = iterations // 3, max(12, iterations // 4)
     changes = [b - a for a, b in pairwise(losses) if math.isfinite(b)]
     # Of a normal distribution the median is a standard deviation / 1.4826; a blow-up hardly moves it.
     overall = 1.4826 * median(map(abs, changes or [0.0]))
     # A change has twice the variance of a loss, the average with weight a = 10 / iterations has a / (2 - a) of it.
     share = math.sqrt(10 / (2 * iterations - 10) / 2)
-    counts = min(RISE, fmean(losses[:first]) / 10) if losses else RISE
+    counts = min(RISE, fmean(losses[:first]) / 10)
     threshold = [math.nan] * min(first, len(losses))
     for step in range(first, len(losses)):
         recent = math.sqrt(fmean(change**2 for change in changes[max(0, step - 1 - window) : step - 1]))

@@ -15,7 +15,7 @@ from common.data.loader import Loader
 from common.data.sources.base import Source
 from common.engine.memory import fit_memory
 from common.engine.trainer import Trainer
-from common.model.create import check_size
+from common.model.create import check_size, takes_one_size
 from common.model.freezing import check_frozen, linear_head
 from common.model.optimizer import create_optimizer
 from common.model.pretrained_cfg import PretrainedCfg
@@ -37,7 +37,8 @@ def facts_of(run: Run, model: nn.Module, train: Source) -> Facts:
         images=len(train),
         classes=len(train.classes),
         processes=run.accelerator.num_processes,
-        short_side=typical_short_side(train),
+        # A network of one size has been built for the largest stage's, which is not to change.
+        short_side=0 if takes_one_size(run.cfg.model) else typical_short_side(train),
         stride=features[-1]["reduction"] if isinstance(features, list) and features else 0,
         linear_head=linear_head(model) is not None,
     )

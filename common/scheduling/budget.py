@@ -221,10 +221,12 @@ def _budgeted(
     )
     sweep = 0 if known_peak(in_force, plan.global_batches[0]) else in_force["lr_finder_iterations"]
     parts = seconds_by_part(plan, costs, sweep, evaluations)
+    # Those at the end are made in any case.
+    at_the_end = evaluations * costs.by_stage(plan)[-1].evaluate_s
     while (
         "eval_every" not in given
         and rarely < plan.total_epochs
-        and parts["evaluate"] > EVALUATION_SHARE * sum(parts.values())
+        and parts["evaluate"] - at_the_end > EVALUATION_SHARE * sum(parts.values())
     ):
         # In steps of a tenth where it is large: a plan is made of many such runs.
         rarely = min(rarely + max(1, rarely // 10), plan.total_epochs)

@@ -57,6 +57,11 @@ def resolve_lr(base_lr: float, global_batch: int, lr_scaling: Literal["linear", 
     return base_lr * global_batch / LR_PER_IMAGES if lr_scaling == "linear" else base_lr
 
 
+def is_sgd(optimizer: str) -> bool:
+    """Whether an optimizer of timm's steps in proportion to the gradient, or moves every weight by about the rate."""
+    return any(name in optimizer for name in SGD_LIKE)
+
+
 def known_peak(settings: Mapping[str, Any], global_batch: int) -> float | None:
     """The peak of the learning rate, where no sweep has to find it: a given one, or an adaptive optimizer's.
 
@@ -65,7 +70,7 @@ def known_peak(settings: Mapping[str, Any], global_batch: int) -> float | None:
     """
     if settings["lr"] != "auto":
         return resolve_lr(settings["lr"], global_batch, settings["lr_scaling"])
-    if any(name in settings["optimizer"] for name in SGD_LIKE):
+    if is_sgd(settings["optimizer"]):
         return None
     kept = KEEPING_WEIGHTS if settings.get("weights") else 1.0
     return kept * ADAPTIVE_LR * math.sqrt(global_batch / LR_PER_IMAGES)
@@ -77,6 +82,9 @@ def cosine_cycle(step: int, total: int, rise: float, start: float, peak: float, 
     Smith and Topin's OneCycle (2018) in the form of `torch.optim.lr_scheduler.OneCycleLR`. A cosine with warm-up is a
     cycle with a short rise.
     """
+    if total == 1:
+        # Torch's would be the last, and hardly move.
+        return peak
     top, last = rise * total - 1, total - 1
     if step <= top:
         return _cosine(start, peak, step / top if top > 0 else 1.0)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from itertools import chain, groupby, repeat
 from typing import Any, Literal
 
-from common.scheduling.rates import known_peak
+from common.scheduling.rates import is_sgd, known_peak
 from common.scheduling.stages import (
     BACKBONE,
     PATCH,
@@ -127,7 +127,11 @@ def adapt(
         _fit_batches(result, settings, free, facts)
     smaller = [s.batch_size for s in result.stages] != [s.batch_size for s in stages]
     if length != "strong" or smaller:
+        _fit_peak(result, settings, free)
         _fit_rates(result, settings, free)
+    elif not is_sgd(settings["optimizer"]):
+        # A list's own rate is SGD's.
+        _fit_peak(result, settings, free)
     _fit_regularisation(result, settings, free, length if recipe == "auto" else recipe)
     _fit_horizons(result, settings, free, facts)
     if "stages" not in given and short:
@@ -266,21 +270,27 @@ def _fit_batches(recipe: Recipe, settings: Mapping[str, Any], free: set[str], fa
         recipe.notes.append(f"{percent} of the data by stage, for more steps (--stages)")
 
 
-def _fit_rates(recipe: Recipe, settings: Mapping[str, Any], free: set[str]) -> None:
-    """Peak and curve of the learning rate, where length or batches are no longer the list's."""
+def _fit_peak(recipe: Recipe, settings: Mapping[str, Any], free: set[str]) -> None:
+    """The peak of the learning rate, where length, batches or optimizer are no longer the list's."""
     # The linear rule is known from 256 images up (Goyal et al., 2017); at 64 it gives 0.025, and 0.14 to 0.32 do well.
     # The limit belongs to the rule.
-    if "lr" in free and settings["lr"] != "auto":
-        recipe.values.update({"lr": "auto"} | ({"max_lr": None} if "max_lr" in free else {}))
-        recipe.notes.append(f"a peak found here (--lr auto), not {settings['lr']} per 256 images")
-        # Which is above the rate of the blow-up, and borne only after a warm-up at less momentum.
-        cycle = {"pct_start": RISE, "momentum_swing": SWING}
-        if changes := {
-            name: value for name, value in cycle.items() if name in free and settings[name] < value
-        }:
-            recipe.values.update(changes)
-            named = ", ".join(f"--{name} {value}" for name, value in changes.items())
-            recipe.notes.append(f"OneCycle's warm-up and momentum ({named})")
+    if "lr" not in free or settings["lr"] == "auto":
+        return
+    recipe.values.update({"lr": "auto"} | ({"max_lr": None} if "max_lr" in free else {}))
+    kind = "a peak found here" if is_sgd(settings["optimizer"]) else f"{settings['optimizer']}'s own peak"
+    recipe.notes.append(f"{kind} (--lr auto), not {settings['lr']} per 256 images")
+    # Which is above the rate of the blow-up, and borne only after a warm-up at less momentum.
+    cycle = {"pct_start": RISE}
+    if SWING <= settings["momentum"] < 1 - SWING:
+        cycle["momentum_swing"] = SWING
+    if changes := {name: value for name, value in cycle.items() if name in free and settings[name] < value}:
+        recipe.values.update(changes)
+        named = ", ".join(f"--{name} {value}" for name, value in changes.items())
+        recipe.notes.append(f"OneCycle's warm-up and momentum ({named})")
+
+
+def _fit_rates(recipe: Recipe, settings: Mapping[str, Any], free: set[str]) -> None:
+    """The curve of the learning rate over the stages, where length or batches are no longer the list's."""
     # A new head has a cycle of its own; other stages spend too much of a short run on warming up: 3.0 points against one cycle. And the
     # last size needs a rate that still moves: listed scales anneal on top of the cycle.
     if any(BACKBONE in stage.frozen for stage in recipe.stages):
@@ -308,7 +318,9 @@ def _fit_regularisation(recipe: Recipe, settings: Mapping[str, Any], free: set[s
         recipe.values["crop_pct"] = 1.0
         said.append("whole squares in evaluation (--crop_pct)")
     mixing = {"stages", "mixup_share", "mixup_alpha", "cutmix_alpha", "batch_aug_prob"} & settings.keys()
-    if mixing <= free and any(stage.mixup for stage in recipe.stages):
+    # Who leaves one of the two out has not asked for the other.
+    asked = any(settings[name] for name in mixing - free)
+    if not asked and any(stage.mixup for stage in recipe.stages):
         recipe.stages[:] = [replace(stage, mixup=kept * stage.mixup) for stage in recipe.stages]
         said.append(f"mixing in {kept:.0%} of the listed epochs (--mixup_alpha)")
     if "erasing_prob" in free and settings["erasing_prob"]:

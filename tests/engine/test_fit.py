@@ -14,6 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
+import train_standard
 from common import UserError
 from common.config import parse_args
 from common.engine import recording
@@ -378,6 +379,25 @@ def test_a_resumed_run_keeps_its_batches_whatever_fits(data, tmp_path, monkeypat
     assert "global batches of [13] images do not come in equal parts" in capsys.readouterr().err
     new = run_training(StandardConfig, data, tmp_path, "new", *flags, "--auto_batch")
     assert progress(new)["global_batches"] == [12]
+
+
+def test_a_network_of_one_size_trains_on_smaller_images(data, tmp_path):
+    """It was built for the size that was asked for, or listed, whatever the images' own."""
+    args = [
+        "--data_dir",
+        str(data),
+        "--model",
+        "test_vit_relpos",
+        "--epochs",
+        "1",
+        "--batch_size",
+        "16",
+        "--workers",
+        "0",
+    ]
+    args += ["--trackers", "none", "--output", str(tmp_path), "--run_name", "run", "--optimizer", "adamw"]
+    train_standard.main(parse_args(StandardConfig, "", args))
+    assert {row["img_size"] for row in rows(tmp_path / "run")} == {"224"}
 
 
 def test_a_resumed_run_finds_its_weights_elsewhere(data, base, tmp_path, monkeypatch):

@@ -209,6 +209,8 @@ def test_ends_when_the_loss_has_diverged() -> None:
         (lambda lr: 4 + 4 * (lr / 1e-3) ** 8, 100, 0.0, "too early"),
         (lambda lr: 4.0 if lr < 0.3 else 1e9, 15, 0.3, "noise"),
         (curve(0.3), 14, 0.0, "14 steps are too few"),
+        (curve(0.3), 5, 0.0, "5 steps are too few"),
+        (curve(0.3), 1, 0.0, "1 steps are too few"),
     ],
 )
 def test_says_that_a_curve_cannot_be_trusted_and_takes_the_fallback(

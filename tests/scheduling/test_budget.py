@@ -178,6 +178,13 @@ def test_evaluations_that_would_cost_more_than_a_tenth_become_rarer():
     assert rare.recipe.values["eval_every"] == rare.plan.eval_every > 1 == every.plan.eval_every
     assert rare.plan.total_epochs > every.plan.total_epochs
     assert "--eval_every" in rare.recipe.notes[-1]
+    # Those at the end are made in any case.
+    costs = costs_of(STAGES, evaluate_s=2.0)
+    at_the_end = plan_budget(
+        STAGES, settings_of(budget="900s"), (), SMALL, costs, 900, evaluations=40.0
+    ).whole
+    assert at_the_end.parts["evaluate"] > 0.1 * at_the_end.total_s
+    assert "eval_every" not in at_the_end.recipe.values
     # No rarer than that takes.
     more = seconds_by_part(replace(rare.plan, eval_every=rare.plan.eval_every - 1), costly, 0, 0.0)
     assert more["evaluate"] > 0.1 * rare.total_s

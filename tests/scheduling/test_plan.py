@@ -60,6 +60,10 @@ def test_lr_and_momentum_equal_torch_at_every_step(epochs, batch, processes, pct
             oracle.step()
 
 
+def test_a_cycle_of_one_step_is_its_peak():
+    assert cosine_cycle(0, 1, 0.3, 0.004, 0.1, 4e-7) == 0.1
+
+
 def test_stage_wise_is_one_torch_cycle_per_stage():
     stages = [Stage(3, 56, 128), Stage(2, 112, 64)]
     plan = plan_for(stages, peak=0.8, stage_wise=True, max_lr=0.6)

@@ -52,6 +52,39 @@ def test_nothing_changes_at_the_lists_own_scale(name, processes):
     assert recipe.notes == []
 
 
+@pytest.mark.parametrize("name", ["progressive", "rect"])
+def test_a_lists_own_rate_is_not_adams(name):
+    recipe = adapted(name, imagenet(8), optimizer="adamw")
+    assert recipe.stages == CONFIGS[name].curriculum()
+    assert recipe.values["lr"] == "auto"
+    assert "adamw's own peak (--lr auto), not 0.1 per 256 images" in recipe.notes
+    assert "lr" not in adapted(name, imagenet(8), optimizer="adamw", lr=0.1).values
+
+
+def test_who_leaves_one_kind_of_mixing_out_has_not_asked_for_the_other():
+    for zero in ("mixup_alpha", "cutmix_alpha", "batch_aug_prob", "mixup_share"):
+        assert every(adapted("standard", epochs=5, **{zero: 0.0}), "mixup") == {0.0}
+    assert every(adapted("standard", epochs=5, cutmix_alpha=0.5), "mixup") == {0.9}
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.95])
+def test_the_swing_leaves_the_momentum_in_its_range(momentum):
+    cfg = dataclasses.replace(CONFIGS["rect"], epochs=12, momentum=momentum)
+    values = adapted("rect", epochs=12, momentum=momentum).values
+    dataclasses.replace(cfg, **values).check_momentum()
+    assert values["pct_start"] == 0.3
+
+
+@pytest.mark.parametrize(
+    ("name", "epochs"), [("hybrid", 1), ("hybrid", 3), ("progressive", 2), ("expert", 2)]
+)
+def test_fewer_epochs_than_stages_are_the_last_stages(name, epochs):
+    listed = CONFIGS[name].curriculum()
+    short = dataclasses.replace(CONFIGS[name], epochs=epochs).curriculum()
+    assert short == [dataclasses.replace(stage, epochs=1) for stage in listed[-epochs:]]
+    assert sum(stage.epochs for stage in adapted(name, epochs=epochs).stages) == epochs
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 def test_listed_changes_nothing_anywhere(name):
     recipe = adapted(name, recipe="listed")
