@@ -39,7 +39,7 @@ TRAIN = 0
 # Images per forward pass: without gradients larger ones are no faster on a CPU, and hardly on a GPU.
 BATCH = 128
 # Settings of a training in steps, which does not take place, beside those of its schedule, optimizer and augmentation.
-STEPS = {"stages", "recipe", "epochs", "head_epochs", "mixup_share", "accumulation"}
+STEPS = {"recipe", "epochs", "head_epochs", "mixup_share", "accumulation"}
 STEPS |= {"clip_grad", "crop_scale", "eval_every", "final_eval", "patience", "sampler"}
 # Training images that tell which statistics serve a BatchNorm better, and the weight decay of the heads that are compared: the middle one.
 LOOK_IMAGES, LOOK_DECAY = 1024, 0.01
@@ -132,7 +132,12 @@ def probe(run: Run, model: nn.Module, train: Source, val: Source, source: Pretra
         raise UserError("--probe runs in one process: start it with python, or --num_processes 1")
     kinds = ScheduleSettings, OptimizerSettings, AugmentSettings
     idle = STEPS | {field.name for kind in kinds for field in dataclasses.fields(kind)}
-    if given := sorted(cfg.given & idle):
+    # A probe's own config.yaml names them all, and its one epoch.
+    defaults = type(cfg)()
+    given = sorted(name for name in cfg.given & idle if getattr(cfg, name) != getattr(defaults, name))
+    if sum(stage.epochs for stage in cfg.stages) > 1:
+        given.append("stages")
+    if given:
         raise UserError(f"--probe takes no steps of training: leave out --{', --'.join(given)}")
     head = linear_head(model)
     if head is None:

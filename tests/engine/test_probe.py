@@ -67,6 +67,9 @@ def test_a_probe_ends_as_any_other_run(
     (row,) = rows(run / "training_log.csv")
     summary = json.loads((run / "summary.json").read_text())
     assert summary["best_top1"] == pytest.approx(float(row["val_top1"]), abs=0.01)
+    args = ["--config", str(run / "config.yaml"), "--run_name", "again"]
+    train_finetune.main(parse_args(train_finetune.FinetuneConfig, "", args))
+    assert_same(weights(run), weights(tmp_path / "again"))
     assert (run / "plots" / "accuracy_live.png").exists()
     # Colours tell the classes, also through random layers.
     assert float(row["train_top1"]) > 90
@@ -244,7 +247,7 @@ def test_a_dry_run_says_what_it_would_do_and_writes_nothing(
 def test_what_it_cannot_do_is_refused(processes: int, last: nn.Module, says: str) -> None:
     model = nn.Sequential(nn.Flatten(), last)
     model.get_classifier = lambda: last  # type: ignore[assignment]
-    cfg = SimpleNamespace(given={"weights"}, model="some")
+    cfg = SimpleNamespace(given={"weights"}, model="some", stages=[])
     run: Any = SimpleNamespace(accelerator=SimpleNamespace(num_processes=processes), cfg=cfg)
     with pytest.raises(UserError, match=says):
         module.probe(run, model, None, None, None)  # type: ignore[arg-type]
