@@ -20,10 +20,8 @@ from common.data.sources.cache import cache_folder, cached_sizes, derived, finge
 log = logging.getLogger(__name__)
 
 MANIFEST = b"manifest"
-HIDDEN = (
-    b".",
-    b"@eaDir",
-)  # how names begin that are not the user's: notebooks' and file servers' copies and thumbnails
+# How names begin that are not the user's: notebooks' and file servers' copies and thumbnails.
+HIDDEN = (b".", b"@eaDir")
 HEAD_BYTES = 16 << 10  # enough for most headers; the whole file is read where it is not
 
 

@@ -79,7 +79,7 @@ def open_source(data_dir: str, split: str, streaming: bool = False) -> Source:
     if shards := sorted(folder.glob("data/*.arrow")):
         return open_shards(data_dir, shards, names)
     trees = [folder / name for name in names if (folder / name).is_dir()]
-    if any(path.is_dir() for tree in trees[:1] for path in tree.iterdir()):
+    if any(path.is_dir() and path.name[0] != "." for tree in trees[:1] for path in tree.iterdir()):
         return FolderSource(trees[0])
     # Shards may lie in the folder of a configuration; `save_to_disk` writes a list of its splits.
     if any(next(folder.glob(shard), None) for shard in ("*.parquet", "*/*.parquet", "dataset_dict.json")):
