@@ -1,6 +1,7 @@
 """What the command lines of the programs here have in common."""
 
 import argparse
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,6 +31,11 @@ def check_least(args: argparse.Namespace, **least: int) -> None:
         given = getattr(args, flag)
         if given is not None and given < value:
             raise UserError(f"--{flag} must be at least {value}, not {given}")
+
+
+def in_utf8(name: str | Path) -> str:
+    """A file's name as text that can be written: bytes that are not UTF-8, as from old archives, as \\xe9."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
 def make_folder(folder: Path, flag: str) -> None:

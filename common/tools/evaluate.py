@@ -35,7 +35,7 @@ from common.engine.evaluate import one_view, with_flip
 from common.model.create import WEIGHTS
 from common.run import plots
 from common.run.receipt import wilson
-from common.tools.command_line import check_least, make_folder, new_parser, one_sentence
+from common.tools.command_line import check_least, in_utf8, make_folder, new_parser, one_sentence
 from common.tools.evaluation_plots import draw_confusion, draw_mistakes, draw_reliability
 from common.tools.model_folder import TrainedModel, add_arguments
 
@@ -232,7 +232,7 @@ def predictions(source: Source, answers: Answers, names: Sequence[str]) -> pd.Da
     probabilities = F.softmax(answers.logits, 1).gather(1, torch.from_numpy(answers.ranked)).numpy()
     labels = np.array(names, object)
     columns = {
-        "path": [source.describe(index) for index in range(len(source))],
+        "path": [in_utf8(source.describe(index)) for index in range(len(source))],
         "class": labels[answers.labels],
         "right": answers.right.astype(int),
     }

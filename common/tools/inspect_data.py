@@ -33,7 +33,7 @@ from common.data.order import BatchItem, View
 from common.data.sources.base import MissingSplit, Source
 from common.data.sources.folder import FolderSource
 from common.run import plots
-from common.tools.command_line import check_least, make_folder, new_parser, one_sentence
+from common.tools.command_line import check_least, in_utf8, make_folder, new_parser, one_sentence
 from common.tools.prepare import PIECE, Piece, cut, map_in_workers, open_splits
 
 UNREADABLE = "unreadable"
@@ -48,7 +48,11 @@ def inspect_piece(sources: dict[str, Source], piece: Piece) -> pd.DataFrame:
     source, rows = sources[split], []
     pixels = torch.empty((1, 3, 32, 32), dtype=torch.uint8, memory_format=torch.channels_last)
     for index in indices:
-        row = {"split": split, "place": source.describe(index), "class": source.classes[source.labels[index]]}
+        row = {
+            "split": split,
+            "place": in_utf8(source.describe(index)),
+            "class": source.classes[source.labels[index]],
+        }
         row |= {"bytes": 0, "digest": 0, "height": 0, "width": 0, "kind": UNREADABLE, "why": ""}
         try:
             encoded = source.read(index, 1 << 20)

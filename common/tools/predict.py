@@ -27,7 +27,7 @@ from common import UserError
 from common.data.decode import DecodeError, decode_batch, read_header
 from common.data.order import BatchItem
 from common.data.sources.base import EXTENSIONS
-from common.tools.command_line import check_least, new_parser, one_sentence
+from common.tools.command_line import check_least, in_utf8, new_parser, one_sentence
 from common.tools.model_folder import TrainedModel, add_arguments
 
 VAL = 1
@@ -42,7 +42,7 @@ class Prediction(NamedTuple):
 
     def as_plain(self) -> dict[str, Any]:
         ranks = zip(self.names, self.probabilities, strict=True)
-        return {"path": str(self.path), "predictions": [{"label": n, "probability": p} for n, p in ranks]}
+        return {"path": in_utf8(self.path), "predictions": [{"label": n, "probability": p} for n, p in ranks]}
 
 
 def decode(model: TrainedModel, path: Path) -> Tensor | str:
@@ -78,7 +78,7 @@ def predict(
         for start in range(0, len(paths), batch_size):
             some = paths[start : start + batch_size]
             decoded = dict(zip(some, threads.map(partial(decode, model), some), strict=True))
-            unreadable += [f"{path}: {why}" for path, why in decoded.items() if isinstance(why, str)]
+            unreadable += [f"{in_utf8(path)}: {why}" for path, why in decoded.items() if isinstance(why, str)]
             pixels = {path: image for path, image in decoded.items() if isinstance(image, Tensor)}
             bar.update(len(some))
             if not pixels:
@@ -116,7 +116,9 @@ def write(predictions: Sequence[Prediction], csv_path: Path | None, json_path: P
                     ["path", *(f"{part}_{rank}" for rank in ranks for part in ("label", "probability"))]
                 )
                 for path, *columns in predictions:
-                    writer.writerow([path, *(cell for rank in zip(*columns, strict=True) for cell in rank)])
+                    writer.writerow(
+                        [in_utf8(path), *(cell for rank in zip(*columns, strict=True) for cell in rank)]
+                    )
         if json_path:
             json_path.write_text(json.dumps([prediction.as_plain() for prediction in predictions], indent=1))
     except OSError as error:
@@ -125,7 +127,7 @@ def write(predictions: Sequence[Prediction], csv_path: Path | None, json_path: P
 
 def as_line(prediction: Prediction) -> str:
     ranks = zip(prediction.names, prediction.probabilities, strict=True)
-    return f"{prediction.path}  " + "  ".join(
+    return f"{in_utf8(prediction.path)}  " + "  ".join(
         f"{name} {100 * probability:.1f} %" for name, probability in ranks
     )
 

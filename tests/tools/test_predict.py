@@ -1,5 +1,7 @@
 import csv
 import json
+import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -70,6 +72,17 @@ def test_what_cannot_be_read_is_named_and_left_out(
     with pytest.raises(SystemExit) as ended:
         predict.main([str(run), str(tmp_path)])
     assert ended.value.code == 1
+
+
+def test_names_that_are_not_utf8_are_written(run: Path, images: Path, tmp_path: Path) -> None:
+    """As from an archive of a system that wrote Latin-1."""
+    (tmp_path / "in").mkdir()
+    shutil.copy(images / "val" / "class0" / "0.jpg", os.fsencode(tmp_path / "in") + b"/caf\xe9.jpg")
+    predict.main(
+        [str(run), str(tmp_path / "in"), "--csv", str(tmp_path / "p.csv"), "--json", str(tmp_path / "p.json")]
+    )
+    for file in ("p.csv", "p.json"):
+        assert "caf\\xe9" in (tmp_path / file).read_text().replace("\\\\", "\\")
 
 
 def test_a_run_evaluated_in_rectangles_and_bf16_is_repeated(
