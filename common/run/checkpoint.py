@@ -262,8 +262,9 @@ def _by_step(checkpoints: Path) -> list[Path]:
 def write(checkpoints: Path, files: Files) -> Path:
     """Write a checkpoint under the name of its step; one of that step that is whole and says the same stays as it is.
 
-    It says otherwise when a run was stopped within an evaluation, which is now over. Those of later steps are deleted. They are damaged or of a course that `--resume` of an older checkpoint
-    has left, and the next resume would take them for the newest.
+    It says otherwise when a run was stopped within an evaluation, which is now over. Those of later steps are deleted:
+    they are damaged or of a course that `--resume` of an older checkpoint has left, and the next resume would take them
+    for the newest.
 
     Raises:
         UserError: the disk is full or not writable; the earlier checkpoints are untouched.

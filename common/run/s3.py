@@ -24,7 +24,7 @@ import shutil
 import stat
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -79,9 +79,7 @@ class S3Mirror:
         # One attempt: retries are ours, for close() to hurry.
         self._client = _client("--s3", attempts=1)
         # What this run goes on from, until that is compared with what S3 has.
-        self._begins_at: str | None = _newest(
-            path.relative_to(run_dir).as_posix() for path in _manifests(run_dir)
-        )
+        self._begins_at: str | None = max(_whole_here(run_dir), default="")
         self._changed, self._deadline = threading.Event(), math.inf
         self._sent: dict[str, Version] = {}
         self._uploads = 0
@@ -127,7 +125,7 @@ class S3Mirror:
         symbolic links, as they may point to what is not the run's.
         """
         # Looked for before plain files are, so that no checkpoint is newer than its row in the CSV.
-        whole = {f"checkpoints/{path.parent.name}" for path in _manifests(self.run_dir)}
+        whole = _whole_here(self.run_dir)
         units: dict[str, dict[str, Version]] = {}
         for folder, _, names in os.walk(self.run_dir):
             for path in (Path(folder, name) for name in names):
@@ -207,10 +205,11 @@ class S3Mirror:
 
     def _list(self) -> dict[str, int]:
         stored = _list(self._client, self._bucket, self._prefix)
-        if self._begins_at is not None and _newest(stored) > self._begins_at:
+        newest = max(_whole(stored), default="")
+        if self._begins_at is not None and newest > self._begins_at:
             # To go on would delete it: this machine's checkpoints are the run's.
             raise UserError(
-                f"--s3 {self.url} holds {_newest(stored)}, later than what {self.run_dir} has: move that folder away and pass"
+                f"--s3 {self.url} holds {newest}, later than what {self.run_dir} has: move that folder away and pass"
                 f" --resume {self.url} to go on from there, or another --run_name"
             )
         self._begins_at = None
@@ -273,12 +272,12 @@ def restore(url: str, run_dir: Path, flag: str = "--resume") -> Path:
     client = _client(flag, attempts=RESTORE_ATTEMPTS)
     try:
         stored = _list(client, bucket, f"{prefix}/")
-        whole = {_unit(name) for name in stored if _is_manifest(name)}
+        whole = _whole(stored)
         if not whole and MARKER not in stored:
             raise NothingStored(f"{what}: there is no run at this address")
         if run_dir.exists() and any(run_dir.iterdir()):
-            here = _newest(path.relative_to(run_dir).as_posix() for path in _manifests(run_dir))
-            if here and here >= _newest(stored):
+            here = max(_whole_here(run_dir), default="")
+            if here and here >= max(whole, default=""):
                 return run_dir
             raise UserError(
                 f"{what} is further than {run_dir}: move that folder away, or set another --output"
@@ -340,13 +339,13 @@ def _is_manifest(name: str) -> bool:
     return name == f"{_unit(name)}/{MANIFEST}"
 
 
-def _manifests(run_dir: Path) -> Iterator[Path]:
-    return run_dir.glob(f"checkpoints/*/{MANIFEST}")
+def _whole(names: Iterable[str]) -> set[str]:
+    """The checkpoints whose manifest is among a run's files."""
+    return {_unit(name) for name in names if _is_manifest(name)}
 
 
-def _newest(names: Iterable[str]) -> str:
-    """The newest whole checkpoint among a run's files; "" if there is none."""
-    return max(map(_unit, filter(_is_manifest, names)), default="")
+def _whole_here(run_dir: Path) -> set[str]:
+    return {f"checkpoints/{path.parent.name}" for path in run_dir.glob(f"checkpoints/*/{MANIFEST}")}
 
 
 def _is_safe(name: str) -> bool:

@@ -72,9 +72,8 @@ class Costs(NamedTuple):
     calibration_s: float = 0.0
     save_s: float = 0.0  # what a checkpoint and the plots of an epoch take from the training
     beside_s: float = 0.0  # what an optimizer step takes beside its images: the update, launching kernels
-    drift: float = (
-        0.0  # of the machine's speed, from now to the mean of a run: one standard deviation, relative
-    )
+    # Of the machine's speed, from now to the mean of a run: one standard deviation, relative.
+    drift: float = 0.0
 
     def by_stage(self, plan: Plan) -> list[Measured]:
         """What is known of a plan's stages, at their batches."""

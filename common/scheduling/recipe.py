@@ -126,12 +126,12 @@ def adapt(
         _fit_sizes(result, settings, free, facts, short)
         _fit_batches(result, settings, free, facts)
     smaller = [s.batch_size for s in result.stages] != [s.batch_size for s in stages]
-    if length != "strong" or smaller:
+    shorter = length != "strong" or smaller
+    # A list's own rate is SGD's.
+    if shorter or not is_sgd(settings["optimizer"]):
         _fit_peak(result, settings, free)
+    if shorter:
         _fit_rates(result, settings, free)
-    elif not is_sgd(settings["optimizer"]):
-        # A list's own rate is SGD's.
-        _fit_peak(result, settings, free)
     _fit_regularisation(result, settings, free, length if recipe == "auto" else recipe)
     _fit_horizons(result, settings, free, facts)
     if "stages" not in given and short:

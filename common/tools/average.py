@@ -135,8 +135,7 @@ def statistics_items(setup: Setup) -> list[BatchItem]:
     """
     model, train = setup.model, setup.train
     chosen = np.random.default_rng(0).permutation(len(train))[:STATISTICS_IMAGES]
-    size = model.shape_of(train.sizes()[chosen]) if model.settings.get("rect_val") else model.cfg.img_size
-    items = eval_items(len(chosen), size, setup.batch_size, 0, 1, model.view)
+    items = eval_items(len(chosen), model.size_for(train, chosen), setup.batch_size, 0, 1, model.view)
     whole = [item for item in items if len(item.indices) == setup.batch_size] or items
     return [item._replace(indices=chosen[item.indices]) for item in whole]
 

@@ -77,9 +77,7 @@ def open_split(model: TrainedModel, data_dir: str | None, split: str) -> Source:
 def answer(model: TrainedModel, source: Source, batch_size: int, workers: int | None, tta: bool) -> Answers:
     """Ask the model about every image, once. UserError: one cannot be decoded, or the model does not know a class."""
     labels, classes = model.labels_of(source), len(model.cfg.classes)
-    # Images that share one aspect have a single shape, which need not be the square.
-    size = model.shape_of(source.sizes()) if model.settings.get("rect_val") else model.cfg.img_size
-    items = eval_items(len(source), size, batch_size, 0, 1, model.view)
+    items = eval_items(len(source), model.size_for(source), batch_size, 0, 1, model.view)
     settings = LoaderSettings(workers, model.settings.get("skip_unreadable", False))
     channels_last = model.settings.get("channels_last", True)
     loader = Loader(

@@ -112,6 +112,13 @@ class TrainedModel:
         """The height and width that images are brought to, int [N, 2] like their own `sizes`."""
         return self.shapes[assign(sizes, self.shapes)]
 
+    def size_for(self, source: Source, indices: np.ndarray | slice = slice(None)) -> int | np.ndarray:
+        """What an evaluation brings images of a source to: the square's side, or a height and width for each, int [N, 2]."""
+        # Sizes are asked for only where they matter: that may read the headers of all files.
+        if not self.settings.get("rect_val"):
+            return self.cfg.img_size
+        return self.shape_of(source.sizes()[indices])
+
     def labels_of(self, source: Source) -> np.ndarray:
         """A source's labels as the model's, matched by name: int64 [N]. UserError: it does not know some class."""
         rows = {name: row for row, name in enumerate(self.cfg.classes)}

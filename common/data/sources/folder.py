@@ -80,10 +80,7 @@ def _scan(root: bytes) -> pa.Table:
                 elif entry.name.lower().endswith(_EXTENSIONS):
                     yield prefix + entry.name
 
-    folders = [
-        entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith(HIDDEN)
-    ]
-    classes = sorted(map(os.fsdecode, folders))
+    classes = class_folders(root)
     if not classes:
         raise UserError(f"{os.fsdecode(root)} holds no class folders; expected <class>/<image>.jpg below it")
     for name in classes:
@@ -114,6 +111,12 @@ def _scan(root: bytes) -> pa.Table:
     if not _current(manifest, root):
         raise UserError(f"{os.fsdecode(root)} changes while it is being listed")
     return manifest
+
+
+def class_folders(root: bytes) -> list[str]:
+    """Names of the folders in a split's folder, in order."""
+    names = [entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith(HIDDEN)]
+    return sorted(map(os.fsdecode, names))
 
 
 _EXTENSIONS = tuple(extension.encode() for extension in EXTENSIONS)

@@ -1,5 +1,6 @@
 """Which source a name means."""
 
+import os
 import re
 import shlex
 from dataclasses import dataclass
@@ -56,7 +57,7 @@ def open_source(data_dir: str, split: str, streaming: bool = False) -> Source:
         UserError: there is nothing, or not what is needed.
     """
     from common.data.sources.arrow import open_datasets, open_shards
-    from common.data.sources.folder import FolderSource
+    from common.data.sources.folder import FolderSource, class_folders
 
     names = ("train",) if split == "train" else VAL_NAMES
     if streaming:
@@ -79,7 +80,7 @@ def open_source(data_dir: str, split: str, streaming: bool = False) -> Source:
     if shards := sorted(folder.glob("data/*.arrow")):
         return open_shards(data_dir, shards, names)
     trees = [folder / name for name in names if (folder / name).is_dir()]
-    if any(path.is_dir() and path.name[0] != "." for tree in trees[:1] for path in tree.iterdir()):
+    if trees and class_folders(os.fsencode(trees[0])):
         return FolderSource(trees[0])
     # Shards may lie in the folder of a configuration; `save_to_disk` writes a list of its splits.
     if any(next(folder.glob(shard), None) for shard in ("*.parquet", "*/*.parquet", "dataset_dict.json")):
