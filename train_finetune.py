@@ -13,7 +13,7 @@ from common.config import OneSizeConfig, run_script
 from common.data import open_dataset
 from common.engine import fit
 from common.engine.probe import fit_head, probe
-from common.model import create_finetuned_model
+from common.model import create_finetuned_model, create_model
 from common.run import start_run
 from common.scheduling import BACKBONE, Stage
 
@@ -51,9 +51,12 @@ class FinetuneConfig(OneSizeConfig):
 def main(cfg: FinetuneConfig) -> None:
     with start_run(cfg) as run:
         train, val = open_dataset(cfg)
-        model, source = create_finetuned_model(
-            cfg.model, train.classes, cfg.weights, cfg.largest_size(), drop_path=cfg.drop_path
-        )
+        size, drop_path = cfg.largest_size(), cfg.drop_path
+        if run.stages:
+            # A resumed run brings its own weights along.
+            model, source = create_model(cfg.model, len(train.classes), size, drop_path), None
+        else:
+            model, source = create_finetuned_model(cfg.model, train.classes, cfg.weights, size, drop_path)
         if cfg.probe:
             probe(run, model, train, val, source)
         else:

@@ -105,7 +105,8 @@ def checks(t: Trainer, source: PretrainedCfg | None) -> Iterator[Finding]:
     parameters = sum(p.numel() for p in t.state.model.parameters()) / 1e6
     sizes = ", ".join(map(str, sorted({stage.img_size for stage in plan.stages})))
     yield Finding("ok", f"model: {cfg.model}, {parameters:.1f} million parameters, images of {sizes} px")
-    whose = "the weights' own" if source else "ImageNet's, as no weights tell theirs"
+    whose = "this run's" if t.state.progress.step else "ImageNet's, as no weights tell theirs"
+    whose = "the weights' own" if source else whose
     yield Finding("ok", f"normalisation: mean {t.model_cfg.mean}, std {t.model_cfg.std}: {whose}")
     counts = np.bincount(train.labels, minlength=len(train.classes))
     most = f" to {counts.max():,}" if counts.max() > counts.min() else ""

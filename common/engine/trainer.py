@@ -53,9 +53,13 @@ class Trainer:
         cfg, classes = run.cfg, batches.train.classes
         # Trained on these very classes, in this order, the weights bring a head along.
         self.knows_classes = source is not None and source.classes == classes
-        name = architecture(cfg.model)
-        self.model_cfg = replace(source or PretrainedCfg(name, [], 0), architecture=name, classes=classes)
-        mean, std, labels = self.model_cfg.mean, self.model_cfg.std, batches.train.labels
+        name, labels = architecture(cfg.model), batches.train.labels
+        known = source or PretrainedCfg(name, [], 0)
+        progress = state.progress
+        # A resumed run brings its own.
+        progress.mean, progress.std = progress.mean or list(known.mean), progress.std or list(known.std)
+        mean, std = tuple(progress.mean), tuple(progress.std)
+        self.model_cfg = replace(known, architecture=name, classes=classes, mean=mean, std=std)
         self.augment = Augment(
             cfg, num_classes=len(classes), seed=cfg.seed, mean=mean, std=std, train_labels=labels
         )

@@ -70,6 +70,9 @@ class Progress:
     """of wall time by part of the run: "start", "finder", "train 1" ..., "wait", "evaluate", "save" """
     energy_j: dict[str, float] = field(default_factory=dict)
     """joules of the main process's machine, by "cpu" and "gpu"; NaN = not all was counted"""
+    mean: list[float] = field(default_factory=list)
+    std: list[float] = field(default_factory=list)
+    """for which the model's images are normalised, by channel; weights that it started from may have brought them along"""
     forecast: dict[str, Any] = field(default_factory=dict)
     """of a run with --budget: `budget_s`, `low_s`, `high_s`, and `parts`, seconds as above; otherwise empty"""
 

@@ -1,5 +1,8 @@
 """Which folder a run lives in, and what a run that is there already brings along."""
 
+import errno
+import fcntl
+import os
 import secrets
 from datetime import datetime
 from pathlib import Path
@@ -126,13 +129,35 @@ def _must_match(cfg: TrainConfig, recorded: dict[str, Any], folder: Path) -> Non
         )
 
 
-def create_folder(folder: Path, cfg: TrainConfig, stages: list[Stage]) -> None:
+def create_folder(folder: Path, cfg: TrainConfig, stages: list[Stage]) -> int:
     """Make the run's folder and write the settings and stages in force, as `--config` reads them.
 
-    UserError: it cannot be written.
+    Returns the open file that keeps other programs out of the folder, until it is closed or this process has gone.
+    UserError: another program trains this run, as when a job was queued again too early; or the folder cannot be written.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        lock = _lock(folder)
         (folder / "config.yaml").write_text(yaml.safe_dump(repeatable(cfg, stages), sort_keys=False))
     except OSError as error:
         raise UserError(f"cannot write to {folder}: {error.strerror}; choose another --output") from error
+    return lock
+
+
+def _lock(folder: Path) -> int:
+    """Lock the folder against other processes; where the file system has no locks there is none.
+
+    POSIX' lock, which a forked child does not inherit: a loader's worker that outlives a killed run does not hold it.
+    """
+    file = os.open(folder / f"lock{checkpoint.TEMPORARY}", os.O_WRONLY | os.O_CREAT)
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError) as error:
+        os.close(file)
+        raise UserError(
+            f"another program is training in {folder}; let it end, or choose another --run_name"
+        ) from error
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.EINVAL, errno.ENOSYS):
+            raise
+    return file

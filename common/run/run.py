@@ -79,6 +79,7 @@ class Run:
         self.background = Background()
         self.records = Records(self.folder)
         self.mirror: Any = None
+        self._lock: int | None = None
         self._save_due = time.monotonic() + 60 * cfg.checkpoint_minutes
         self.next_look, self._looked_at = 0, (0, time.monotonic())
 
@@ -95,7 +96,7 @@ class Run:
 
                     # It may refuse, which leaves nothing behind.
                     self.mirror = S3Mirror(self.folder, self.cfg.s3)
-                create_folder(self.folder, self.cfg, self.stages)
+                self._lock = create_folder(self.folder, self.cfg, self.stages)
                 self.records.keep_epochs(progress.epochs_done)
                 self._log_to_file(self.folder / "training_log.txt")
                 start_trackers(self.cfg, self.accelerator, self.folder, progress)
@@ -199,6 +200,8 @@ class Run:
             self.accelerator.wait_for_everyone()
             torch.distributed.destroy_process_group()
         self.signals.restore()
+        if self._lock is not None:
+            os.close(self._lock)
         for handler in self._handlers:
             self.log.removeHandler(handler)
             handler.close()

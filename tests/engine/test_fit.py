@@ -20,6 +20,7 @@ from common.config import parse_args
 from common.engine import recording
 from common.engine.trainer import Trainer
 from common.model.loss import LOSSES
+from common.model.pretrained_cfg import read_pretrained_cfg
 from common.run import checkpoint
 from common.run.checkpoint import name_of, newest_whole
 from common.run.processes import Interrupted, Votes
@@ -400,16 +401,21 @@ def test_a_network_of_one_size_trains_on_smaller_images(data, tmp_path):
     assert {row["img_size"] for row in rows(tmp_path / "run")} == {"224"}
 
 
-def test_a_resumed_run_finds_its_weights_elsewhere(data, base, tmp_path, monkeypatch):
+def test_a_resumed_run_needs_its_weights_no_more(data, base, tmp_path, monkeypatch):
+    """Nor what they say of their images, which others may say otherwise."""
     flags = ("--epochs", "2", "--batch_size", "16", "--weights")
     moved = shutil.copytree(base, tmp_path / "moved")
+    config = moved / "model" / "config.json"
+    config.write_text(config.read_text().replace("0.485", "0.25"))
+    whole = run_training(FinetuneConfig, data, tmp_path, "whole", *flags, str(moved))
     with monkeypatch.context() as patch:
         stop_after(patch, 2)
         with pytest.raises(SystemExit):
-            run_training(FinetuneConfig, data, tmp_path, "tuned", *flags, str(moved))
-    moved.rename(tmp_path / "again")
-    tuned = run_training(FinetuneConfig, data, tmp_path, "tuned", *flags, str(tmp_path / "again"))
-    assert progress(tuned)["epochs_done"] == 2
+            run_training(FinetuneConfig, data, tmp_path, "parts", *flags, str(moved))
+    shutil.rmtree(moved)
+    parts = run_training(FinetuneConfig, data, tmp_path, "parts", *flags, str(moved))
+    assert_same(weights(whole), weights(parts))
+    assert read_pretrained_cfg(parts / "model").mean == (0.25, 0.456, 0.406)
 
 
 def test_finetuning_trains_the_head_alone_first(data, base, tmp_path):

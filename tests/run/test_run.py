@@ -4,7 +4,9 @@ import os
 import re
 import signal
 import socket
+import sys
 import time
+from subprocess import PIPE, Popen
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ import yaml
 from common import UserError
 from common.run import s3 as storage
 from common.run import start_run
+from common.run.checkpoint import Progress
 from common.run.processes import Interrupted
 from tests import forked
 from tests.helpers import assert_same, launch, make_images, progress, run_training, stop_after, weights
@@ -156,6 +159,27 @@ def test_a_real_signal_saves_and_exits_with_75(data, tmp_path, number):
         assert (
             progress(tmp_path / "run")["epochs_done"] == sum(1 for _ in file) - 1
         )  # nothing older than the signal
+
+
+def test_a_folder_that_another_program_trains_in_is_refused_and_left_alone(tmp_path, capsys):
+    cfg = StandardConfig(output=str(tmp_path), run_name="run", trackers="none", mixed_precision="no")
+
+    def begun() -> None:
+        with start_run(cfg) as run:
+            run.begin(Progress())
+
+    begun()
+    log, lock = tmp_path / "run" / "training_log.txt", tmp_path / "run" / "lock.tmp"
+    before = log.read_bytes()
+    hold = "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.lockf(f, fcntl.LOCK_EX); print(flush=True); input()"
+    with Popen([sys.executable, "-c", hold, str(lock)], stdin=PIPE, stdout=PIPE) as other:
+        other.stdout.readline()
+        with pytest.raises(SystemExit, match="2"):
+            begun()
+        other.communicate(b"\n")
+    assert f"error: another program is training in {tmp_path / 'run'}" in capsys.readouterr().err
+    assert log.read_bytes() == before
+    begun()
 
 
 def test_what_could_not_be_written_is_said_though_a_signal_ends_the_run(tmp_path, capsys):
