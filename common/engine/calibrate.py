@@ -6,7 +6,8 @@ import json
 import logging
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from common.engine.measure import measure, measure_costs, slowest, timed_images
 from common.engine.probe import START_IMAGES, losses_by_statistics
 from common.engine.setup import assembled, facts_of
 from common.engine.trainer import Trainer
+from common.model.pretrained_cfg import PretrainedCfg
 from common.run.checkpoint import write_durably
 from common.run.processes import rank0_errors
 from common.run.progress import clock
@@ -34,12 +36,18 @@ from common.scheduling.recipe import Facts, Recipe, adapt, is_short
 
 # Epochs whose batches are measured, and the share of the budget for the steps that are timed.
 FIRST_LENGTH, SHARE = 12, 0.005
-# Times the loss on trained features, at least, where BatchNorm's batch statistics spoil them: 1.5 and 1.6 with an EfficientNet, 1.0 and 1.1
+# Times the loss on trained features, at least, where BatchNorm's batch statistics spoil them: 1.7 and 1.9 with an EfficientNet, 1.0 and 1.1
 # with a weak ResNet (docs/results.md).
 WORSE = 1.25
 
 
-def settle_stages(run: Run, model: nn.Module, train: Source, val: Source) -> dict[str, Any]:
+# A recipe to a trainer that is set up for it.
+Tried = Callable[[Recipe], AbstractContextManager[Trainer]]
+
+
+def settle_stages(
+    run: Run, model: nn.Module, train: Source, val: Source, source: PretrainedCfg | None = None
+) -> dict[str, Any]:
     """Settle the stages and the defaults that fit data, length and machine; a resumed run brings its own along.
 
     Returns `Progress.forecast` of a run with a budget, otherwise {}. A collective.
@@ -48,17 +56,18 @@ def settle_stages(run: Run, model: nn.Module, train: Source, val: Source) -> dic
     if run.stages:
         return forecast
     facts = facts_of(run, model, train)
+    tried = partial(_tried, run, model, train, val, source)
     listed, fixed = cfg.stages_in_force(), cfg.recipe == "listed" or "stages" in cfg.given
     if cfg.pretrained and facts.linear_head and not fixed and (cfg.budget or is_short(listed)):
         recipe = adapt(listed, vars(cfg), cfg.given, facts, cfg.recipe)
-        with _tried(run, recipe, model, train, val) as t:
+        with tried(recipe) as t:
             by_weights, by_batch = losses_by_statistics(t)
         if by_weights:
             text = "a head's loss on images held out: %.3f by the weights' BatchNorm statistics, %.3f by the batch's"
             run.log.info(text, by_weights, by_batch)
         facts = dataclasses.replace(facts, batch_spoils=by_batch > WORSE * by_weights)
     if cfg.budget:
-        fitting, forecast = within_budget(run, model, train, val, facts)
+        fitting, forecast = within_budget(run, train, val, facts, tried)
     else:
         fitting = adapt(listed, vars(cfg), cfg.given, facts, cfg.recipe)
     run.stages = fitting.stages
@@ -70,7 +79,7 @@ def settle_stages(run: Run, model: nn.Module, train: Source, val: Source) -> dic
 
 
 def within_budget(
-    run: Run, model: nn.Module, train: Source, val: Source, facts: Facts
+    run: Run, train: Source, val: Source, facts: Facts, tried: Tried
 ) -> tuple[Recipe, dict[str, Any]]:
     """Stages and settings of the longest run that fits into `--budget`, and `Progress.forecast`. A collective."""
     cfg, budget_s, listed = run.cfg, run.cfg.budget_s(), run.cfg.stages_in_force()
@@ -91,7 +100,7 @@ def within_budget(
     (costs,) = broadcast_object_list([_read(run, kept) if cfg.dry_run and run.is_main else None])
     if costs is None:
         recipe = adapt(scale_stages(listed, FIRST_LENGTH), vars(cfg), cfg.given, facts, cfg.recipe)
-        costs = _calibrated(run, model, train, val, recipe, plan)
+        costs = _calibrated(run, tried, recipe, plan)
         with rank0_errors():
             if run.is_main:
                 kept.parent.mkdir(parents=True, exist_ok=True)
@@ -103,11 +112,9 @@ def within_budget(
     return outcome.whole.recipe, forecast
 
 
-def _calibrated(
-    run: Run, model: nn.Module, train: Source, val: Source, recipe: Recipe, plan: Callable[[Costs], Outcome]
-) -> Costs:
+def _calibrated(run: Run, tried: Tried, recipe: Recipe, plan: Callable[[Costs], Outcome]) -> Costs:
     """What a recipe's stages take, and those that are planned by it, if their batches are larger. A collective."""
-    with _tried(run, recipe, model, train, val) as t:
+    with tried(recipe) as t:
         # To put a run together takes long the first time only, and every run pays it.
         began = time.monotonic()
         (start_s,) = slowest(run, began - run.started)
@@ -124,7 +131,7 @@ def _calibrated(
     ]
     if larger:
         # More images may be what keeps a GPU busy.
-        with _tried(run, whole.recipe, model, train, val) as t:
+        with tried(whole.recipe) as t:
             measured = *costs.measured, *measure(t, limit_s, larger)
         (calibration_s,) = slowest(run, time.monotonic() - began)
         costs = costs._replace(measured=measured, calibration_s=calibration_s)
@@ -165,7 +172,9 @@ def _read(run: Run, path: Path) -> Costs | None:
 
 
 @contextmanager
-def _tried(run: Run, recipe: Recipe, model: nn.Module, train: Source, val: Source) -> Iterator[Trainer]:
+def _tried(
+    run: Run, model: nn.Module, train: Source, val: Source, source: PretrainedCfg | None, recipe: Recipe
+) -> Iterator[Trainer]:
     """A copy of the model, ready for a recipe's stages and settings; it says little and leaves no trace."""
     cfg, accelerator = run.cfg, run.accelerator
     run.cfg, run.stages = copy.copy(cfg), recipe.stages
@@ -174,7 +183,7 @@ def _tried(run: Run, recipe: Recipe, model: nn.Module, train: Source, val: Sourc
     run.log.setLevel(logging.WARNING)
     scale = accelerator.scaler and accelerator.scaler.state_dict()
     try:
-        with assembled(run, copy.deepcopy(model), train, val) as t:
+        with assembled(run, copy.deepcopy(model), train, val, source) as t:
             yield t
     finally:
         run.cfg, run.stages = cfg, []

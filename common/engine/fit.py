@@ -34,7 +34,7 @@ def fit(
         source: what weights that it starts from expect of their images.
         start: called once, before the learning rate is found and the first step taken.
     """
-    forecast = settle_stages(run, model, train, val)
+    forecast = settle_stages(run, model, train, val, source)
     with assembled(run, model, train, val, source) as trainer:
         if run.cfg.dry_run:
             preflight(trainer, source)
