@@ -108,6 +108,8 @@ def run(job: Job) -> None:
     receipt["attempts"] += 1
     job.receipt.write_text(json.dumps(receipt))
     print(f"{time.strftime('%H:%M:%S')}  {job.trainer}, seed {job.seed}", flush=True)
+    # timm starts anew, and would write its epochs below those of before.
+    (job.folder / "summary.csv").unlink(missing_ok=True)
     began = time.monotonic()
     threads = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     with job.beside("log").open("a") as log:

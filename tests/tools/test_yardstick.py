@@ -14,11 +14,12 @@ PEER = """
 import pathlib, sys
 given = dict(zip(sys.argv[1:], sys.argv[2:]))
 folder = pathlib.Path(given["--output"]) / given["--experiment"]
-folder.mkdir()
+folder.mkdir(exist_ok=True)
 sum(range(1_000_000))
 best = 500 * float(given["--lr"]) - 20 * ("--scale" in given)
 rows = [f"{epoch},{best * (epoch + 1) / int(given['--epochs'])}" for epoch in range(int(given["--epochs"]))]
-(folder / "summary.csv").write_text("\\n".join(["epoch,eval_top1", *rows]) + "\\n")
+with (folder / "summary.csv").open("a") as file:
+    file.write("\\n".join(["epoch,eval_top1", *rows]) + "\\n")
 if given["--seed"] == "3":
     sys.exit(1)
 """
@@ -70,11 +71,16 @@ def test_a_table_and_a_plot_of_trainings_that_run_once(
     assert "of another command" in capsys.readouterr().err
 
 
-def test_a_training_that_fails_is_named(flags: list[str], capsys: pytest.CaptureFixture) -> None:
+def test_a_training_that_fails_is_named_and_starts_anew(
+    flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     with pytest.raises(SystemExit) as ended:
         yardstick.main([*flags, "--seeds", "3"])
     assert ended.value.code == 2
     assert "timm 0.05 ended with exit code 1: see " in capsys.readouterr().err
+    (tmp_path / "train.py").write_text(PEER.replace("sys.exit(1)", "pass"))
+    yardstick.main([*flags, "--seeds", "3"])
+    assert "timm 0.05            25.0 ± 0.0" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("flag", "value"), [("--data_dir", "nowhere"), ("--peers", "nowhere.py")])
