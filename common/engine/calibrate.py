@@ -2,11 +2,11 @@
 
 import copy
 import dataclasses
+import gc
 import json
 import logging
 import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable
 from functools import partial
 from operator import attrgetter
 from pathlib import Path
@@ -41,8 +41,8 @@ FIRST_LENGTH, SHARE = 12, 0.005
 WORSE = 1.25
 
 
-# A recipe to a trainer that is set up for it.
-Tried = Callable[[Recipe], AbstractContextManager[Trainer]]
+# What a look at a trainer that is set up for a recipe tells; nothing is left of it, on the device either.
+Tried = Callable[[Recipe, Callable[[Trainer], Any]], Any]
 
 
 def settle_stages(
@@ -60,8 +60,7 @@ def settle_stages(
     listed, fixed = cfg.stages_in_force(), cfg.recipe == "listed" or "stages" in cfg.given
     if cfg.pretrained and facts.linear_head and not fixed and (cfg.budget or is_short(listed)):
         recipe = adapt(listed, vars(cfg), cfg.given, facts, cfg.recipe)
-        with tried(recipe) as t:
-            by_weights, by_batch = losses_by_statistics(t)
+        by_weights, by_batch = tried(recipe, losses_by_statistics)
         if by_weights:
             text = "a head's loss on images held out: %.3f by the weights' BatchNorm statistics, %.3f by the batch's"
             run.log.info(text, by_weights, by_batch)
@@ -114,14 +113,18 @@ def within_budget(
 
 def _calibrated(run: Run, tried: Tried, recipe: Recipe, plan: Callable[[Costs], Outcome]) -> Costs:
     """What a recipe's stages take, and those that are planned by it, if their batches are larger. A collective."""
-    with tried(recipe) as t:
+    budget_s = run.cfg.budget_s()
+
+    def first(t: Trainer) -> Costs:
         # To put a run together takes long the first time only, and every run pays it.
-        began = time.monotonic()
-        (start_s,) = slowest(run, began - run.started)
+        (start_s,) = slowest(run, time.monotonic() - run.started)
         ends = _smallest_and_largest(t.plan)
-        limit_s = SHARE * run.cfg.budget_s() / len(ends)
-        costs = measure_costs(t, limit_s, start_s, ends)
-    costs = costs._replace(calibration_s=slowest(run, time.monotonic() - began)[0])
+        return measure_costs(t, SHARE * budget_s / len(ends), start_s, ends)
+
+    def timed(costs: Costs) -> Costs:
+        return costs._replace(calibration_s=slowest(run, time.monotonic() - run.started)[0] - costs.start_s)
+
+    costs = timed(tried(recipe, first))
     whole = plan(costs).whole
     known = {m.img_size: m.images for m in sorted(costs.measured, key=lambda m: m.images)}
     larger = [
@@ -131,10 +134,9 @@ def _calibrated(run: Run, tried: Tried, recipe: Recipe, plan: Callable[[Costs], 
     ]
     if larger:
         # More images may be what keeps a GPU busy.
-        with tried(whole.recipe) as t:
-            measured = *costs.measured, *measure(t, limit_s, larger)
-        (calibration_s,) = slowest(run, time.monotonic() - began)
-        costs = costs._replace(measured=measured, calibration_s=calibration_s)
+        limit_s = SHARE * budget_s / len(larger)
+        more = tried(whole.recipe, lambda t: measure(t, limit_s, larger))
+        costs = timed(costs._replace(measured=(*costs.measured, *more)))
     return costs
 
 
@@ -171,11 +173,16 @@ def _read(run: Run, path: Path) -> Costs | None:
     return Costs(tuple(m._replace(frozen=tuple(m.frozen)) for m in measured), **kept)
 
 
-@contextmanager
 def _tried(
-    run: Run, model: nn.Module, train: Source, val: Source, source: PretrainedCfg | None, recipe: Recipe
-) -> Iterator[Trainer]:
-    """A copy of the model, ready for a recipe's stages and settings; it says little and leaves no trace."""
+    run: Run,
+    model: nn.Module,
+    train: Source,
+    val: Source,
+    source: PretrainedCfg | None,
+    recipe: Recipe,
+    look: Callable[[Trainer], Any],
+) -> Any:
+    """What `look` makes of a copy of the model, ready for a recipe's stages and settings; it says little and leaves no trace."""
     cfg, accelerator = run.cfg, run.accelerator
     run.cfg, run.stages = copy.copy(cfg), recipe.stages
     for name, value in recipe.values.items():
@@ -184,7 +191,7 @@ def _tried(
     scale = accelerator.scaler and accelerator.scaler.state_dict()
     try:
         with assembled(run, copy.deepcopy(model), train, val, source) as t:
-            yield t
+            result = look(t)
     finally:
         run.cfg, run.stages = cfg, []
         run.log.setLevel(logging.INFO)
@@ -193,6 +200,10 @@ def _tried(
     # Accelerate holds on to all that it prepared, and would unscale the copy's gradients too.
     accelerator._models.clear()
     accelerator._optimizers.clear()
+    # The copy's forward with autocast refers to itself, and a full GPU does not make Python look for cycles.
+    del t
+    gc.collect()
+    return result
 
 
 def _describe(run: Run, outcome: Outcome, drift: float, budget_s: float) -> str:

@@ -1,5 +1,6 @@
 """The one loop. It runs any list of stages, and nothing in it knows which strategy that is."""
 
+import time
 from collections.abc import Callable, Iterator
 
 from torch import nn
@@ -82,4 +83,6 @@ def train_epoch(t: Trainer, epoch: EpochPlan, rates: Rates, stream: Iterator[Bat
         if step < last_step and progress.step >= run.next_look and t.look():
             save(t)
     t.look()
+    # Until then the device had steps to do that had only been asked for.
+    t.meter.stopped = time.monotonic()
     t.lap_training(waited=t.meter.waited)

@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import chain
 
 import torch
 from torch import nn
@@ -50,7 +51,8 @@ def blank_step(run: Run, net: nn.Module, batch_size: int, height: int, width: in
     device = run.accelerator.device
     layout = torch.channels_last if run.cfg.channels_last else torch.contiguous_format
     images = torch.zeros(batch_size, 3, height, width, device=device).contiguous(memory_format=layout)
-    with run.accelerator.no_sync(net), run.accelerator.autocast():
+    # What training calls brings its autocast along: another around it would be compiled as another graph.
+    with run.accelerator.no_sync(net):
         loss = net(images).float().logsumexp(1).mean()
     loss.backward()
     finished(device)
@@ -61,7 +63,7 @@ def fit_memory(run: Run, state: TrainState, plan: Plan, train: Source) -> Plan:
     for index, stage in enumerate(plan.stages):
         size = plan.micro_batch(index)
         height, width = max(stage_shapes(stage, train, run.cfg), key=math.prod)
-        while not _fits(run, state.model, stage, size, height, width):
+        while not _fits(run, state, stage, size, height, width):
             if size == 1:
                 raise UserError(f"one image of {stage.img_size} px does not fit; lower --img_size")
             size //= 2
@@ -73,18 +75,21 @@ def fit_memory(run: Run, state: TrainState, plan: Plan, train: Source) -> Plan:
     return plan
 
 
-def _fits(run: Run, model: nn.Module, stage: Stage, size: int, height: int, width: int) -> bool:
-    device = run.accelerator.device
+def _fits(run: Run, state: TrainState, stage: Stage, size: int, height: int, width: int) -> bool:
+    model, device = state.model, run.accelerator.device
     with no_trace(model):
         set_trainable_layers(model, stage.frozen)
         train_mode(model, stage.frozen)
         try:
-            # What training holds beside a step: optimizer state (two tensors per parameter at most), DDP's buckets, and
-            # batches on their way.
-            weights = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
-            beside = 3 * weights + BATCHES_AHEAD * 5 * size * 3 * height * width
+            # What training holds beside a step: optimizer state (two tensors per parameter at most, which a resumed run
+            # has already), DDP's buckets, and batches on their way.
+            weights = sum(p.nbytes for p in model.parameters() if p.requires_grad)
+            entries = chain.from_iterable(each.values() for each in state.optimizer.state.values())
+            held = sum(entry.nbytes for entry in entries if isinstance(entry, torch.Tensor))
+            beside = max(0, 3 * weights - held) + BATCHES_AHEAD * 5 * size * 3 * height * width
             ballast = torch.empty(beside if device.type == "cuda" else 0, dtype=torch.uint8, device=device)
-            blank_step(run, model, size, height, width)
+            with run.accelerator.autocast():
+                blank_step(run, model, size, height, width)
             del ballast
             return True
         except torch.OutOfMemoryError:

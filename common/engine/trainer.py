@@ -101,18 +101,23 @@ class Trainer:
         if epoch.stage_index == self.stage_index:
             return
         run, accelerator, model, stage = self.run, self.run.accelerator, self.state.model, epoch.stage
-        trained = {p for p in model.parameters() if p.requires_grad}
+        before = {p for p in model.parameters() if p.requires_grad}
         set_trainable_layers(model, stage.frozen)
-        for parameter in trained:
-            if not parameter.requires_grad:
-                # Old momentum must not move it when it thaws.
-                self.state.optimizer.state.pop(parameter, None)
-        if accelerator.num_processes > 1:
-            # Wrapped anew, so that only what trains now is reduced: with the autocast taken off, or it would be put around
-            # itself; and Accelerate forgets the old wrapper, whose buckets are as large as the gradients.
-            accelerator.unwrap_model(self.net, keep_fp32_wrapper=False)
-            accelerator._models.clear()
-        self.net = accelerator.prepare_model(model)
+        trained = {p for p in model.parameters() if p.requires_grad}
+        for parameter in before - trained:
+            # Old momentum must not move it when it thaws.
+            self.state.optimizer.state.pop(parameter, None)
+        if self.stage_index < 0 or trained != before:
+            if accelerator.num_processes > 1:
+                # Wrapped anew, so that only what trains now is reduced: with the autocast taken off, or it would be put around
+                # itself; and Accelerate forgets the old wrapper, whose buckets are as large as the gradients.
+                accelerator.unwrap_model(self.net, keep_fp32_wrapper=False)
+                accelerator._models.clear()
+            # Only then: a new autocast is a new function, for which all would be compiled again.
+            self.net = accelerator.prepare_model(model)
+        if accelerator.device.type == "cuda":
+            # `memory_mb` is to tell the stage's.
+            torch.cuda.reset_peak_memory_stats(accelerator.device)
         # Accelerate counts micro-batches over the whole run; a stage begins with a new window.
         accelerator.gradient_accumulation_steps = self.plan.accumulation(epoch.stage_index)
         accelerator.step = 0

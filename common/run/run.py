@@ -196,8 +196,9 @@ class Run:
         for tracker in self.accelerator.trackers:
             tracker.finish()
         if not failed and self.accelerator.num_processes > 1:
-            # The main process may still have been uploading.
-            self.accelerator.wait_for_everyone()
+            # The main process may still have been uploading. Not `wait_for_everyone`, which names the local rank: no device
+            # where a scheduler shows each process one GPU.
+            self.votes.largest(0)
             torch.distributed.destroy_process_group()
         self.signals.restore()
         if self._lock is not None:

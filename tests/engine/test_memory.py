@@ -46,6 +46,7 @@ def test_a_trial_leaves_no_trace_whether_it_fits_or_not(fits, run, monkeypatch):
 
     monkeypatch.setattr(memory, "blank_step", step)
     stage = Stage(1, 32, 4, frozen=("conv1", "bn1"))
-    assert memory._fits(run, model, stage, 4, 32, 32) == fits
+    state = SimpleNamespace(model=model, optimizer=torch.optim.SGD(model.parameters()))
+    assert memory._fits(run, state, stage, 4, 32, 32) == fits
     assert same(before, traces(model))
     assert all(parameter.grad is None for parameter in model.parameters())

@@ -11,6 +11,8 @@ from common import UserError
 from common.engine.setup import checkpoint_gradients
 from common.model import create_model
 from common.model.loss import binary_cross_entropy
+from common.scheduling import Stage
+from tests.engine.trainers import noise, small_trainer
 
 IMAGES = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 TARGETS = torch.eye(5)[:4] * 0.7 + torch.eye(5)[[1, 2, 3, 4]] * 0.3
@@ -72,3 +74,26 @@ def test_checkpointing_is_refused_where_it_would_do_harm_or_nothing():
         checkpoint_gradients(create_model("resnet18", 5))
     with pytest.raises(UserError, match="--grad_checkpointing: timm has none for this model"):
         checkpoint_gradients(nn.Sequential(nn.Linear(2, 2)))
+
+
+def test_steps_run_what_was_compiled_before_the_first(monkeypatch):
+    """Also in bf16, and in a stage in which the same layers train: there Accelerate's autocast stays the same function."""
+    compile_module, stats = nn.Module.compile, torch._dynamo.utils.counters["stats"]
+    monkeypatch.setattr(nn.Module, "compile", lambda self, **kw: compile_module(self, backend="eager", **kw))
+    stages = [Stage(1, 32, 16), Stage(1, 32, 16), Stage(1, 32, 16, frozen=("conv1", "bn1"))]
+    compiled, prepared = [], []
+    with small_trainer(stages, compile=True, mixed_precision="bf16") as t:
+        accelerator = t.run.accelerator
+        prepare_model = accelerator.prepare_model
+        monkeypatch.setattr(accelerator, "prepare_model", lambda m: prepared.append(m) or prepare_model(m))
+        for epoch in t.plan.epochs():
+            t.enter_stage(epoch)
+            ready = stats["unique_graphs"]
+            t.begin_epoch(epoch)
+            t.train_step(epoch, 0.1, 0.9, noise(t, epoch))
+            assert stats["unique_graphs"] == ready > 0
+            compiled.append(ready)
+            # Stage by stage: the first, no other, another set of layers.
+            assert len(prepared) == (1, 1, 2)[t.stage_index]
+    first, second, third = compiled
+    assert first == second < third
