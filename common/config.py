@@ -297,7 +297,7 @@ def parse_args(config_class: type[Config], description: str, args: Sequence[str]
     )
     help_config = "YAML file with any of these settings"
     parser.add_argument("--config", action="append", default=[], metavar="FILE", help=help_config)
-    parser.add_argument("--print_config", action="store_true", help="print all settings as YAML, and exit")
+    parser.add_argument("--print_config", action="store_true", help="print a file for --config, and exit")
     left = set(types)
     for kind in config_class.__mro__[:-1]:
         # A script's own word for a setting comes before its room's.
@@ -328,7 +328,9 @@ def parse_args(config_class: type[Config], description: str, args: Sequence[str]
     # null stands for what the machine does, which no checkpoint differs from.
     cfg.given = frozenset(given) - ({"mixed_precision"} if cfg.mixed_precision is None else set())
     if "print_config" in options:
-        print(yaml.safe_dump(as_plain(cfg), sort_keys=False))
+        # What a file names is set, so that no recipe changes it: defaults are comments.
+        for name, value in as_plain(cfg).items():
+            print(textwrap.indent(yaml.safe_dump({name: value}), "" if name in given else "# "), end="")
         raise SystemExit(0)
     return cfg
 

@@ -1,5 +1,6 @@
 """Wrong input ends in one clear sentence that names the flag or the file, with a code other than 0 and no traceback."""
 
+import json
 import shutil
 import sys
 from dataclasses import replace
@@ -92,8 +93,18 @@ def test_printed_config_can_be_read_again(config, tmp_path, capsys):
     with pytest.raises(SystemExit) as end:
         parse_args(config, "", ["--print_config"])
     assert end.value.code == 0
+    # All of them as comments: what a file names counts as set, and no recipe would change it.
+    every = capsys.readouterr().out
+    assert yaml.safe_load(every) is None
+    assert yaml.safe_load(every.replace("# ", "")) == as_plain(config())
+    stages = json.dumps([{"epochs": 3, "frozen": ["layer1"]}])
+    given = ["--epochs", "7", "--stages", stages, "--mixed_precision", "no"]
+    with pytest.raises(SystemExit):
+        parse_args(config, "", [*given, "--print_config"])
     (tmp_path / "c.yaml").write_text(capsys.readouterr().out)
-    assert parse_args(config, "", ["--config", str(tmp_path / "c.yaml")]) == parse_args(config, "", [])
+    again = parse_args(config, "", ["--config", str(tmp_path / "c.yaml")])
+    assert again == parse_args(config, "", given)
+    assert again.given == {"epochs", "stages", "mixed_precision"}
 
 
 def test_help_teaches(capsys):

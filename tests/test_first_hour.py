@@ -185,6 +185,7 @@ FLAGS = [
     ("finetune", "--weights runs/a --model resnet18", "they are of --model test_resnet"),
     ("finetune", "--weights runs/a --epochs 3 --head_epochs 3", "--head_epochs 3 must be below --epochs 3"),
     ("finetune", "--weights runs/a --probe --epochs 3", "training: leave out --epochs, --lr, --recipe"),
+    ("finetune", "--weights runs/a --probe --budget 1h", "training: leave out --budget"),
     ("finetune", "--probe", "--weights is needed"),
     ("standard", "--data_dir nowhere", "nowhere is not a folder"),
     ("standard", "--data_dir file", "file is not a folder"),

@@ -218,6 +218,9 @@ def _torchvision(data: np.ndarray) -> torch.Tensor:
 
 def _pillow(data: np.ndarray) -> torch.Tensor:
     with Image.open(io.BytesIO(data.data)) as opened:
+        if data[:2].tobytes() == b"\xff\xd8":
+            # Pillow alone would turn a JPEG without EXIF by it.
+            opened.info.pop("xmp", None)
         image = ImageOps.exif_transpose(opened)
         if image.mode.startswith("I"):  # 16 bits of grey, which convert("RGB") would clip to white
             image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))

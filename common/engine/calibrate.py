@@ -22,7 +22,7 @@ from common.data.sources.base import Source
 from common.data.sources.cache import cache_folder, fingerprint_of
 from common.engine.evaluate import GRID_EVALUATIONS
 from common.engine.measure import measure, measure_costs, slowest, timed_images
-from common.engine.probe import START_IMAGES, losses_by_statistics
+from common.engine.probe import fit_evaluations, losses_by_statistics
 from common.engine.setup import assembled, facts_of
 from common.engine.trainer import Trainer
 from common.model.pretrained_cfg import PretrainedCfg
@@ -86,7 +86,7 @@ def within_budget(
         raise UserError("--budget decides the number of epochs; leave out --epochs, or --budget")
     evaluations = cfg.final_eval * GRID_EVALUATIONS
     if cfg.pretrained and facts.linear_head:
-        evaluations += min(len(train), START_IMAGES) / len(val)
+        evaluations += fit_evaluations(train, val)
 
     def plan(costs: Costs) -> Outcome:
         streaming = train.group_rows is not None
@@ -102,8 +102,11 @@ def within_budget(
         costs = _calibrated(run, tried, recipe, plan)
         with rank0_errors():
             if run.is_main:
-                kept.parent.mkdir(parents=True, exist_ok=True)
-                write_durably(kept, json.dumps({"time": time.time(), **costs._asdict()}).encode())
+                try:
+                    kept.parent.mkdir(parents=True, exist_ok=True)
+                    write_durably(kept, json.dumps({"time": time.time(), **costs._asdict()}).encode())
+                except OSError as error:
+                    run.log.info("the calibration is not kept for --dry_run: %s", error)
     outcome = plan(costs)
     run.log.info("%s", _describe(run, outcome, costs.drift, budget_s))
     low_s, high_s = outcome.whole.interval_s()

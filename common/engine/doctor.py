@@ -18,6 +18,7 @@ from common.data.sources.base import Source
 from common.data.sources.cache import fingerprint_of
 from common.engine.evaluate import GRID_EVALUATIONS
 from common.engine.measure import measure_costs
+from common.engine.probe import fit_evaluations, head_to_fit
 from common.engine.recording import KEEP_CHECKPOINTS
 from common.engine.setup import sample
 from common.engine.trainer import Trainer
@@ -226,7 +227,10 @@ def duration(t: Trainer, costs: Costs) -> str:
     plan, cfg, progress = t.plan, t.run.cfg, t.state.progress
     known = progress.peak_lr or known_peak(vars(cfg), plan.global_batches[0])
     sweep = 0 if known else cfg.lr_finder_iterations
-    parts = seconds_by_part(plan, costs, sweep, cfg.final_eval * GRID_EVALUATIONS, progress.epochs_done)
+    evaluations = cfg.final_eval * GRID_EVALUATIONS
+    if cfg.pretrained and not progress.step and head_to_fit(t):
+        evaluations += fit_evaluations(t.batches.train, t.batches.val)
+    parts = seconds_by_part(plan, costs, sweep, evaluations, progress.epochs_done)
     whole_s = sum(parts.values())
     price = f", {whole_s / 3600 * cfg.usd_per_hour:.2f} USD" if cfg.usd_per_hour else ""
     said = ", ".join(f"{part} {clock(seconds)}" for part, seconds in parts.items() if round(seconds))

@@ -22,8 +22,8 @@ ROUNDS_BETWEEN = 10
 # The final grid: times the training size, and shares of the shorter side that are kept.
 FINAL_SIZES = (1.0, 1.15, 1.3)
 FINAL_CROPS = (0.875, 1.0, WHOLE)
-# What the grid costs, in evaluations at the training size.
-GRID_EVALUATIONS = sum(2 * size**2 for size in FINAL_SIZES) * len(FINAL_CROPS)
+# What the grid costs, in evaluations at the training size: one view, and two of them with the mirrored one.
+GRID_EVALUATIONS = sum(3 * size**2 for size in FINAL_SIZES) * len(FINAL_CROPS)
 
 
 @dataclass(frozen=True)
@@ -107,14 +107,15 @@ def evaluate(
 
 def final_grid(run: Run, state: TrainState, augment: Augment, batches: Batches, loader: Loader) -> None:
     """Try the finished weights at larger sizes, other crops and flipped (FixRes, Touvron et al., 2019)."""
-    plan = batches.plan
-    stage, batch_size = plan.stages[-1], plan.micro_batch(len(plan.stages) - 1)
+    # --patience may have ended the run before its last stage.
+    plan, (index, _) = batches.plan, batches.plan.locate(state.progress.step - 1)
+    stage, batch_size = plan.stages[index], plan.micro_batch(index)
     models = {"raw": state.model} | ({"ema": state.ema.module} if state.ema is not None else {})
     # Streamed shards cannot be sorted by shape.
     crops = FINAL_CROPS if batches.train.group_rows is None else FINAL_CROPS[:-1]
+    larger = (8 * round(stage.img_size * factor / 8) for factor in FINAL_SIZES if factor > 1)
     rows = []
-    for factor, crop in itertools.product(FINAL_SIZES, crops):
-        size = 8 * round(stage.img_size * factor / 8) if factor != 1 else stage.img_size
+    for size, crop in itertools.product(dict.fromkeys([stage.img_size, *larger]), crops):
         items = batches.eval_items(size, batch_size, crop)
         shapes = {(item.height, item.width) for item in items}
         # Some transformers take no other size than training's. Of rare shapes not every process has an image.

@@ -49,7 +49,7 @@ def fit(
         train_epochs(trainer, rates)
         if run.cfg.final_eval:
             final_grid(run, trainer.state, trainer.augment, trainer.batches, trainer.loader)
-            trainer.lap("evaluate")
+            trainer.lap("passes")
     finish(trainer, trained=trainer.state.progress.epochs_done > epochs_before)
 
 
@@ -85,4 +85,4 @@ def train_epoch(t: Trainer, epoch: EpochPlan, rates: Rates, stream: Iterator[Bat
     t.look()
     # Until then the device had steps to do that had only been asked for.
     t.meter.stopped = time.monotonic()
-    t.lap_training(waited=t.meter.waited)
+    t.lap_training()

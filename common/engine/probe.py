@@ -40,7 +40,7 @@ TRAIN = 0
 BATCH = 128
 # Settings of a training in steps, which does not take place, beside those of its schedule, optimizer and augmentation.
 STEPS = {"recipe", "epochs", "head_epochs", "mixup_share", "accumulation"}
-STEPS |= {"clip_grad", "crop_scale", "eval_every", "final_eval", "patience", "sampler"}
+STEPS |= {"budget", "loss", "clip_grad", "crop_scale", "eval_every", "final_eval", "patience", "sampler"}
 # Training images that tell which statistics serve a BatchNorm better, and the weight decay of the heads that are compared: the middle one.
 LOOK_IMAGES, LOOK_DECAY = 1024, 0.01
 # Images that a head to start from is fitted to, at most: their features have to lie in memory.
@@ -52,8 +52,8 @@ def fit_head(t: Trainer) -> None:
 
     What trains from there on distorts the features less than from a random head (LP-FT: Kumar et al., 2022). A collective.
     """
-    head, train = linear_head(t.state.model), t.batches.train
-    if head is None or t.knows_classes or BACKBONE in t.plan.stages[0].frozen:
+    head, train = head_to_fit(t), t.batches.train
+    if head is None:
         return
     t.run.log.info("fitting the head to the weights' features")
     images = subset(train.labels, min(1.0, START_IMAGES / len(train)), t.run.cfg.seed)
@@ -62,8 +62,18 @@ def fit_head(t: Trainer) -> None:
     # The same on all processes, to the last bit: the peak follows from it.
     left = torch.tensor(min(1.0, loss / math.log(len(train.classes))), device=own.device)
     t.left_to_learn = float(t.run.accelerator.reduce(left, "mean"))
-    # Evaluation's view of the training images takes what an evaluation of as many takes.
-    t.lap("evaluate")
+    t.lap("passes")
+
+
+def head_to_fit(t: Trainer) -> nn.Linear | None:
+    """The head, where `fit_head` fits it."""
+    knows = t.knows_classes or BACKBONE in t.plan.stages[0].frozen
+    return None if knows else linear_head(t.state.model)
+
+
+def fit_evaluations(train: Source, val: Source) -> float:
+    """What `fit_head` costs, in evaluations: it sees training images in evaluation's view."""
+    return min(len(train), START_IMAGES) / len(val)
 
 
 def _set_head(t: Trainer, head: nn.Linear, features: Tensor, labels: np.ndarray) -> float:
@@ -163,6 +173,7 @@ def probe(run: Run, model: nn.Module, train: Source, val: Source, source: Pretra
             _set_head(trainer, head, features, train.labels)
             labels = torch.from_numpy(train.labels).to(accelerator.device)
             _count(trainer, head(features).detach(), labels)
+            trainer.lap_training()
             items = trainer.batches.eval_items(epoch.stage.img_size, trainer.plan.micro_batch(0))
             scores = trainer.evaluate(epoch, trainer.loader.stream(items))
             record(trainer, epoch, Rates(trainer.plan, cfg, 0.0), scores)

@@ -33,10 +33,27 @@ def begin(t: Trainer, forecast: dict[str, Any]) -> None:
         progress.seconds["calibration"] = forecast["parts"]["calibration"]
         progress.seconds["start"] -= progress.seconds["calibration"]
     run.begin(progress)
+    with rank0_errors():
+        if run.is_main and checkpoint.left_behind(run.folder / "checkpoints", progress.step):
+            _go_back(t)
     if progress.forecast and progress.step:
         run.log.info("%s", outlook(run, t.plan, progress))
     if progress.epochs_done == t.plan.total_epochs:
         run.log.info("this run is complete: %d epochs", progress.epochs_done)
+
+
+def _go_back(t: Trainer) -> None:
+    """What tells of the best weights, as it was at an older checkpoint; the course after it may have found better ones."""
+    run, step = t.run, t.state.progress.best_step
+    try:
+        best = checkpoint.read(run.folder / "checkpoints" / checkpoint.name_of(step))
+    except checkpoint.DamagedCheckpoint:
+        run.log.info(
+            "model/ may be of a later epoch than this checkpoint: its own best, step %d, is gone", step
+        )
+        return
+    _write_model(t, _best_weights(best), t.plan.stages[t.plan.locate(step - 1)[0]].img_size)
+    (run.folder / "per_class.csv").unlink(missing_ok=True)
 
 
 def finish(t: Trainer, *, trained: bool) -> None:
@@ -50,8 +67,10 @@ def finish(t: Trainer, *, trained: bool) -> None:
     run.background.drain()
     t.lap("save")
     if run.is_main:
-        run.log.info("%s", closing_block(run, progress))
-        if trained or not (run.folder / RECEIPT).exists():
+        # They tell of the machine that has trained.
+        as_it_was = not trained and (run.folder / RECEIPT).exists()
+        run.log.info("%s", closing_block(run, progress, write=not as_it_was))
+        if not as_it_was:
             run.log.info("%s", write_receipt(run, progress, len(t.batches.val)))
         upload_model(run.accelerator, run.folder)
     run.sync()
@@ -152,9 +171,7 @@ def _write(t: Trainer, files: dict[str, Any], img_size: int, began: float) -> No
     progress = files[checkpoint.STATE]["progress"]
     if progress["best_step"] == progress["step"]:
         # Before the checkpoint, which says that all of its step is done.
-        _write_model(
-            t, files["ema.safetensors" if progress["best_is_ema"] else "model.safetensors"], img_size
-        )
+        _write_model(t, _best_weights(files), img_size)
     checkpoint.write(folder, files)
     ends = [epoch.first_step + epoch.steps for epoch in t.plan.epochs()]
     numbered = ends[run.cfg.keep_every - 1 :: run.cfg.keep_every] if run.cfg.keep_every else []
@@ -163,6 +180,12 @@ def _write(t: Trainer, files: dict[str, Any], img_size: int, began: float) -> No
         keep |= run.mirror.uploading
     checkpoint.prune(folder, KEEP_CHECKPOINTS, keep)
     run.log.info("saved step %d in %.2f s", progress["step"], time.monotonic() - began)
+
+
+def _best_weights(files: checkpoint.Files) -> checkpoint.Files:
+    """Of the checkpoint with the best weights: raw, or their average."""
+    average = files[checkpoint.STATE]["progress"]["best_is_ema"]
+    return files["ema.safetensors" if average else "model.safetensors"]
 
 
 def _write_model(t: Trainer, weights: dict[str, Any], img_size: int) -> None:

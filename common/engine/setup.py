@@ -13,6 +13,7 @@ from common.data.batches import Batches, stage_shapes
 from common.data.decode import DecodeError, read_header
 from common.data.loader import Loader
 from common.data.sources.base import Source
+from common.data.sources.cache import fingerprint_of
 from common.engine.memory import fit_memory
 from common.engine.trainer import Trainer
 from common.model.create import check_size, takes_one_size
@@ -105,14 +106,20 @@ def prepare_state(run: Run, model: nn.Module, train: Source) -> TrainState:
     # Dropout differs between processes; the first weights did not.
     set_seed(cfg.seed, device_specific=True)
     optimizer = create_optimizer(cfg, model, momentum=cfg.momentum)
-    state = TrainState(model, optimizer, ema, accelerator.scaler, Progress(num_images=len(train)))
+    labels = fingerprint_of(*train.classes, train.labels.astype(np.int64))
+    progress = Progress(num_images=len(train), labels=labels)
+    state = TrainState(model, optimizer, ema, accelerator.scaler, progress)
     files = checkpoint.share(run.checkpoint, accelerator)
     run.checkpoint = None
     if files is not None:
-        recorded = files[checkpoint.STATE]["progress"]["num_images"]
-        if recorded != len(train):
+        recorded = files[checkpoint.STATE]["progress"]
+        if recorded["num_images"] != len(train):
             raise UserError(
-                f"the checkpoint was made with {recorded} training images, --data_dir {cfg.data_dir} has {len(train)}"
+                f"the checkpoint was made with {recorded['num_images']} training images, --data_dir {cfg.data_dir} has {len(train)}"
+            )
+        if recorded.get("labels", labels) != labels:
+            raise UserError(
+                f"--data_dir {cfg.data_dir} has other classes, or the images in another order, than the checkpoint was made with"
             )
         checkpoint.apply(files, state, accelerator)
         run.log.info("resumed at epoch %d, step %d", state.progress.epochs_done + 1, state.progress.step)

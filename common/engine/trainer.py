@@ -87,11 +87,13 @@ class Trainer:
         progress.seconds[part] = progress.seconds.get(part, 0.0) + now - self.lapped
         self.lapped = now
         drawn = self.run.energy.joules()
-        progress.energy_j = {kind: self.energy_before.get(kind, 0.0) + drawn[kind] for kind in drawn}
+        known = {kind: self.energy_before.get(kind, 0.0) + drawn[kind] for kind in drawn}
+        progress.energy_j = self.energy_before | known
 
-    def lap_training(self, waited: float = 0.0) -> None:
-        """The same for the present stage's steps; `waited` of the time, seconds, went by waiting for data."""
+    def lap_training(self) -> None:
+        """The same for the present stage's steps, and for what they have waited for data."""
         self.lap(f"train {self.stage_index + 1}")
+        waited, self.meter.to_lap = self.meter.to_lap, 0.0
         self.lapped -= waited
         self.state.progress.seconds[f"train {self.stage_index + 1}"] -= waited
         self.lap("wait")
@@ -192,9 +194,11 @@ class Trainer:
             if run.accelerator.num_processes > 1 and buffer.is_floating_point():
                 buffer.copy_(run.accelerator.reduce(buffer, "mean"))
         items = self.batches.eval_items(epoch.stage.img_size, self.plan.micro_batch(epoch.stage_index))
-        scores = evaluate(run, models, stream, len(items), len(self.batches.val), self.augment)
-        self.lap("evaluate")
-        return scores
+        try:
+            return evaluate(run, models, stream, len(items), len(self.batches.val), self.augment)
+        finally:
+            # Also when a signal ends it.
+            self.lap("evaluate")
 
 
 def set_rates(optimizer: torch.optim.Optimizer, lr: float, momentum: float) -> None:

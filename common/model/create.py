@@ -4,6 +4,7 @@ import argparse
 import difflib
 import logging
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -114,7 +115,7 @@ def create_finetuned_model(
             .pth or .pt file of tensors, "timm" for timm's default weights of this model, or a timm pretrained name
             or tag such as "resnet50.a1_in1k" or "a1_in1k" (timm downloads its weights).
 
-    Returns the model, and what the weights know about themselves: None for a bare file.
+    Returns the model, and what the weights know about themselves: None for a bare file, and no classes for another network's.
 
     Raises:
         UserError: the weights cannot be found or read, or are another network's.
@@ -145,6 +146,10 @@ def create_finetuned_model(
     }
     if listing := "; ".join(f"{what}: {', '.join(sorted(keys))}" for what, keys in problems.items() if keys):
         log.warning("%s: %s", weights, listing)
+    if source and source.architecture != architecture(name):
+        # The rows of its head are a start, no more: they were learnt on other features.
+        log.warning("%s: they are of --model %s, not of %s", weights, source.architecture, name)
+        source = replace(source, classes=[])
     return model, source
 
 
@@ -219,7 +224,8 @@ def _read_file(path: Path) -> dict[str, Tensor]:
         # torch goes on with ways to run what is in the file.
         reason = next(iter(str(error).splitlines()), type(error).__name__).partition(". ")[0]
         raise UserError(f"--weights {path} cannot be read as a file of tensors only: {reason}") from error
-    for wrapper in ("model_state", "state_dict", "model"):
+    # Where there is an average, that, as timm does.
+    for wrapper in ("model_state", "state_dict_ema", "model_ema", "state_dict", "model"):
         if isinstance(state, Mapping) and isinstance(state.get(wrapper), Mapping):
             state = state[wrapper]
     if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):

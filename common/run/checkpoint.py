@@ -65,6 +65,8 @@ class Progress:
     best_is_ema: bool = False
     global_batches: list[int] = field(default_factory=list)
     num_images: int = 0
+    labels: str = ""
+    """a hash of the training images' classes, name by name and image by image"""
     wandb_id: str = ""
     seconds: dict[str, float] = field(default_factory=dict)
     """of wall time by part of the run: "start", "finder", "train 1" ..., "wait", "evaluate", "save" """
@@ -265,9 +267,9 @@ def _by_step(checkpoints: Path) -> list[Path]:
 def write(checkpoints: Path, files: Files) -> Path:
     """Write a checkpoint under the name of its step; one of that step that is whole and says the same stays as it is.
 
-    It says otherwise when a run was stopped within an evaluation, which is now over. Those of later steps are deleted:
-    they are damaged or of a course that `--resume` of an older checkpoint has left, and the next resume would take them
-    for the newest.
+    It says otherwise when a run was stopped within an evaluation, which is now over, or when `--resume` of an older checkpoint
+    has left its course. Those of later steps are deleted: they are damaged or of that course, and the next resume would
+    take them for the newest.
 
     Raises:
         UserError: the disk is full or not writable; the earlier checkpoints are untouched.
@@ -276,7 +278,7 @@ def write(checkpoints: Path, files: Files) -> Path:
     temporary = folder.with_name(folder.name + TEMPORARY)
     manifest: dict[str, Any] = {"format_version": FORMAT_VERSION, "files": {}}
     try:
-        if _epochs_done(folder) != files[STATE]["progress"]["epochs_done"]:
+        if not _says_the_same(folder, files):
             _remove(temporary)
             temporary.mkdir(parents=True)
             for name, content in files.items():
@@ -333,12 +335,25 @@ def read(folder: Path) -> Files:
     return files
 
 
-def _epochs_done(folder: Path) -> int | None:
-    """Epochs that were over at a checkpoint; None = it is not whole."""
+def _says_the_same(folder: Path, files: Files) -> bool:
+    """Whether a checkpoint is whole and holds these tensors, after as many epochs."""
     try:
-        return read(folder)[STATE]["progress"]["epochs_done"]
+        there = read(folder)
     except DamagedCheckpoint:
-        return None
+        return False
+    if there[STATE]["progress"]["epochs_done"] != files[STATE]["progress"]["epochs_done"]:
+        return False
+    names = [name for name in files if name != STATE]
+    return there.keys() == files.keys() and all(
+        there[name].keys() == files[name].keys()
+        and all(torch.equal(there[name][key], tensor) for key, tensor in files[name].items())
+        for name in names
+    )
+
+
+def left_behind(checkpoints: Path, step: int) -> bool:
+    """Whether there are checkpoints, whole or not, of later steps."""
+    return any(path.name > name_of(step) for path in _by_step(checkpoints))
 
 
 def newest_whole(checkpoints: Path) -> tuple[Files | None, list[str]]:

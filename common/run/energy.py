@@ -29,8 +29,7 @@ class EnergyMeter:
 
 def read_packages() -> dict[str, tuple[float, float]]:
     """Joules of each CPU package, and where its counter begins anew; empty if they cannot all be read."""
-    # intel-rapl:0:1 and the like are parts of package 0.
-    zones = [zone for zone in POWERCAP.glob("intel-rapl:*") if zone.name.count(":") == 1]
+    zones = POWERCAP.glob("intel-rapl:*")
     try:
         return {
             zone.name: (
@@ -38,6 +37,8 @@ def read_packages() -> dict[str, tuple[float, float]]:
                 int((zone / "max_energy_range_uj").read_text()) / 1e6,
             )
             for zone in zones
+            # Not their parts (core, dram), nor the platform, which contains them (psys).
+            if (zone / "name").read_text().startswith("package")
         }
     except OSError:
         return {}

@@ -156,9 +156,14 @@ def new_plot(title: str, x_label: str, y_label: str, corner: str) -> "Axes":
     axes.set_axisbelow(True)
     axes.set_xlabel(x_label, color=INK)
     axes.set_ylabel(y_label, color=INK)
-    figure.text(LEFT, 0.94, title, fontsize=13, fontweight="bold", color=INK)
-    figure.text(RIGHT, 0.94, corner, fontsize=9, color=GREY, ha="right")
+    figure.text(LEFT, 0.94, as_it_is(title), fontsize=13, fontweight="bold", color=INK)
+    figure.text(RIGHT, 0.94, as_it_is(corner), fontsize=9, color=GREY, ha="right")
     return axes
+
+
+def as_it_is(name: str) -> str:
+    """A name for matplotlib, which takes what stands between dollars for mathematics."""
+    return name.replace("$", r"\$")
 
 
 def save(axes: "Axes", path: Path) -> None:

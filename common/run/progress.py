@@ -34,6 +34,7 @@ class Meter:
         sums: float64 [2], loss and hits over this process's images of the epoch.
         not_finite: int64 [], micro-batches in a row without a finite loss; the run's, since an epoch may be short.
         skipped: int64 [], steps that gradient scaling left out.
+        waited, to_lap: seconds that steps have waited for data, in all and since they were counted as a part of the run.
     """
 
     def __init__(
@@ -47,7 +48,7 @@ class Meter:
         self.not_finite = not_finite
         self.skipped = torch.zeros((), dtype=torch.int64, device=device)
         self.first_step = self.step = progress.step
-        self.waited = 0.0
+        self.waited = self.to_lap = 0.0
         self.started = self.stopped = self.last_line = time.monotonic()
         self.bar = tqdm(
             total=epoch.steps,
@@ -64,6 +65,7 @@ class Meter:
         self.sums += torch.stack([loss * len(targets), hits])
         self.not_finite.add_(1).mul_(~loss.isfinite())
         self.waited += waited
+        self.to_lap += waited
 
     def tick(self) -> None:
         """Count an optimizer step."""
@@ -159,8 +161,8 @@ def clock(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
 
-def closing_block(run: Run, progress: Progress) -> str:
-    """Best, last and wall time of a finished run, also written to `summary.json`; for the main process."""
+def closing_block(run: Run, progress: Progress, write: bool) -> str:
+    """Best, last and wall time of a finished run, which `write` puts into `summary.json`; for the main process."""
     last = run.records.rows()[-1]
     # A run that an older version ended has none.
     balanced = float(last["val_balanced"]) if last.get("val_balanced") else None
@@ -182,7 +184,8 @@ def closing_block(run: Run, progress: Progress) -> str:
         "seed": run.cfg.seed,
         "hardware": f"{run.accelerator.num_processes} × {device}",
     }
-    run.records.write_json("summary.json", summary)
+    if write:
+        run.records.write_json("summary.json", summary)
     return (
         f"\n  best top-1   {summary['best_top1']:.2f} % (epoch {summary['best_epoch']}, {summary['best_weights']} weights)"
         f"\n  last top-1   {summary['last_top1']:.2f} %{shown}"

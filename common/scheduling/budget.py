@@ -220,12 +220,10 @@ def _budgeted(
     )
     sweep = 0 if known_peak(in_force, plan.global_batches[0]) else in_force["lr_finder_iterations"]
     parts = seconds_by_part(plan, costs, sweep, evaluations)
-    # Those at the end are made in any case.
-    at_the_end = evaluations * costs.by_stage(plan)[-1].evaluate_s
     while (
         "eval_every" not in given
         and rarely < plan.total_epochs
-        and parts["evaluate"] - at_the_end > EVALUATION_SHARE * sum(parts.values())
+        and parts["evaluate"] > EVALUATION_SHARE * sum(parts.values())
     ):
         # In steps of a tenth where it is large: a plan is made of many such runs.
         rarely = min(rarely + max(1, rarely // 10), plan.total_epochs)
@@ -245,13 +243,12 @@ def seconds_by_part(
 ) -> dict[str, float]:
     """What a run takes when `done` of its epochs are over, by part: "train 1" is the first stage's.
 
-    `sweep` is the finder's steps, `evaluations` how many of the last stage's come at the end, beside those after epochs.
+    `sweep` is the finder's steps, `evaluations` how many of the last stage's are as long as what passes over images beside the epochs.
     """
     stages = costs.by_stage(plan)
     epochs, evaluated = zip(*plan.epochs_left(done), strict=True)
     steps = [count * plan.steps_per_epoch(i) for i, count in enumerate(epochs)]
     training = {f"train {i + 1}": n * m.step_s for i, (n, m) in enumerate(zip(steps, stages, strict=True))}
-    evaluating = sum(n * m.evaluate_s for n, m in zip(evaluated, stages, strict=True))
     return {
         "start": costs.start_s,
         "calibration": costs.calibration_s,
@@ -259,7 +256,8 @@ def seconds_by_part(
         "compile": sum(m.enter_s for m in stages),
         **training,
         "wait": sum(n * m.wait_s for n, m in zip(steps, stages, strict=True)),
-        "evaluate": evaluating + evaluations * stages[-1].evaluate_s,
+        "evaluate": sum(n * m.evaluate_s for n, m in zip(evaluated, stages, strict=True)),
+        **({"passes": evaluations * stages[-1].evaluate_s} if evaluations else {}),
         # Every epoch may be the best so far, and the end waits for what is being written.
         "save": (sum(epochs) + 1) * costs.save_s,
     }
@@ -281,4 +279,6 @@ def expected_end_s(
     planned = over * (1 + beside / trained) + evaluated * forecast["evaluate"]
     taken = sum(spent.get(part, 0.0) for part in (*training, "wait", "save", "evaluate"))
     pace = taken / planned if planned else 1.0
-    return sum(spent.values()) + (whole - planned) * pace
+    # Later stages are still to be compiled for, and what comes after the last epoch is still to come.
+    ahead = sum(max(0.0, forecast.get(part, 0.0) - spent.get(part, 0.0)) for part in ("compile", "passes"))
+    return sum(spent.values()) + (whole - planned + ahead) * pace

@@ -108,7 +108,8 @@ class Rates:
         stage, batches = self.plan.stages[stage_index], self.plan.global_batches
         limit = math.inf if self.settings.max_lr is None else self.settings.max_lr
         if stage.lr_scale is not None:
-            return min(self.peak_lr, limit) * stage.lr_scale
+            scale = stage.lr_scale / (self.plan.stages[0].lr_scale or 1.0)
+            return min(min(self.peak_lr, limit) * scale, limit)
         return min(self.peak_lr * batches[stage_index] / batches[0], limit)
 
     def lr(self, step: int) -> float:

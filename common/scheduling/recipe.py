@@ -274,11 +274,15 @@ def _fit_peak(recipe: Recipe, settings: Mapping[str, Any], free: set[str]) -> No
     """The peak of the learning rate, where length, batches or optimizer are no longer the list's."""
     # The linear rule is known from 256 images up (Goyal et al., 2017); at 64 it gives 0.025, and 0.14 to 0.32 do well.
     # The limit belongs to the rule.
-    if "lr" not in free or settings["lr"] == "auto":
-        return
-    recipe.values.update({"lr": "auto"} | ({"max_lr": None} if "max_lr" in free else {}))
-    kind = "a peak found here" if is_sgd(settings["optimizer"]) else f"{settings['optimizer']}'s own peak"
-    recipe.notes.append(f"{kind} (--lr auto), not {settings['lr']} per 256 images")
+    if settings["lr"] != "auto":
+        if "lr" not in free:
+            return
+        recipe.values["lr"] = "auto"
+        kind = "a peak found here" if is_sgd(settings["optimizer"]) else f"{settings['optimizer']}'s own peak"
+        recipe.notes.append(f"{kind} (--lr auto), not {settings['lr']} per 256 images")
+    if "max_lr" in free and settings["max_lr"] is not None:
+        recipe.values["max_lr"] = None
+        recipe.notes.append("no limit for the peak (--max_lr)")
     # Which is above the rate of the blow-up, and borne only after a warm-up at less momentum.
     cycle = {"pct_start": RISE}
     if SWING <= settings["momentum"] < 1 - SWING:

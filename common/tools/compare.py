@@ -136,7 +136,11 @@ def draw(runs: Sequence[Run], targets: Sequence[float], out: Path) -> list[Path]
     widths = np.linspace(3.5, 1.5, len(runs))
     for number, (run, width) in enumerate(zip(runs, widths, strict=True)):
         turns, colour = divmod(number, len(COLOURS))
-        look = {"color": COLOURS[colour], "linestyle": DASHES[turns % len(DASHES)], "label": run.name}
+        look = {
+            "color": COLOURS[colour],
+            "linestyle": DASHES[turns % len(DASHES)],
+            "label": plots.as_it_is(run.name),
+        }
         lr.plot(run.lr["epoch"], run.lr["lr"], **look, linewidth=width, marker=_marker(run.lr))
         # An epoch that was not evaluated leaves no gap.
         known = run.log[np.isfinite(run.log["accuracy"])]
@@ -160,7 +164,10 @@ def save(axes, path: Path) -> None:
     """Save a plot with its legend inside the axes, for there may be many runs."""
     axes.set_position((plots.LEFT, plots.BOTTOM, plots.RIGHT - plots.LEFT, 0.77))
     axes.set_xlim(left=0)
-    axes.legend(loc="best", fontsize=8, framealpha=0.8, edgecolor="none", labelcolor=plots.INK)
+    # By hand: left to itself it leaves out what begins with "_"; but matplotlib's own lines do too.
+    named = [line for line in axes.lines if not line.get_label().startswith("_child")]
+    names = [line.get_label() for line in named]
+    axes.legend(named, names, loc="best", fontsize=8, framealpha=0.8, edgecolor="none", labelcolor=plots.INK)
     plots.save(axes, path)
 
 

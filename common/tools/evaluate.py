@@ -257,7 +257,7 @@ def evaluate(args: argparse.Namespace) -> str:
     names, matrix = model.cfg.classes, confusion_matrix(answers)
     table, pairs, calibration = per_class(matrix, names), confused_pairs(matrix, names), calibrate(answers)
     views = "two views (flip)" if args.tta else "one view"
-    title = f"{args.model} on {source.location}: {len(source)} images, {views} at {model.cfg.img_size} px"
+    title = f"{in_utf8(args.model)} on {in_utf8(source.location)}\n\n{len(source)} images of {args.split}, {views} at {model.cfg.img_size} px"
     same_way = args.data_dir is None and args.split == "val" and not args.tta
     text = report(head(title, answers, table, log_top1 if same_way else None), table, pairs, calibration)
     (args.to / "report.txt").write_text(text)

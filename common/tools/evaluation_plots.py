@@ -26,7 +26,7 @@ TILE, COLUMNS, ROWS = 160, 6, 4
 
 
 def shortened(name: str) -> str:
-    return name if len(name) <= LETTERS else f"{name[: LETTERS - 1]}…"
+    return plots.as_it_is(name if len(name) <= LETTERS else f"{name[: LETTERS - 1]}…")
 
 
 def draw_confusion(
@@ -63,7 +63,7 @@ def draw_confusion(
         figure.text(s=text, fontsize=size, fontweight=weight, color=colour, **place)
 
     write(GAP / 2, 0.15, "Confusion", 13, plots.INK, "bold")
-    write(GAP / 2, 0.43, note, 9, plots.GREY)
+    write(GAP / 2, 0.43, plots.as_it_is(note), 9, plots.GREY)
     x = margin + side + GAP
     write(x, HEAD, "Most confused", 10, plots.INK, "bold")
     for row, line in enumerate(lines):
@@ -152,7 +152,9 @@ def draw_mistakes(path: Path, source: Source, predictions: pd.DataFrame, note: s
     figure.text(
         0.12 / width, 1 - 0.3 / height, "Surest mistakes", fontsize=13, fontweight="bold", color=plots.INK
     )
-    figure.text(1 - 0.12 / width, 1 - 0.3 / height, note, fontsize=9, color=plots.GREY, ha="right")
+    figure.text(
+        1 - 0.12 / width, 1 - 0.3 / height, plots.as_it_is(note), fontsize=9, color=plots.GREY, ha="right"
+    )
     axes = figure.add_axes((0, 0, 1, 1))
     axes.set_axis_off()
     for place, (index, one) in enumerate(surest.iterrows()):

@@ -256,7 +256,7 @@ def main(args: list[str] | None = None) -> None:
             sources = {"all": FolderSource(folder)}
         make_folder(out, "--out")
         images = inspect(sources, options.workers)
-        text = report(options.data_dir, images)
+        text = report(in_utf8(options.data_dir), images)
         (out / "report.txt").write_text(text)
         write_lists(out, images)
         write_plots(out, folder.name, images)

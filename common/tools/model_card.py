@@ -171,6 +171,7 @@ def per_class(folder: Path, card: Card) -> str:
         names = {"dtype": {"class": str}, "keep_default_na": False, "na_values": [""]}
         table = pd.read_csv(card.evaluation / "per_class.csv", **names)
         head = (card.evaluation / "report.txt").read_text().split("\n\ncalibration")[0]
+        shutil.copyfile(card.evaluation / "confusion.png", folder / "confusion.png")
     except OSError as error:
         why = f"{error.strerror}: {error.filename}"
         raise UserError(
@@ -187,7 +188,6 @@ def per_class(folder: Path, card: Card) -> str:
     for share in ("precision", "recall", "f1"):
         table[share] = table[share].map("{:.1%}".format, na_action="ignore").fillna("–")
     table.columns = ["class", "precision", "recall", "F1", "images"]
-    shutil.copyfile(card.evaluation / "confusion.png", folder / "confusion.png")
     # Without the first line, whose paths are this machine's.
     figures = head.partition("\n\n")[2]
     return f"## Evaluation\n\n```\n{figures}\n```\n\n{shown}:\n\n{markdown(table)}\n\n![Confusion](confusion.png)"

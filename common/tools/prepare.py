@@ -44,7 +44,7 @@ from common.data.order import BatchItem, View
 from common.data.sources.base import MissingSplit, Source
 from common.data.sources.open import open_source
 from common.run.checkpoint import write_durably
-from common.tools.command_line import check_least, new_parser, one_sentence
+from common.tools.command_line import check_least, in_utf8, new_parser, one_sentence
 
 SPLITS = {"train": "train", "val": "validation"}  # our names, and those of `datasets`
 PIECE = 16  # images a worker encodes at a time
@@ -132,7 +132,7 @@ def encode_piece(
             encoded = source.read(index, max(settings.levels))
             copies, height, width = encode_levels(encoded, settings)
         except (DecodeError, OSError) as error:
-            failures.append((source.describe(index), getattr(error, "strerror", None) or str(error)))
+            failures.append((in_utf8(source.describe(index)), getattr(error, "strerror", None) or str(error)))
             continue
         bytes_read += len(encoded)
         row = {"label": int(source.labels[index]), "height": height, "width": width}

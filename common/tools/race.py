@@ -9,6 +9,7 @@ chooses; the validation images are left for the winner's report. The same comman
 """
 
 import argparse
+import heapq
 import json
 import math
 import os
@@ -22,6 +23,7 @@ import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import groupby
 from operator import attrgetter
 from pathlib import Path
 from types import FrameType
@@ -197,7 +199,8 @@ def run(job: Job, args: argparse.Namespace, data_dir: Path, lanes: Lanes) -> Non
         raise UserError(f"{job.folder.name} was refused: {why.removeprefix('error: ')} ({log})")
     ledger = {"seconds": before + time.monotonic() - began, "exit_code": code, "why": why}
     job.beside("json").write_text(json.dumps(ledger))
-    if code == EXIT_INTERRUPTED:
+    # Or before it could save anything.
+    if code == EXIT_INTERRUPTED or -code in SIGNALS:
         raise UserError(STOPPED)
     if code not in (0, 2):
         raise UserError(f"{job.folder.name} ended with exit code {code}: see {log}")
@@ -228,6 +231,14 @@ def race(args: argparse.Namespace, budget_s: float, inner: Path, lanes: Lanes) -
             break
         field = [job.candidate for job in ended[: math.ceil(len(field) / 2)]]
     return jobs
+
+
+def seconds_in_lanes(seconds: Sequence[float], lanes: int) -> float:
+    """How long jobs take that each begin where a lane is free first; lanes may stand idle at the end."""
+    ends = [0.0] * lanes
+    for each in seconds:
+        heapq.heapreplace(ends, ends[0] + each)
+    return max(ends)
 
 
 def make_table(jobs: Sequence[Job]) -> pd.DataFrame:
@@ -278,8 +289,8 @@ def check_same_race(args: argparse.Namespace) -> None:
     kept = read(path) or settings
     if other := [name for name in settings if kept[name] != settings[name]]:
         ledgers = sorted(args.output.glob("rung*.json"))
-        begun = any(read(ledger)["exit_code"] != 2 for ledger in ledgers)
-        if begun or any(args.output.glob("rung*/checkpoints/*")):
+        begun = [*args.output.glob("rung*/checkpoints/*"), *args.output.glob("rung*/receipt.json")]
+        if begun:
             flags = ", ".join(f"--{name} {kept[name]}" for name in other)
             raise UserError(f"--output {args.output} holds a race with {flags}; choose another folder")
         # Nothing was trained: the race begins anew, and refusals were of other budgets.
@@ -314,7 +325,10 @@ def in_lanes(args: argparse.Namespace, budget_s: float, lanes: Lanes) -> str:
     draw(jobs, args.output / "race.png")
     last = [job for job in jobs if job.rung == jobs[-1].rung and job.receipt]
     winner = last[0]
-    rest_s = budget_s - sum(job.ledger.get("seconds", 0.0) for job in jobs) / args.lanes
+    rest_s = budget_s - sum(
+        seconds_in_lanes([job.ledger.get("seconds", 0.0) for job in rung], args.lanes)
+        for _, rung in groupby(jobs, attrgetter("rung"))
+    )
     final = Job(winner.candidate, 0, rest_s, args.output / f"winner_{winner.candidate.name}")
     lines = [as_text(make_table(jobs), args.markdown), "", f"winner: {winner.candidate.name}"]
     if len(last) > 1:

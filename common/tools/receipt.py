@@ -40,7 +40,8 @@ def checks(receipt: dict[str, Any], rows: list[dict[str, str]]) -> Iterator[tupl
         yield name, stated, found, math.isclose(stated, found, rel_tol=ROUNDING, abs_tol=1e-9)
     training = [value for part, value in minutes.items() if part.startswith("train ")]
     stated, logged = sum(training) + minutes["wait"], sum(float(row["epoch_s"]) for row in rows) / 60
-    stated += minutes["evaluate"]
+    # An epoch's seconds have its evaluation in them, and checkpoints that were written meanwhile.
+    stated += minutes["evaluate"] + minutes.get("save", 0.0)
     # The log's epochs know only the time since a restart; and the final evaluation is none of them.
     yield "minutes of epochs", stated, logged, stated >= logged - CLOCKS_S / 60
     elapsed = float(last["total_s"]) / 60

@@ -23,6 +23,7 @@ import pandas as pd
 import torch
 
 from common import UserError
+from common.data.loader import end_with_parent
 from common.run import plots
 from common.tools.command_line import new_parser, one_sentence
 from common.tools.compare import COLOURS, DASHES, as_text, save
@@ -113,7 +114,10 @@ def run(job: Job) -> None:
     began = time.monotonic()
     threads = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     with job.beside("log").open("a") as log:
-        process = subprocess.Popen(job.command, stdout=log, stderr=log, env=os.environ | threads)
+        # Left alone, timm would go on writing into what the next attempt writes.
+        process = subprocess.Popen(
+            job.command, stdout=log, stderr=log, env=os.environ | threads, preexec_fn=end_with_parent
+        )
         _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
     receipt |= {"cpu_s": usage.ru_utime + usage.ru_stime, "wall_s": time.monotonic() - began}

@@ -196,6 +196,15 @@ def test_what_either_library_reads_trains(kind):
     assert read_header(encoded)[:2] == (375, 500)
 
 
+@pytest.mark.parametrize("mode", ["RGB", "CMYK"])
+def test_a_jpeg_is_turned_by_its_exif_alone(mode):
+    """Pillow, which decodes CMYK, would turn it by XMP as well, where its header and torchvision say nothing."""
+    xmp = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
+    plain, turned = (encode(photograph().convert(mode), "JPEG", **more) for more in ({}, {"xmp": xmp}))
+    assert read_header(turned) == read_header(plain)
+    assert psnr(decode([turned], (64, 64), CENTRED), decode([plain], (64, 64), CENTRED)) > 60
+
+
 @pytest.mark.parametrize(("broken", "mode"), [("_torchvision", "RGB"), ("_pillow", "CMYK")])
 def test_the_other_library_is_asked_where_one_refuses(monkeypatch, broken, mode):
     def refuse(data):

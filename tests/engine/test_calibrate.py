@@ -85,7 +85,7 @@ def test_a_figure_that_was_changed_is_found(name, tmp_path, capsys):
         writer.writeheader()
         writer.writerows(rows)
     paper = {
-        "minutes": {"start": 0.5, "train 1": 0.9, "wait": 0.0, "evaluate": 0.1},
+        "minutes": {"start": 0.5, "train 1": 0.4, "wait": 0.0, "evaluate": 0.1, "save": 0.5},
         "total_minutes": 1.5,
         "usd_per_hour": 4.0,
         "price_usd": 0.1,

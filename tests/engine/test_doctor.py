@@ -124,12 +124,12 @@ def at_rest(**cfg) -> SimpleNamespace:
     """What the verdicts read of a trainer: 2 stages of 3 and 1 epochs, 10 steps each, of 64 images of 640."""
     stages = [Stage(epochs=3, img_size=32, batch_size=64), Stage(epochs=1, img_size=64, batch_size=64)]
     settings = {"lr": 0.1, "lr_scaling": "linear", "optimizer": "sgd", "lr_finder_iterations": 100}
-    settings |= {"keep_every": 0, "usd_per_hour": None} | cfg
+    settings |= {"keep_every": 0, "usd_per_hour": None, "pretrained": False} | cfg
     return SimpleNamespace(
         plan=make_plan(stages, 640, 1),
         run=SimpleNamespace(cfg=SimpleNamespace(final_eval=False, **settings)),
-        state=SimpleNamespace(progress=SimpleNamespace(epochs_done=0, peak_lr=0.0)),
-        batches=SimpleNamespace(train=SimpleNamespace(prepared=False)),
+        state=SimpleNamespace(progress=SimpleNamespace(epochs_done=0, peak_lr=0.0, step=0)),
+        batches=SimpleNamespace(train=SimpleNamespace(prepared=False), val=None),
     )
 
 
@@ -144,7 +144,7 @@ def test_the_loader_against_the_device():
     assert "the loader keeps up, 17% of the time is waiting" in finding.sentence
 
 
-def test_the_time_of_a_run():
+def test_the_time_of_a_run(monkeypatch):
     """An epoch trains for 10 s, waits and evaluates for 3 s, and saves for 1 s."""
     costs = Costs((MEASURED, MEASURED._replace(img_size=64)), start_s=4.0, save_s=1.0)
     assert duration(at_rest(), costs) == (
@@ -154,9 +154,13 @@ def test_the_time_of_a_run():
     found = duration(at_rest(lr="auto", usd_per_hour=60.0), costs)
     assert "about 2:43, 2.72 USD with evaluation (start 0:04, finder 1:40, " in found
     assert "finder" not in duration(at_rest(lr="auto", optimizer="adamw"), costs)
-    resumed = at_rest()
-    resumed.state.progress.epochs_done = 2
-    assert "train 1 0:05, train 2 0:05, wait 0:10, evaluate 0:06" in duration(resumed, costs)
+    # A head that is fitted before the first step, which a resumed run is behind.
+    monkeypatch.setattr(doctor, "head_to_fit", lambda _: True)
+    monkeypatch.setattr(doctor, "fit_evaluations", lambda *_: 2.0)
+    assert "evaluate 0:12, passes 0:06, save 0:05" in duration(at_rest(pretrained=True), costs)
+    resumed = at_rest(pretrained=True)
+    resumed.state.progress.epochs_done, resumed.state.progress.step = 2, 20
+    assert "train 1 0:05, train 2 0:05, wait 0:10, evaluate 0:06, save" in duration(resumed, costs)
 
 
 @pytest.mark.parametrize(("free_gb", "level"), [(10, "ok"), (1.5, "warning"), (0.5, "error")])

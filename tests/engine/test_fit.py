@@ -490,6 +490,54 @@ def test_patience_ends_a_run_whole_and_more_of_it_lets_the_run_go_on(data, tmp_p
     assert_same(weights(run), weights(whole))
 
 
+def test_what_comes_after_patience_is_of_the_stage_that_was_reached(data, tmp_path, monkeypatch):
+    evaluate = Trainer.evaluate
+    monkeypatch.setattr(Trainer, "evaluate", lambda *args: [replace(evaluate(*args)[0], top1=50.0)])
+    stages = json.dumps([{"epochs": 3, "img_size": 32, "batch_size": 16}, {"epochs": 1, "img_size": 64}])
+    flags = ("--stages", stages, "--patience", "1", "--final_eval")
+    run = run_training(ProgressiveConfig, data, tmp_path, "run", *flags)
+    assert {row["img_size"] for row in rows(run)} == {"16"}
+    grid = json.loads((run / "final_eval.json").read_text())["rows"]
+    # Each once, though 1 and 1.15 times 16 px are the same in steps of 8.
+    assert [row["img_size"] for row in grid] == [16] * 6 + [24] * 6
+
+
+def test_an_older_checkpoint_takes_its_best_model_along(data, tmp_path, monkeypatch):
+    """The course that is left had found a better one, which summary and log would no longer know."""
+    scores, evaluate = iter([40.0, 50.0, 60.0]), Trainer.evaluate
+    monkeypatch.setattr(Trainer, "evaluate", lambda *args: [replace(evaluate(*args)[0], top1=next(scores))])
+    flags = ("--epochs", "3", "--batch_size", "16", "--keep_every", "1")
+    run = run_training(StandardConfig, data, tmp_path, "run", *flags)
+    model = run / "model" / "model.safetensors"
+    assert_same(load_file(model), weights(run, step=12))
+    stop_after(monkeypatch, 1)
+    with pytest.raises(SystemExit):
+        run_training(StandardConfig, data, tmp_path, "", "--resume", str(run / "checkpoints" / name_of(8)))
+    assert progress(run)["best_step"] == 8
+    assert_same(load_file(model), weights(run, step=8))
+    assert not (run / "per_class.csv").exists()
+
+
+def test_other_classes_than_the_checkpoints_are_refused(data, tmp_path, capsys):
+    flags = ("--epochs", "2", "--batch_size", "16")
+    run_training(StandardConfig, data, tmp_path, "run", *flags)
+    other = shutil.copytree(data, tmp_path / "other")
+    for split in ("train", "val"):
+        (other / split / "class0").rename(other / split / "renamed")
+    with pytest.raises(SystemExit):
+        run_training(StandardConfig, other, tmp_path, "run", *flags)
+    assert "has other classes" in capsys.readouterr().err
+
+
+def test_a_complete_run_keeps_the_machine_it_was_trained_on(data, tmp_path, monkeypatch):
+    flags = ("--epochs", "1", "--batch_size", "16")
+    run = run_training(StandardConfig, data, tmp_path, "run", *flags)
+    before = (run / "summary.json").read_text()
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 99)
+    run_training(StandardConfig, data, tmp_path, "run", *flags)
+    assert (run / "summary.json").read_text() == before
+
+
 def test_patience_waits_for_an_evaluation(data, tmp_path, monkeypatch):
     evaluate = Trainer.evaluate
     monkeypatch.setattr(Trainer, "evaluate", lambda *args: [replace(evaluate(*args)[0], top1=50.0)])

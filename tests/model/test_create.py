@@ -318,6 +318,21 @@ def test_weights_that_depend_on_the_image_size_are_interpolated(name, tmp_path, 
     assert all(torch.equal(same.state_dict()[key], value) for key, value in trained.state_dict().items())
 
 
+def test_another_networks_weights_do_not_know_the_classes(trained, tmp_path, caplog):
+    """Nearly all tensors fit; but the features are others, so that the head is to be fitted to them."""
+    folder = write_model(tmp_path, trained, cfg("resnet18"))
+    _, source = create_finetuned_model("resnet18_cifar", CLASSES, str(folder))
+    assert "are of --model resnet18, not of resnet18_cifar" in caplog.text
+    assert source.classes == []
+
+
+def test_of_a_checkpoint_the_average_is_taken(trained, tmp_path):
+    raw = {key: torch.zeros_like(value) for key, value in trained.state_dict().items()}
+    torch.save({"state_dict": raw, "state_dict_ema": trained.state_dict()}, tmp_path / "last.pth.tar")
+    model, _ = create_finetuned_model("resnet18", CLASSES, str(tmp_path / "last.pth.tar"))
+    assert torch.equal(model.conv1.weight, trained.conv1.weight)
+
+
 class Malice:
     """Unpickling it runs a function."""
 

@@ -94,8 +94,12 @@ def test_damage_is_noticed_named_and_the_one_before_used(tmp_path, file, damage)
 
 def test_the_same_step_twice(tmp_path, monkeypatch):
     saved(tmp_path, 1, 2)
-    saved(tmp_path, 2, content=1.0)  # that it is whole and stays shows in its content
-    assert checkpoint.read(tmp_path / name(2))["model.safetensors"]["w"][0, 0] == 0
+    inode = (tmp_path / name(2) / "manifest.json").stat().st_ino
+    saved(tmp_path, 2)
+    assert (tmp_path / name(2) / "manifest.json").stat().st_ino == inode
+    # After `--resume` of an older one: another course.
+    saved(tmp_path, 2, content=2.0)
+    assert checkpoint.read(tmp_path / name(2))["model.safetensors"]["w"][0, 0] == 2
     (tmp_path / name(2) / "model.safetensors").write_bytes(b"damaged")
     saved(tmp_path, 2, content=1.0)
     assert checkpoint.read(tmp_path / name(2))["model.safetensors"]["w"][0, 0] == 1

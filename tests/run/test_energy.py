@@ -16,6 +16,7 @@ def set_counters(folder, *joules, wraps_at=100):
     for number, value in enumerate(joules):
         zone = folder / f"intel-rapl:{number}"
         zone.mkdir(exist_ok=True)
+        (zone / "name").write_text(f"package-{number}\n")
         (zone / "energy_uj").write_text(f"{value * 1_000_000}\n")
         (zone / "max_energy_range_uj").write_text(f"{wraps_at * 1_000_000}\n")
 
@@ -29,9 +30,10 @@ def powercap(tmp_path, monkeypatch):
 
 def test_packages_are_summed_over_their_wraps_and_without_their_parts(powercap):
     set_counters(powercap, 90, 10)
-    part = powercap / "intel-rapl:0:0"
-    part.mkdir()
-    (part / "energy_uj").write_text("5")
+    for zone, name in (("intel-rapl:0:0", "core"), ("intel-rapl:2", "psys")):
+        (powercap / zone).mkdir()
+        (powercap / zone / "name").write_text(name)
+        (powercap / zone / "energy_uj").write_text("5")
     meter = EnergyMeter(gpus=False)
     assert meter.joules() == {"cpu": 0}
     set_counters(powercap, 5, 30)

@@ -183,7 +183,8 @@ def test_evaluations_that_would_cost_more_than_a_tenth_become_rarer():
     at_the_end = plan_budget(
         STAGES, settings_of(budget="900s"), (), SMALL, costs, 900, evaluations=40.0
     ).whole
-    assert at_the_end.parts["evaluate"] > 0.1 * at_the_end.total_s
+    assert at_the_end.parts["passes"] == 40 * 2.0
+    assert at_the_end.parts["passes"] + at_the_end.parts["evaluate"] > 0.1 * at_the_end.total_s
     assert "eval_every" not in at_the_end.recipe.values
     # No rarer than that takes.
     more = seconds_by_part(replace(rare.plan, eval_every=rare.plan.eval_every - 1), costly, 0, 0.0)
@@ -241,3 +242,12 @@ def test_the_end_is_foreseen_from_the_pace_so_far():
     rare = expected_end_s(forecast, {"start": 10, "train 1": 150}, [1.0, 0.0], 0.0)
     assert rare == pytest.approx(10 + 330 * 1.5)
     assert expected_end_s(forecast, {"start": 20}, [0.0, 0.0], 0.0) == pytest.approx(350)
+    # The second stage's compiling, and a grid behind the last epoch.
+    more, spent = (
+        {**forecast, "compile": 40, "passes": 50},
+        {"start": 10, "train 1": 100, "evaluate": 10, "compile": 15},
+    )
+    assert expected_end_s(more, spent, [1.0, 0.0], 1 / 3) == pytest.approx(340 + 40 + 50)
+    over = {**spent, "train 2": 200, "evaluate": 30, "compile": 40}
+    assert expected_end_s(more, over, [1.0, 1.0], 1.0) == pytest.approx(340 + 40 + 50)
+    assert expected_end_s(more, over | {"passes": 60}, [1.0, 1.0], 1.0) == pytest.approx(340 + 40 + 60)

@@ -81,6 +81,14 @@ def test_progressive_peaks_follow_the_batch_up_to_the_limit():
     base = resolve_lr(0.1, 4096, "linear")
     plan = plan_for(stages, images=10_000, peak=base, stage_wise=True, max_lr=0.4)
     assert [plan.peak(i) for i in range(3)] == pytest.approx([0.4, 0.4, 0.1])
+    scaled = [
+        Stage(1, 56, 256, lr_scale=0.5),
+        Stage(1, 112, 256, lr_scale=0.25),
+        Stage(1, 112, 256, lr_scale=2.0),
+    ]
+    plan = plan_for(scaled, images=10_000, peak=0.2, max_lr=0.4)
+    # Relative to the first stage's, whatever that is called.
+    assert [plan.peak(i) for i in range(3)] == pytest.approx([0.2, 0.1, 0.4])
 
 
 @pytest.mark.parametrize(

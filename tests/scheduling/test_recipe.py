@@ -302,6 +302,12 @@ def test_a_size_between_two_has_the_batch_of_the_larger():
 def test_the_finders_peak_has_a_warm_up():
     assert {"pct_start": 0.3, "momentum_swing": 0.05}.items() <= adapted("rect", epochs=12).values.items()
     assert not {"pct_start", "momentum_swing"} & adapted("rect", epochs=12, lr=0.1).values.keys()
+    assert {"pct_start": 0.3, "momentum_swing": 0.05}.items() <= adapted(
+        "rect", epochs=12, lr="auto"
+    ).values.items()
+    by_hand = adapted("progressive", epochs=12, lr="auto").values
+    assert by_hand["max_lr"] is None
+    assert "lr" not in by_hand
     assert adapted("rect", epochs=12, pct_start=0.1).values["momentum_swing"] == 0.05
     assert not {"pct_start", "momentum_swing"} & adapted("standard", epochs=12).values.keys()
 

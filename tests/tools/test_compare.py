@@ -146,6 +146,15 @@ def test_curves(fast: Path, slow: Path, tmp_path: Path, monkeypatch: pytest.Monk
     np.testing.assert_allclose(curves["slow"], [(0.5, 0.3), (1, 0.2)])  # the plan's
 
 
+def test_legends_name_every_run_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    legends = []
+    monkeypatch.setattr(plots, "save", lambda axes, _: legends.append(axes.get_legend().get_texts()))
+    compare([make_run(tmp_path / name, [10, 20]) for name in ("_first", "a$^$")], [15], out=tmp_path / "out")
+    for texts in legends:
+        assert [text.get_text() for text in texts] == ["_first", r"a\$^\$"]
+        assert not any(text._preprocess_math(text.get_text())[1] for text in texts)
+
+
 def test_ten_runs_look_different(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     looks = []
 

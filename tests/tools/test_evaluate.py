@@ -212,6 +212,11 @@ def test_wilsons_interval() -> None:
     assert wilson(0, 10) == pytest.approx((0, 0.2775), abs=1e-4)
 
 
+def test_names_with_dollars_are_drawn(images: Path, tmp_path: Path) -> None:
+    draw(tmp_path, FolderSource(images / "val"), fake(3, 7), ["x$#1", "y$%2", "5$"])
+    assert (tmp_path / "confusion.png").stat().st_size > 5_000
+
+
 def test_figures_of_a_matrix() -> None:
     labels = np.array([0, 0, 0, 1, 1, 2])
     said = np.array([0, 1, 1, 1, 0, 1])

@@ -150,6 +150,7 @@ def test_the_card_says_what_the_model_is_and_how_good(run: Path, exported: Path)
         assert said in text
     hits = round(21 * best_top1(run) / 100)
     assert f"{hits} of 21; 95 % interval" in text
+    assert "21 images of val, one view at" in text
     assert len(re.findall(r"^\| class\d \|.*\| 7 \|$", text, re.MULTILINE)) == 3
     for picture in re.findall(r"!\[.*?\]\((.*?)\)", text):
         assert Image.open(exported / picture).width > 300

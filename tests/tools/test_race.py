@@ -177,8 +177,19 @@ def test_a_larger_budget_goes_on_where_none_was_trained(
     monkeypatch.setattr(race, "scripts", lambda _: ["rect"])
     said = refused(capsys, *flags, "--budget", "1min")
     assert "--budget 1min is too small for a race; rung1_rect_resnet18: error: --budget" in said
+    # Nor was anything by a child that a signal met in its first second.
+    (tmp_path / "out" / "rung1_hybrid_resnet18.json").write_text(
+        '{"seconds": 1, "exit_code": -15, "why": ""}'
+    )
     race.main([*flags, "--budget", "30min"])
     assert "winner: rect_resnet18" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("seconds", "lanes", "taken"), [([6] * 5, 2, 18), ([6] * 4, 2, 12), ([10], 4, 10), ([5, 1, 1], 1, 7)]
+)
+def test_lanes_that_stand_idle_count(seconds: list[float], lanes: int, taken: float) -> None:
+    assert race.seconds_in_lanes(seconds, lanes) == taken
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

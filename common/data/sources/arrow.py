@@ -34,11 +34,15 @@ def find_columns(schema: pa.Schema, name: str) -> Columns:
     features = Features.from_arrow_schema(schema)
     images = [column for column, feature in features.items() if isinstance(feature, Image)]
     levels = {int(column[6:]): column for column in images if re.fullmatch(r"image_\d+", column)}
+    if not {"height", "width"} <= features.keys():
+        # No pyramid's.
+        levels = {}
     if not levels and len(images) != 1:
         raise UserError(f"--data_dir: {name} has {len(images)} image columns, not one: {list(features)}")
     named = {column: feature.names for column, feature in features.items() if isinstance(feature, ClassLabel)}
-    # Of several (coarse and fine), the finest.
-    label = max(named, key=lambda column: len(named[column])) if named else "label"
+    # Of several (coarse and fine), the finest; but what is called "label" is meant.
+    numbered = "label" in features and pa.types.is_integer(schema.field("label").type)
+    label = max(named, key=lambda column: len(named[column])) if named and not numbered else "label"
     if label not in features:
         raise UserError(f"--data_dir: {name} has no class label column: {list(features)}")
     return Columns(dict(sorted(levels.items())) or {0: images[0]}, label, named.get(label, []), bool(levels))

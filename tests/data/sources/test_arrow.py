@@ -32,6 +32,30 @@ def test_parquet_columns_are_found_by_type(tmp_path, image, label, val):
     assert not train.prepared
 
 
+def test_of_several_classes_the_label_is_meant_or_else_the_finest(tmp_path):
+    from datasets import ClassLabel, Dataset, Features, Value
+    from datasets import Image as ImageFeature
+
+    two, five = ClassLabel(names=["cat", "dog"]), ClassLabel(names=list("abcde"))
+    for number, (columns, classes) in enumerate(
+        [
+            ({"label": two, "camera": five}, ["cat", "dog"]),
+            ({"label": Value("int64"), "camera": five}, ["0", "1"]),
+            ({"coarse": two, "fine": five}, list("abcde")),
+        ]
+    ):
+        # A name that only a pyramid's columns have otherwise.
+        features = Features({"image_512": ImageFeature(), **columns})
+        rows = [{"image_512": encoded(picture(k))} | dict.fromkeys(columns, k % 2) for k in range(4)]
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        for split in ("train", "validation"):
+            Dataset.from_list(rows, features).to_parquet(folder / f"{split}-00000-of-00001.parquet")
+        train, _ = opened(folder)
+        assert train.classes == classes
+        assert not train.prepared
+
+
 def test_a_pyramid_gives_the_level_that_serves_the_size(tmp_path):
     train, val = opened(make_pyramid(tmp_path / "pyramid"))
 
