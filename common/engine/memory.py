@@ -72,6 +72,9 @@ def fit_memory(run: Run, state: TrainState, plan: Plan, train: Source) -> Plan:
             plan = plan.with_micro_batch(index, size)
             fitting = plan.micro_batch(index)
             run.log.info("stage %d: %d images per process and micro-batch fit", index + 1, fitting)
+    if run.accelerator.device.type == "cuda":
+        # NCCL takes its memory from the device, and not from what trials have left to PyTorch.
+        torch.cuda.empty_cache()
     return plan
 
 

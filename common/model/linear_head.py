@@ -1,7 +1,8 @@
 """A linear head for given features: logistic regression, its weight decay chosen by cross-validation."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -16,6 +17,18 @@ ITERATIONS, ROUGH = 200, 1e-3
 SMALLEST_STD = 1e-4
 
 
+@contextmanager
+def exact_products() -> Iterator[None]:
+    """Without TF32, by which derivatives would hardly ever get as small as `fit_head` waits for."""
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(precision)
+
+
+@exact_products()
 def choose_head(
     features: Tensor,
     labels: Tensor,

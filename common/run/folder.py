@@ -138,7 +138,8 @@ def create_folder(folder: Path, cfg: TrainConfig, stages: list[Stage]) -> int:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = _lock(folder)
-        (folder / "config.yaml").write_text(yaml.safe_dump(repeatable(cfg, stages), sort_keys=False))
+        text = yaml.safe_dump(repeatable(cfg, stages), sort_keys=False)
+        checkpoint.write_durably(folder / "config.yaml", text.encode())
     except OSError as error:
         raise UserError(f"cannot write to {folder}: {error.strerror}; choose another --output") from error
     return lock

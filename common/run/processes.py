@@ -5,6 +5,7 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
 from types import FrameType
@@ -26,6 +27,8 @@ from common.config import TrainConfig
 Precision = Literal["no", "fp16", "bf16"]
 # A launcher forwards what its whole process group was sent: that is one signal, not two.
 REPEAT_S = 2.0
+# How long processes wait for one that fetches a run or a dataset for all: gloo's own, where NCCL's ten minutes are short.
+COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 # What Accelerate would take from its configuration file or the environment, and we would not honour.
 UNSUPPORTED = (
@@ -60,7 +63,7 @@ def start_processes() -> PartialState:
     # DDP takes the device the model is on. Accelerate would name the local rank, which is no device where a scheduler
     # shows each process one GPU.
     os.environ["ACCELERATE_BYPASS_DEVICE_MAP"] = "true"
-    state = PartialState(cpu=not torch.cuda.is_available())
+    state = PartialState(cpu=not torch.cuda.is_available(), timeout=COLLECTIVE_TIMEOUT)
     launched = int(os.environ.get("WORLD_SIZE", 1))
     if launched != state.num_processes:
         raise UserError(

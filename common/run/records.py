@@ -6,7 +6,7 @@ import json
 import logging
 import os
 import secrets
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -86,23 +86,23 @@ class Records:
 
     def write_classes(self, names: Sequence[str], images: Sequence[int], hits: Sequence[int]) -> None:
         """`per_class.csv`: the best weights' validation accuracy in percent, class by class."""
-        with open(self.folder / "per_class.csv", "w", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow(("class", "images", "hits", "top1"))
-            shares = (f"{100 * h / n:.6g}" if n else "" for n, h in zip(images, hits, strict=True))
-            writer.writerows(zip(names, images, hits, shares, strict=True))
+        shares = (f"{100 * h / n:.6g}" if n else "" for n, h in zip(images, hits, strict=True))
+        rows = zip(names, images, hits, shares, strict=True)
+        self._write_rows("per_class.csv", ("class", "images", "hits", "top1"), rows)
 
     def write_schedule(self, plan: Plan, rates: Rates) -> None:
         """The whole run's learning rate and momentum by step, which the plots draw before they are reached."""
-        with open(self.folder / "schedule.csv", "w", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow(("step", "epoch", "lr", "momentum"))
-            for epoch in plan.epochs():
-                steps = range(epoch.first_step, epoch.first_step + epoch.steps)
-                writer.writerows(
-                    (step, epoch.index + 1, f"{rates.lr(step):.6g}", f"{rates.momentum(step):.6g}")
-                    for step in steps
-                )
+        rows = (
+            (step, epoch.index + 1, f"{rates.lr(step):.6g}", f"{rates.momentum(step):.6g}")
+            for epoch in plan.epochs()
+            for step in range(epoch.first_step, epoch.first_step + epoch.steps)
+        )
+        self._write_rows("schedule.csv", ("step", "epoch", "lr", "momentum"), rows)
+
+    def _write_rows(self, name: str, head: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+        text = io.StringIO(newline="")
+        csv.writer(text).writerows([head, *rows])
+        checkpoint.write_durably(self.folder / name, text.getvalue().encode())
 
     def write_json(self, name: str, content: dict[str, Any]) -> None:
         checkpoint.write_durably(self.folder / name, json.dumps(content, indent=1).encode())
