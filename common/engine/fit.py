@@ -59,7 +59,8 @@ def train_epochs(t: Trainer, rates: Rates) -> None:
     stream = t.loader.stream(t.batches.run_items(progress.epochs_done, progress.step))
     try:
         for epoch in t.plan.epochs(progress.epochs_done):
-            if out_of_patience(run.cfg, progress):
+            # An epoch that has begun is ended.
+            if progress.step == epoch.first_step and out_of_patience(run.cfg, progress):
                 break
             t.enter_stage(epoch)
             train_epoch(t, epoch, rates, stream)

@@ -61,7 +61,7 @@ def find_peak(t: Trainer) -> float:
     if cfg.pretrained and BACKBONE not in epoch.stage.frozen:
         # Weights that know little of these classes have far to go: a half of the blow-up, not a fifth, won 2 points from weights whose
         # best head leaves a half open (docs/results.md). EfficientNet-Lite0's from ImageNet leaves a quarter.
-        factor = max(KEEPING_WEIGHTS, t.left_to_learn)
+        factor, fallback = max(KEEPING_WEIGHTS, t.left_to_learn), KEEPING_WEIGHTS * fallback
         if STATISTICS in epoch.stage.frozen:
             factor = KEEPING_STATISTICS
     sweep = find_lr(t.state, step, cfg.lr_finder_iterations, fallback=fallback, factor=factor)

@@ -538,6 +538,20 @@ def test_a_complete_run_keeps_the_machine_it_was_trained_on(data, tmp_path, monk
     assert (run / "summary.json").read_text() == before
 
 
+def test_patience_ends_no_epoch_that_has_begun(data, tmp_path, monkeypatch):
+    evaluate = Trainer.evaluate
+    monkeypatch.setattr(Trainer, "evaluate", lambda *args: [replace(evaluate(*args)[0], top1=50.0)])
+    flags = ("--epochs", "4", "--batch_size", "16")
+    with monkeypatch.context() as patch:
+        stop_after(patch, 10)
+        with pytest.raises(SystemExit):
+            run_training(StandardConfig, data, tmp_path, "run", *flags)
+    assert progress(tmp_path / "run")["step"] == 10
+    run = run_training(StandardConfig, data, tmp_path, "run", *flags, "--patience", "1")
+    assert progress(run)["step"] == 12
+    assert len(rows(run)) == progress(run)["epochs_done"] == 3
+
+
 def test_patience_waits_for_an_evaluation(data, tmp_path, monkeypatch):
     evaluate = Trainer.evaluate
     monkeypatch.setattr(Trainer, "evaluate", lambda *args: [replace(evaluate(*args)[0], top1=50.0)])

@@ -21,7 +21,7 @@ from common.engine import probe as module
 from common.engine.peak import KEEPING_STATISTICS
 from common.model.create import create_model
 from common.model.pretrained_cfg import PretrainedCfg
-from common.scheduling import KEEPING_WEIGHTS
+from common.scheduling import BACKBONE, KEEPING_WEIGHTS
 from common.tools import predict
 from tests.helpers import assert_same, make_images, weights
 from tests.model.models import write_model
@@ -301,8 +301,10 @@ def test_trained_weights_get_a_rate_that_keeps_them(
 
     monkeypatch.setattr(train_finetune, "fit_head", know)
 
-    def find(*args: Any, factor: float, **kwargs: Any) -> None:
+    def find(*args: Any, factor: float, fallback: float) -> None:
         given.append(factor)
+        # Of trained weights a fifth, unless the head alone trains.
+        assert fallback == pytest.approx(0.1 * 24 / 256 * (1 if BACKBONE in frozen else KEEPING_WEIGHTS))
         raise UserError("enough")
 
     monkeypatch.setattr("common.engine.peak.find_lr", find)
