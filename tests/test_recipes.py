@@ -30,6 +30,7 @@ def test_the_command_in_the_header_plans_a_run(path: Path, tmp_path: Path, monke
     monkeypatch.chdir(ROOT)
     # ResNet-50 at 224 px takes its time on a CPU.
     monkeypatch.setattr("common.engine.measure.measure_stage", as_if_measured(0.1))
+    monkeypatch.setattr("common.engine.measure.measure_beside_images", lambda *_: 0.0)
     monkeypatch.setattr(sys, "argv", [script, *flags, "--dry_run", "--mixed_precision", "no"])
     runpy.run_path(script, run_name="__main__")
     settings = re.sub(r"^#.*", "", text, flags=re.MULTILINE)
