@@ -224,7 +224,7 @@ class CurriculumConfig(TrainConfig):
 
 
 # What may differ when a run goes on: it changes no sample and no schedule, at most the rounding, and with --patience
-# how far the run gets: more of it, or none, lets one that has stopped go on. The images and --weights are the same, elsewhere.
+# how far the run gets: more of it, or none, lets one that has stopped go on. The images are the same, elsewhere; --weights are read by a new run alone.
 RESUME_MAY_CHANGE = (
     {f.name for kind in (RecordSettings, SpeedSettings) for f in dataclasses.fields(kind)}
     | {"data_dir", "weights", "workers", "usd_per_hour"}

@@ -75,14 +75,11 @@ class Records:
 
     def _write_log(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Replace the whole CSV: rows that an older version wrote may have fewer columns than the new one's."""
-        text = io.StringIO(newline="")
-        writer = csv.DictWriter(text, list(dict.fromkeys(name for row in rows for name in row)))
-        writer.writeheader()
-        writer.writerows(rows)
-        if rows:
-            checkpoint.write_durably(self.csv_path, text.getvalue().encode())
-        else:
+        if not rows:
             self.csv_path.unlink(missing_ok=True)
+            return
+        names = list(dict.fromkeys(name for row in rows for name in row))
+        self._write_rows(self.csv_path.name, names, ([row.get(name, "") for name in names] for row in rows))
 
     def write_classes(self, names: Sequence[str], images: Sequence[int], hits: Sequence[int]) -> None:
         """`per_class.csv`: the best weights' validation accuracy in percent, class by class."""
