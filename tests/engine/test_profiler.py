@@ -49,7 +49,7 @@ def test_steps_and_results_are_the_same_with_a_trace(tmp_path, caplog):
     # The costliest operations, the most expensive first.
     text = caplog.messages[0]
     assert str(tmp_path / TRACE_FILE) in text.splitlines()[0]
-    shares = [float(share) for share in re.findall(r"^ +\S.*?  +([\d.]+)% ", text, re.MULTILINE)]
+    shares = [float(share) for share in re.findall(r"^ *\S.*?  +([\d.]+)% ", text, re.MULTILINE)]
     assert len(shares) == profiler.ROWS
     assert shares == sorted(shares, reverse=True)
     assert re.search(r"^ +aten::addmm .* 4 *$", text, re.MULTILINE)
