@@ -248,8 +248,7 @@ def make_table(jobs: Sequence[Job]) -> pd.DataFrame:
         receipt = job.receipt
         cells = {"run": job.candidate.script, "model": job.candidate.model, "rung": str(job.rung)}
         if not receipt:
-            why = job.ledger["why"]
-            rows.append({**cells, "top-1 %": f"refused: {why.partition('--budget ')[2] or why}"})
+            rows.append({**cells, "top-1 %": "refused"})
             continue
         low, high = receipt["interval_95"]
         cells |= {"minutes": f"{receipt['total_minutes']:.1f}", "of": f"{job.budget_s / 60:.1f}"}
@@ -330,7 +329,12 @@ def in_lanes(args: argparse.Namespace, budget_s: float, lanes: Lanes) -> str:
         for _, rung in groupby(jobs, attrgetter("rung"))
     )
     final = Job(winner.candidate, 0, rest_s, args.output / f"winner_{winner.candidate.name}")
-    lines = [as_text(make_table(jobs), args.markdown), "", f"winner: {winner.candidate.name}"]
+    refusals = [
+        f"{job.candidate.name} was refused: {job.ledger['why'].removeprefix('error: --budget ')}"
+        for job in jobs
+        if not job.receipt
+    ]
+    lines = [as_text(make_table(jobs), args.markdown), "", *refusals, f"winner: {winner.candidate.name}"]
     if len(last) > 1:
         low, second = winner.receipt["interval_95"][0], last[1]
         sure = "outside" if second.top1 < low else "inside"

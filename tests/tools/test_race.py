@@ -74,7 +74,7 @@ def test_the_better_half_goes_on_and_the_rest_of_the_budget_trains_the_winner(
         "rung2_progressive_resnet18",
         "rung2_standard_resnet18",
     ]
-    assert "refused: 90s is too small for an epoch of each stage: it takes 120s or more" in said
+    assert "rect_resnet18 was refused: 90s is too small for an epoch of each stage: it takes 120s" in said
     assert (
         "winner: progressive_resnet18, 10.0 points before standard_resnet18, outside its 95 % interval"
         in said
