@@ -1,6 +1,6 @@
 """Soak test: runs that are killed again and again must end like a run that was left alone.
 
-    python -m tests.soak [--kills 20] [--terms 5] [--strategies standard hybrid]
+    python -m tests.soak [--kills 20] [--terms 5] [--strategies train_standard train_hybrid]
     python -m tests.soak --kills 5 --budget 60s
 
 Each strategy's curriculum runs in miniature on made-up images, undisturbed and disturbed: SIGKILL at random moments on one
