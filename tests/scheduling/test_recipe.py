@@ -153,6 +153,12 @@ def test_every_epoch_has_enough_steps(name, processes, images):
         assert stage.batch_size >= FEWEST_IMAGES
 
 
+@pytest.mark.parametrize("images", [600, 3000, 5800, 20_000])
+def test_a_long_run_leaves_its_epochs_as_many_steps_as_the_lists_do(images):
+    (batch,) = every(adapted("standard", dataclasses.replace(SMALL, images=images), epochs=40), "batch_size")
+    assert images // batch >= 39
+
+
 @pytest.mark.parametrize(
     ("epochs", "images", "free", "in_budget"),
     [(3, 3000, 16, 32), (1, 3000, 8, 32), (1, 600, 8, 16), (12, 3000, 64, 64)],
