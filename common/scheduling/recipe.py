@@ -36,8 +36,8 @@ KEPT = {"mild": 0.0, "medium": 0.5, "strong": 1.0}
 # Optimizer steps that an epoch has at least, also where it takes more of the data.
 STEPS_PER_EPOCH = 20
 # Those that batches leave an epoch and a run. Below a problem's critical batch a smaller one costs no epochs (Shallue et al., 2019), and 500
-# steps are short on any machine: batch 32 with 1,140 was no better than batch 64 with 564. But a longer run is no reason for larger
-# batches: in 40 epochs a batch of 256 ended 2.8 points below one of 64. No stage of the lists has fewer than 39 an epoch at its own scale.
+# steps are short on any machine: batch 32 with 1,140 was no better than batch 64 with 564. In a long run they allow batches that are too
+# large: in 40 epochs one of 256 ended 2.8 points below 64. No stage of the lists has fewer than 39 an epoch at its own scale.
 STEPS_BY_BATCH, STEPS_PER_RUN = 39, 500
 # Where time is what is short, a run's steps are not bought with smaller batches than this one: on a CPU 32 images of 32 px take 1.6 times as
 # long as 8, and in equal time ended 14 points higher.
