@@ -1,11 +1,11 @@
-"""Which strategy for this data, at equal cost: whole short runs of all, longer ones of the better half, and so on.
+"""Which strategy for this data, at equal cost: whole short runs of all, and of a large field longer ones of the better half, and so on.
 
     python -m common.tools.race --data_dir DATA --budget 60min
     python -m common.tools.race --data_dir DATA --budget 12usd --usd_per_hour 5.67 --model resnet18,resnet50 --go
 
 Successive halving (Jamieson and Talwalkar, 2016), but no run is cut off: each has a --budget of its own, hence its whole cycle and the
-default recipe of its length. Half of the budget is for the race, the rest for training the winner. An inner split of the training images
-chooses; the validation images are left for the winner's report. The same command goes on where it was stopped.
+default recipe of its length. A quarter of the budget is for the race, the rest for training the winner. An inner split of the training
+images chooses; the validation images are left for the winner's report. The same command goes on where it was stopped.
 """
 
 import argparse
@@ -42,8 +42,9 @@ from common.tools.compare import COLOURS, as_text
 from common.tools.split import check_val_fraction, split
 from common.tools.yardstick import ROOT, scripts
 
-# Of the budget: for choosing.
-RACE_SHARE = 0.5
+# Of the budget: for choosing. It comes off the winner's training: half would cost a halving of its time, which is more than strategies
+# were seen to differ by (docs/budget.md), a quarter costs 0.4 of one.
+RACE_SHARE = 0.25
 # What another call for the same race may say.
 MAY_CHANGE = {"go", "markdown", "output"}
 # What the inner split follows from.
@@ -206,16 +207,30 @@ def run(job: Job, args: argparse.Namespace, data_dir: Path, lanes: Lanes) -> Non
         raise UserError(f"{job.folder.name} ended with exit code {code}: see {log}")
 
 
+def rung_sizes(candidates: int, lanes: int) -> list[int]:
+    """How many candidates each rung has: halved as often as makes the last rung's runs longest.
+
+    Up to six in one lane are all run once: two runs after four, with the same time for both rungs, are no longer than four alone.
+    """
+    halved = [candidates]
+    while halved[-1] > 2:
+        halved.append(math.ceil(halved[-1] / 2))
+    # The time is divided by the rungs and by the turns of the last one. min takes the first of equals: the fewest rungs.
+    rungs = min(range(1, len(halved) + 1), key=lambda n: n * math.ceil(halved[n - 1] / lanes))
+    return halved[:rungs]
+
+
 def race(args: argparse.Namespace, budget_s: float, inner: Path, lanes: Lanes) -> list[Job]:
     """Rung by rung, all of a rung before the next; returns all jobs, those of the last rung last, its winner first of them.
 
     UserError: nobody was left.
     """
     field = [Candidate(script, model) for model in args.model.split(",") for script in scripts(args)]
-    rungs = max(1, math.ceil(math.log2(len(field))))
+    sizes = rung_sizes(len(field), args.lanes)
     jobs: list[Job] = []
-    for rung in range(1, rungs + 1):
-        share = RACE_SHARE * budget_s / rungs / math.ceil(len(field) / args.lanes)
+    for rung, size in enumerate(sizes, start=1):
+        field = field[:size]
+        share = RACE_SHARE * budget_s / len(sizes) / math.ceil(len(field) / args.lanes)
         rung_jobs = [Job(c, rung, share, args.output / f"rung{rung}_{c.name}") for c in field]
         lanes.train(rung_jobs, args, inner)
         jobs += [job for job in rung_jobs if not job.receipt]
@@ -226,10 +241,10 @@ def race(args: argparse.Namespace, budget_s: float, inner: Path, lanes: Lanes) -
                 f"--budget {args.budget} is too small for a race; {rung_jobs[0].folder.name}: {why}"
             )
         jobs += ended
-        if len(ended) == 1 and rung < rungs:
+        if len(ended) == 1:
             # Nobody is left to race against.
             break
-        field = [job.candidate for job in ended[: math.ceil(len(field) / 2)]]
+        field = [job.candidate for job in ended]
     return jobs
 
 
