@@ -1,4 +1,4 @@
-"""What every module may use: the exception that is meant for the person at the keyboard, and the ranges of settings."""
+"""What every module may use: the exception that is meant for the person at the keyboard, errors in a line, the ranges of settings."""
 
 import math
 import sys
@@ -7,6 +7,11 @@ from typing import Annotated, NamedTuple
 
 class UserError(ValueError):
     """Something the user can mend: one sentence that names the flag or the file. Scripts print it and exit with 2."""
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, for a sentence of ours."""
+    return str(error).partition("\n")[0] or type(error).__name__
 
 
 class Range(NamedTuple):

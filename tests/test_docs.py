@@ -159,6 +159,18 @@ def test_the_lists_above_hold_nothing_superfluous() -> None:
     assert sorted(elsewhere() - mentioned) == [], "mentioned nowhere"
 
 
+def test_the_reading_path_is_an_evening() -> None:
+    rooms = {
+        "scheduling": ("stages", "plan", "rates"),
+        "engine": ("fit", "setup", "trainer", "evaluate", "recording"),
+        "data": ("order", "batches", "loader"),
+    }
+    files = [ROOT / "common" / room / f"{name}.py" for room, names in rooms.items() for name in names]
+    lines = [path.read_text().count("\n") for path in [*ROOT.glob("train_*.py"), *files]]
+    assert len(lines) == 16
+    assert sum(lines) <= 2300
+
+
 def test_the_readme_is_short() -> None:
     assert len((ROOT / "README.md").read_text().splitlines()) <= README_LINES
 

@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from common.data.order import BatchItem
+from common import first_line
+from common.data.order import BatchItem, View
 from common.data.rng import CROP, uniforms
-from common.data.sources.base import first_line
 
 MAX_PIXELS = 178_956_970  # Pillow's limit for a decompression bomb, held before anything is decoded
 TRIES = 10  # random boxes drawn until one fits the image, as in torchvision's RandomResizedCrop
@@ -34,9 +34,7 @@ with warnings.catch_warnings(action="ignore"):
 class DecodeError(ValueError):
     """These bytes are not an image that can be decoded; `position` is the image's place in the batch."""
 
-    def __init__(self, why: str, position: int = 0):
-        super().__init__(why)
-        self.position = position
+    position = 0
 
 
 class Header(NamedTuple):
@@ -192,6 +190,16 @@ def decode_batch(
         raise
 
 
+def decode_one(
+    encoded: np.ndarray, height: int, width: int, view: View, original_sizes: np.ndarray | None = None
+) -> torch.Tensor:
+    """One image as evaluation sees it, by a view without random crops: uint8 [1, 3, height, width]; as `decode_batch`."""
+    pixels = torch.empty((1, 3, height, width), dtype=torch.uint8, memory_format=torch.channels_last)
+    item = BatchItem(0, np.zeros(1, np.int64), height, width, 0, view)
+    decode_batch([encoded], item, 0, pixels, original_sizes)
+    return pixels
+
+
 def _decode(data: np.ndarray, fast: bool) -> torch.Tensor:
     """Decode with the library that suits, or with the other where that one refuses: uint8 [3, H, W].
 
@@ -222,7 +230,9 @@ def _pillow(data: np.ndarray) -> torch.Tensor:
             # Pillow alone would turn a JPEG without EXIF by it.
             opened.info.pop("xmp", None)
         image = ImageOps.exif_transpose(opened)
-        if image.mode.startswith("I"):  # 16 bits of grey, which convert("RGB") would clip to white
+        if image.mode in ("F", "I"):
+            raise ValueError("its numbers of 32 bits have no known black and white; make them 8 or 16 bits")
+        if image.mode.startswith("I;"):  # 16 bits of grey, which convert("RGB") would clip to white
             image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
         elif image.mode in ("P", "PA"):  # the colour that is marked transparent keeps its own value
             image = image.convert("RGBA")

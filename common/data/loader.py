@@ -135,7 +135,7 @@ def _start_worker(worker: int) -> None:
     end_with_parent()
 
 
-def end_with_parent() -> None:
+def end_with_parent(_worker: int = 0) -> None:
     """Have the kernel kill this worker process when its parent was; with answers that nobody takes it would wait for ever."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 

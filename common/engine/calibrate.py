@@ -28,7 +28,7 @@ from common.engine.trainer import Trainer
 from common.model.pretrained_cfg import PretrainedCfg
 from common.run.checkpoint import write_durably
 from common.run.processes import rank0_errors
-from common.run.progress import clock
+from common.run.progress import clock, device_name
 from common.run.run import Run
 from common.scheduling import EpochPlan, Plan, scale_stages
 from common.scheduling.budget import Budgeted, BudgetSettings, Costs, Measured, Outcome, plan_budget
@@ -59,7 +59,7 @@ def settle_stages(
     tried = partial(_tried, run, model, train, val, source)
     listed, fixed = cfg.stages_in_force(), cfg.recipe == "listed" or "stages" in cfg.given
     if cfg.pretrained and facts.linear_head and not fixed and (cfg.budget or is_short(listed)):
-        recipe = adapt(listed, vars(cfg), cfg.given, facts, cfg.recipe)
+        recipe = adapt(listed, vars(cfg), cfg.given, facts)
         by_weights, by_batch = tried(recipe, losses_by_statistics)
         if by_weights:
             text = "a head's loss on images held out: %.3f by the weights' BatchNorm statistics, %.3f by the batch's"
@@ -68,7 +68,7 @@ def settle_stages(
     if cfg.budget:
         fitting, forecast = within_budget(run, train, val, facts, tried)
     else:
-        fitting = adapt(listed, vars(cfg), cfg.given, facts, cfg.recipe)
+        fitting = adapt(listed, vars(cfg), cfg.given, facts)
     run.stages = fitting.stages
     for name, value in fitting.values.items():
         setattr(cfg, name, value)
@@ -98,7 +98,7 @@ def within_budget(
     # Another machine may have kept another calibration, or none.
     (costs,) = broadcast_object_list([_read(run, kept) if cfg.dry_run and run.is_main else None])
     if costs is None:
-        recipe = adapt(scale_stages(listed, FIRST_LENGTH), vars(cfg), cfg.given, facts, cfg.recipe)
+        recipe = adapt(scale_stages(listed, FIRST_LENGTH), vars(cfg), cfg.given, facts)
         costs = _calibrated(run, tried, recipe, plan)
         with rank0_errors():
             if run.is_main:
@@ -154,9 +154,12 @@ def _smallest_and_largest(plan: Plan) -> list[EpochPlan]:
 
 def _calibration_file(run: Run, train: Source, val: Source) -> Path:
     """Where the pre-flight finds what was measured with the same data, machine and settings, for any budget."""
-    cuda = run.accelerator.device.type == "cuda"
-    device = torch.cuda.get_device_name() if cuda else f"{torch.get_num_threads()} CPU threads"
-    machine = (device, run.accelerator.num_processes, run.accelerator.mixed_precision, torch.__version__)
+    machine = (
+        device_name(run.accelerator.device),
+        run.accelerator.num_processes,
+        run.accelerator.mixed_precision,
+        torch.__version__,
+    )
     idle = {f.name for kind in (RecordSettings, BudgetSettings) for f in dataclasses.fields(kind)}
     settings = {name: value for name, value in as_plain(run.cfg).items() if name not in idle}
     given = sorted(run.cfg.given - idle)

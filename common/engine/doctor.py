@@ -12,8 +12,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from common.data.decode import DecodeError, decode_batch
-from common.data.order import BatchItem, View
+from common.data.decode import DecodeError, decode_one
+from common.data.order import View
 from common.data.sources.base import Source
 from common.data.sources.cache import fingerprint_of
 from common.engine.evaluate import GRID_EVALUATIONS
@@ -26,7 +26,7 @@ from common.model.pretrained_cfg import PretrainedCfg
 from common.run.processes import rank0_errors
 from common.run.progress import LOADER_BOUND, clock
 from common.run.records import wandb_mode
-from common.scheduling import Rates, known_peak
+from common.scheduling import Rates, batch_power, known_peak
 from common.scheduling.budget import Costs, Measured, seconds_by_part
 from common.scheduling.recipe import STEPS_PER_EPOCH
 
@@ -89,12 +89,13 @@ def plan_table(t: Trainer) -> str:
     cfg, plan, train, val = t.run.cfg, t.plan, t.batches.train, t.batches.val
     peak = known_peak(vars(cfg), plan.global_batches[0])
     note = "in force" if peak else "relative to the LR finder's peak"
+    seen = sum(epoch.steps * epoch.global_batch for epoch in plan.epochs())
     processes = f"{plan.processes} process{'es' * (plan.processes > 1)}"
     parts = [
         f"{len(train):,} training and {len(val):,} validation images, {len(train.classes)} classes, {processes}",
-        Rates(plan, cfg, peak or 1.0).table(),
+        Rates(plan, cfg, peak or 1.0, batch_power(vars(cfg))).table(),
         t.batches.bucket_tables(),
-        f"{plan.total_epochs} epochs, {plan.total_steps:,} optimizer steps, {plan.images_to_see:,} images to be seen; "
+        f"{plan.total_epochs} epochs, {plan.total_steps:,} optimizer steps, {seen:,} images to be seen; "
         f"learning rates are {note}",
     ]
     return "\n".join(filter(None, parts))
@@ -136,13 +137,11 @@ def checks(t: Trainer, source: PretrainedCfg | None) -> Iterator[Finding]:
 
 def readable(sources: tuple[Source, Source], skip_unreadable: bool) -> Finding:
     """Decode some images of both splits as training does."""
-    pixels = torch.empty((1, 3, 32, 32), dtype=torch.uint8, memory_format=torch.channels_last)
     looked_at = [(source, index) for source in sources for index in sample(source, DECODED)]
     broken = list[str]()
     for source, index in looked_at:
-        item = BatchItem(0, np.array([index]), 32, 32, 0, View(scale=None))
         try:
-            decode_batch([source.read(index, 32)], item, 0, pixels)
+            decode_one(source.read(index, 32), 32, 32, View(scale=None))
         except (DecodeError, OSError) as error:
             broken.append(f"{source.describe(index)} ({error})")
     text = f"images: {len(looked_at) - len(broken)} of {len(looked_at)} sampled ones can be read"

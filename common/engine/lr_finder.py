@@ -1,7 +1,6 @@
 """The learning-rate range test: a short exponential sweep that leaves no trace in the training state."""
 
 import copy
-import csv
 import logging
 import math
 import time
@@ -15,6 +14,7 @@ from statistics import fmean, median
 from common import UserError
 from common.run.checkpoint import TrainState, rng_state, set_rng_state
 from common.run.progress import clock
+from common.run.records import write_rows
 
 log = logging.getLogger(__name__)
 LOWEST, HIGHEST = 1e-5, 10.0
@@ -44,10 +44,8 @@ class Sweep:
         columns = range(len(self.lrs)), self.lrs, self.losses, self.smoothed, self.threshold
         # Without a step, a line tells the problem nevertheless.
         steps: list[tuple[object, ...]] = [*zip(*columns, strict=True)] or [("",) * 5]
-        with open(path, "w", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow(("step", "lr", "loss", "smoothed", "threshold", "suggested", "problem"))
-            writer.writerows((*step, self.suggested, self.problem) for step in steps)
+        head = ("step", "lr", "loss", "smoothed", "threshold", "suggested", "problem")
+        write_rows(path, head, ((*step, self.suggested, self.problem) for step in steps))
 
 
 def find_lr(
@@ -164,8 +162,7 @@ def find_blow_up(
 @contextmanager
 def _restored(state: TrainState) -> Iterator[None]:
     """Put everything back bit for bit, whatever happens inside."""
-    average = state.ema and state.ema.module
-    parts = [part for part in (state.model, state.optimizer, average, state.scaler) if part is not None]
+    parts = [*state.models.values(), state.optimizer, *filter(None, [state.scaler])]
     before, rng = [copy.deepcopy(part.state_dict()) for part in parts], rng_state()
     try:
         yield

@@ -167,13 +167,12 @@ def _loading_s(t: Trainer, stream: Iterator[Batch]) -> float:
 @torch.inference_mode()
 def _evaluation_s(t: Trainer, epoch: EpochPlan, batch_size: int, loading_s: float) -> float:
     """Seconds of an evaluation of this process's validation images, whose loading takes so long by image, from one batch of it."""
-    models = [t.state.model] if t.state.ema is None else [t.state.model, t.state.ema.module]
     items = t.batches.eval_items(epoch.stage.img_size, batch_size)
     seconds = 0.0
     # The first batch warms up.
     for batch in t.loader.stream(islice(cycle(items), 2)):
         began = time.monotonic()
-        for model in models:
+        for model in t.state.models.values():
             model.eval()
             with t.run.accelerator.autocast():
                 one_view(model, t.augment.normalise(batch.images))

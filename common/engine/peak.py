@@ -10,7 +10,16 @@ from common.engine.trainer import Trainer
 from common.run.plots import plot_lr_finder
 from common.run.processes import rank0_errors
 from common.run.records import draw
-from common.scheduling import BACKBONE, KEEPING_WEIGHTS, STATISTICS, EpochPlan, Rates, known_peak, resolve_lr
+from common.scheduling import (
+    BACKBONE,
+    KEEPING_WEIGHTS,
+    STATISTICS,
+    EpochPlan,
+    Rates,
+    batch_power,
+    known_peak,
+    resolve_lr,
+)
 
 # Per 256 images, when the finder's curve cannot be trusted (Goyal et al., 2017).
 FALLBACK_LR = 0.1
@@ -24,8 +33,12 @@ def settle_rates(t: Trainer) -> Rates:
     run, cfg, progress = t.run, t.run.cfg, t.state.progress
     if progress.peak_lr == 0:
         progress.peak_lr = known_peak(vars(cfg), t.plan.global_batches[0]) or find_peak(t)
-    rates = Rates(t.plan, cfg, progress.peak_lr)
+    rates = Rates(t.plan, cfg, progress.peak_lr, batch_power(vars(cfg)))
     highest = max(map(rates.peak, range(len(t.plan.stages))))
+    for group in t.state.optimizer.param_groups:
+        if "max_lr_snapshot" in group:
+            # Of timm's corrected optimizers: they decay by rate^2 / peak, and take the rate that they were made with for the peak.
+            group["max_lr_snapshot"] = highest * group["lr_scale"]
     run.log.info("peak learning rate %.4g (--lr %s)", highest, cfg.lr)
     with rank0_errors():
         if run.is_main:

@@ -1,8 +1,10 @@
 """After an epoch: a line for people, a row for programs, and a checkpoint to go on from."""
 
+import json
 import time
 from dataclasses import replace
 from itertools import accumulate
+from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save as to_safetensors
@@ -68,12 +70,17 @@ def finish(t: Trainer, *, trained: bool) -> None:
     t.lap("save")
     if run.is_main:
         # They tell of the machine that has trained.
-        as_it_was = not trained and (run.folder / RECEIPT).exists()
+        as_it_was = not trained and _epochs_of(run.folder / RECEIPT) == progress.epochs_done
         run.log.info("%s", closing_block(run, progress, write=not as_it_was))
         if not as_it_was:
             run.log.info("%s", write_receipt(run, progress, len(t.batches.val)))
         upload_model(run.accelerator, run.folder)
     run.sync()
+
+
+def _epochs_of(receipt: Path) -> int | None:
+    """Of the run that it tells of; one that was killed after `--patience 0` took it further has an earlier end's."""
+    return json.loads(receipt.read_text())["epochs"] if receipt.exists() else None
 
 
 def out_of_patience(cfg: TrainConfig, progress: Progress) -> bool:

@@ -68,7 +68,7 @@ def assembled(
 ) -> Iterator[Trainer]:
     """Everything that training needs, put together and checked; the loader's workers end with it."""
     cfg, accelerator = run.cfg, run.accelerator
-    state = prepare_state(run, model, train)
+    state = prepare_state(run, model, train, val)
     plan = settle_plan(run, state, train)
     batches = Batches(plan, train, val, cfg, cfg.seed, accelerator.process_index, accelerator.num_processes)
     check_sizes(run, model, batches)
@@ -88,7 +88,7 @@ def assembled(
             ) from error
 
 
-def prepare_state(run: Run, model: nn.Module, train: Source) -> TrainState:
+def prepare_state(run: Run, model: nn.Module, train: Source, val: Source) -> TrainState:
     """Model on its device, optimizer and EMA: new ones, or as the resumed checkpoint holds them."""
     cfg, accelerator = run.cfg, run.accelerator
     if cfg.drop_path and not any(type(module).__name__ == "DropPath" for module in model.modules()):
@@ -106,8 +106,8 @@ def prepare_state(run: Run, model: nn.Module, train: Source) -> TrainState:
     # Dropout differs between processes; the first weights did not.
     set_seed(cfg.seed, device_specific=True)
     optimizer = create_optimizer(cfg, model, momentum=cfg.momentum)
-    labels = fingerprint_of(*train.classes, train.labels.astype(np.int64))
-    progress = Progress(num_images=len(train), labels=labels)
+    labels, val_labels = (fingerprint_of(*s.classes, s.labels.astype(np.int64)) for s in (train, val))
+    progress = Progress(num_images=len(train), labels=labels, val_labels=val_labels)
     state = TrainState(model, optimizer, ema, accelerator.scaler, progress)
     files = checkpoint.share(run.checkpoint, accelerator)
     run.checkpoint = None
@@ -120,6 +120,11 @@ def prepare_state(run: Run, model: nn.Module, train: Source) -> TrainState:
         if recorded.get("labels", labels) != labels:
             raise UserError(
                 f"--data_dir {cfg.data_dir} has other classes, or the images in another order, than the checkpoint was made with"
+            )
+        if recorded.get("val_labels", val_labels) != val_labels:
+            raise UserError(
+                f"--data_dir {cfg.data_dir} has other validation images than the checkpoint's best was chosen by; put them "
+                f"back, or begin a run from these weights with --weights {run.folder}"
             )
         checkpoint.apply(files, state, accelerator)
         run.log.info("resumed at epoch %d, step %d", state.progress.epochs_done + 1, state.progress.step)

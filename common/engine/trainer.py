@@ -188,7 +188,7 @@ class Trainer:
     def evaluate(self, epoch: EpochPlan, stream: Iterator[Batch]) -> list[Score]:
         """Score the raw and the EMA weights on the whole validation set."""
         run, state = self.run, self.state
-        models = [state.model] if state.ema is None else [state.model, state.ema.module]
+        models = [*state.models.values()]
         # Each process has BatchNorm statistics of its own, of images that no other one sees: all evaluate their mean.
         for buffer in chain.from_iterable(model.buffers() for model in models):
             if run.accelerator.num_processes > 1 and buffer.is_floating_point():

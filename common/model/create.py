@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from common import UserError
+from common import UserError, first_line
 from common.model.pretrained_cfg import (
     CONFIG,
     SMALL_STEM,
@@ -89,7 +89,7 @@ def check_size(model: nn.Module, height: int, width: int) -> str:
         with torch.no_grad():
             model.eval().forward(torch.zeros(1, 3, height, width, device=device))
     except SIZE_ERRORS as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__).rstrip(".")
+        reason = first_line(error).rstrip(".")
         return f"the model cannot take images of {height}x{width} px: {reason}"
     finally:
         for module, training in modes.items():
@@ -222,7 +222,7 @@ def _read_file(path: Path) -> dict[str, Tensor]:
                 state = torch.load(path, map_location="cpu", weights_only=True)
     except (*LOAD_ERRORS, SafetensorError) as error:
         # torch goes on with ways to run what is in the file.
-        reason = next(iter(str(error).splitlines()), type(error).__name__).partition(". ")[0]
+        reason = first_line(error).partition(". ")[0]
         raise UserError(f"--weights {path} cannot be read as a file of tensors only: {reason}") from error
     # Where there is an average, that, as timm does.
     for wrapper in ("model_state", "state_dict_ema", "model_ema", "state_dict", "model"):

@@ -16,6 +16,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Collection
 from dataclasses import asdict, dataclass, field
@@ -67,6 +68,8 @@ class Progress:
     num_images: int = 0
     labels: str = ""
     """a hash of the training images' classes, name by name and image by image"""
+    val_labels: str = ""
+    """the same of the validation images"""
     wandb_id: str = ""
     seconds: dict[str, float] = field(default_factory=dict)
     """of wall time by part of the run: "start", "finder", "train 1" ..., "wait", "evaluate", "save" """
@@ -88,6 +91,11 @@ class TrainState:
     ema: Any | None
     scaler: Any | None
     progress: Progress
+
+    @property
+    def models(self) -> dict[str, nn.Module]:
+        """The weights that are trained, and their average where there is one, by the names of their files."""
+        return {"model": self.model} | ({"ema": self.ema.module} if self.ema is not None else {})
 
 
 # --- to and from plain tensors -------------------------------------------------------------------------------------
@@ -148,10 +156,7 @@ def _rows(state: TrainState, accelerator: Accelerator) -> dict[str, Tensor]:
     own = {f"rng.{name}": value for name, value in rng_state().items()}
     if accelerator.num_processes == 1:
         return {name: value[None] for name, value in own.items()}
-    modules = {"model": state.model}
-    if state.ema is not None:
-        modules["ema"] = state.ema.module
-    for prefix, module in modules.items():
+    for prefix, module in state.models.items():
         saved = module.state_dict().keys()
         for name, buffer in module.named_buffers():
             if buffer.is_floating_point() and name in saved:
@@ -169,8 +174,8 @@ def capture(state: TrainState, accelerator: Accelerator, config: dict[str, Any])
     if not accelerator.is_main_process:
         return {}
     optimizer_tensors, optimizer_rest = _pack_optimizer(state.optimizer)
-    files: Files = {
-        "model.safetensors": _host_copies(state.model.state_dict()),
+    return {
+        **{f"{name}.safetensors": _host_copies(model.state_dict()) for name, model in state.models.items()},
         "optimizer.safetensors": _host_copies(optimizer_tensors),
         "ranks.safetensors": rows,
         STATE: {
@@ -180,9 +185,6 @@ def capture(state: TrainState, accelerator: Accelerator, config: dict[str, Any])
             "config": config,
         },
     }
-    if state.ema is not None:
-        files["ema.safetensors"] = _host_copies(state.ema.module.state_dict())
-    return files
 
 
 def apply(files: Files, state: TrainState, accelerator: Accelerator) -> None:
@@ -201,10 +203,9 @@ def apply(files: Files, state: TrainState, accelerator: Accelerator) -> None:
         return {**files[f"{prefix}.safetensors"], **buffers}
 
     try:
-        state.model.load_state_dict(weights("model"))
+        for name, model in state.models.items():
+            model.load_state_dict(weights(name))
         _unpack_optimizer(state.optimizer, files["optimizer.safetensors"], meta["optimizer"])
-        if state.ema is not None:
-            state.ema.module.load_state_dict(weights("ema"))
     except (RuntimeError, ValueError, KeyError, IndexError) as error:
         raise UserError(
             f"the checkpoint holds another model or optimizer than --model and --optimizer say ({str(error).splitlines()[0]})"
@@ -260,8 +261,13 @@ def name_of(step: int) -> str:
 
 
 def _by_step(checkpoints: Path) -> list[Path]:
-    """A run's checkpoints, whole or not, the oldest first."""
-    return sorted(path for path in checkpoints.glob("*/") if not path.name.endswith(TEMPORARY))
+    """A run's checkpoints, whole or not, the oldest first; "last" is an old version's, and others are the user's copies."""
+    return sorted(path for path in checkpoints.glob("*/") if re.fullmatch(r"step_\d+|last", path.name))
+
+
+def names(checkpoints: Path) -> list[str]:
+    """Of a run's checkpoints, whole or not, the oldest first."""
+    return [path.name for path in _by_step(checkpoints)]
 
 
 def write(checkpoints: Path, files: Files) -> Path:
@@ -353,7 +359,7 @@ def _says_the_same(folder: Path, files: Files) -> bool:
 
 def left_behind(checkpoints: Path, step: int) -> bool:
     """Whether there are checkpoints, whole or not, of later steps."""
-    return any(path.name > name_of(step) for path in _by_step(checkpoints))
+    return any(name > name_of(step) for name in names(checkpoints))
 
 
 def newest_whole(checkpoints: Path) -> tuple[Files | None, list[str]]:
@@ -375,7 +381,7 @@ def prune(checkpoints: Path, keep: int = 2, also: Collection[str] = ()) -> None:
     complete = [folder.name for folder in _by_step(checkpoints) if (folder / MANIFEST).exists()]
     kept = {*complete[-keep:], *also}
     for folder in checkpoints.glob("step_*/"):
-        if folder.name not in kept:
+        if folder.name not in kept and re.fullmatch(r"step_\d+", folder.name.removesuffix(TEMPORARY)):
             # SMB refuses while the S3 mirror reads the manifest: then next time.
             with contextlib.suppress(OSError):
                 _remove(folder)

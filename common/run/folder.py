@@ -19,7 +19,9 @@ from common.run.processes import rank0_errors
 from common.scheduling import Stage
 
 
-def claim_folder(cfg: TrainConfig, state: PartialState) -> tuple[list[Stage], dict[str, Any] | None]:
+def claim_folder(
+    cfg: TrainConfig, state: PartialState
+) -> tuple[list[Stage], dict[str, Any] | None, list[str]]:
     """Settle `cfg.output` and `cfg.run_name`, the same on all processes, and take over a recorded run's settings.
 
     Nothing is written, but for a run that is fetched from S3. What is resumed, in this order:
@@ -29,17 +31,20 @@ def claim_folder(cfg: TrainConfig, state: PartialState) -> tuple[list[Stage], di
     3. the newest undamaged one of the run's folder, also after `--resume PATH` or `s3://...` of a whole run.
 
     Returns:
-        The stages of the run that is resumed, [] for a new one, and on the main process its checkpoint's files.
+        The stages of the run that is resumed, [] for a new one, and on the main process its checkpoint's files, and the names
+        of all that were there.
 
     Raises:
         UserError: the folder holds something else, or a run with other settings.
     """
     files: dict[str, Any] | None = None
+    names: list[str] = []
     place: list[Any] = [None]
     with rank0_errors():
         if state.is_main_process:
             output, name, asked = _place(cfg)
             _fetch(cfg, output / name)
+            names = checkpoint.names(output / name / "checkpoints")
             files = _find(cfg, output / name, asked)
             recorded = files[checkpoint.STATE]["config"] if files else None
             if recorded:
@@ -49,9 +54,9 @@ def claim_folder(cfg: TrainConfig, state: PartialState) -> tuple[list[Stage], di
         broadcast_object_list(place)
     cfg.output, cfg.run_name, recorded = place[0]
     if recorded is None:
-        return [], None
+        return [], None, names
     adopt(cfg, recorded)
-    return read_stages(recorded["stages_in_force"]), files
+    return read_stages(recorded["stages_in_force"]), files, names
 
 
 def _place(cfg: TrainConfig) -> tuple[Path, str, Path | None]:
@@ -110,6 +115,10 @@ def _find(cfg: TrainConfig, folder: Path, asked: Path | None) -> dict[str, Any] 
         )
     if files is None and folder.exists() and any(folder.iterdir()) and not (folder / "config.yaml").exists():
         raise UserError(f"{folder} exists and is not a run; choose another --run_name or --output")
+    if files is None and (folder / "summary.json").exists():
+        raise UserError(
+            f"{folder} holds a finished run whose checkpoints are gone; choose another --run_name"
+        )
     return files
 
 
@@ -129,15 +138,21 @@ def _must_match(cfg: TrainConfig, recorded: dict[str, Any], folder: Path) -> Non
         )
 
 
-def create_folder(folder: Path, cfg: TrainConfig, stages: list[Stage]) -> int:
+def create_folder(folder: Path, cfg: TrainConfig, stages: list[Stage], names: list[str]) -> int:
     """Make the run's folder and write the settings and stages in force, as `--config` reads them.
 
     Returns the open file that keeps other programs out of the folder, until it is closed or this process has gone.
-    UserError: another program trains this run, as when a job was queued again too early; or the folder cannot be written.
+    UserError: another program trains this run, or has since `claim_folder` saw checkpoints of these names, as when a job was
+    queued again too early; or the folder cannot be written.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = _lock(folder)
+        if checkpoint.names(folder / "checkpoints") != names:
+            os.close(lock)
+            raise UserError(
+                f"another program has trained in {folder} since this one looked; start it again to go on from there"
+            )
         text = yaml.safe_dump(repeatable(cfg, stages), sort_keys=False)
         checkpoint.write_durably(folder / "config.yaml", text.encode())
     except OSError as error:

@@ -84,7 +84,7 @@ def make_accelerator(cfg: TrainConfig) -> tuple[Accelerator, str]:
     ddp = DistributedDataParallelKwargs(
         comm_hook=hooks.get(cfg.grad_compression, DDPCommunicationHookType.NO),
         gradient_as_bucket_view=True,
-        # Each process keeps its own BatchNorm statistics, averaged before they are used (engine.evaluate). DDP would
+        # Each process keeps its own BatchNorm statistics, averaged before they are used (Trainer.evaluate). DDP would
         # overwrite them with those of rank 0 in every forward pass.
         broadcast_buffers=False,
     )

@@ -161,14 +161,16 @@ def clock(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
 
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
+
+
 def closing_block(run: Run, progress: Progress, write: bool) -> str:
     """Best, last and wall time of a finished run, which `write` puts into `summary.json`; for the main process."""
     last = run.records.rows()[-1]
     # A run that an older version ended has none.
     balanced = float(last["val_balanced"]) if last.get("val_balanced") else None
     shown = "" if balanced is None else f" (balanced {balanced:.2f} %)"
-    cuda = run.accelerator.device.type == "cuda"
-    device = torch.cuda.get_device_name() if cuda else f"{torch.get_num_threads()} CPU threads"
     summary = {
         "strategy": run.cfg.strategy,
         "model": run.cfg.model,
@@ -182,7 +184,7 @@ def closing_block(run: Run, progress: Progress, write: bool) -> str:
         "images_seen": progress.images_seen,
         "peak_lr": progress.peak_lr,
         "seed": run.cfg.seed,
-        "hardware": f"{run.accelerator.num_processes} × {device}",
+        "hardware": f"{run.accelerator.num_processes} × {device_name(run.accelerator.device)}",
     }
     if write:
         run.records.write_json("summary.json", summary)

@@ -1,4 +1,4 @@
-"""What a run writes down while it goes on: CSV, schedule, summary, plots, trackers; most of it in a thread of its own."""
+"""What a run writes down while it goes on: CSV, schedule, summary, plots, trackers; plots and checkpoints in a thread of their own."""
 
 import csv
 import io
@@ -79,13 +79,15 @@ class Records:
             self.csv_path.unlink(missing_ok=True)
             return
         names = list(dict.fromkeys(name for row in rows for name in row))
-        self._write_rows(self.csv_path.name, names, ([row.get(name, "") for name in names] for row in rows))
+        write_rows(
+            self.folder / self.csv_path.name, names, ([row.get(name, "") for name in names] for row in rows)
+        )
 
     def write_classes(self, names: Sequence[str], images: Sequence[int], hits: Sequence[int]) -> None:
         """`per_class.csv`: the best weights' validation accuracy in percent, class by class."""
         shares = (f"{100 * h / n:.6g}" if n else "" for n, h in zip(images, hits, strict=True))
         rows = zip(names, images, hits, shares, strict=True)
-        self._write_rows("per_class.csv", ("class", "images", "hits", "top1"), rows)
+        write_rows(self.folder / "per_class.csv", ("class", "images", "hits", "top1"), rows)
 
     def write_schedule(self, plan: Plan, rates: Rates) -> None:
         """The whole run's learning rate and momentum by step, which the plots draw before they are reached."""
@@ -94,15 +96,17 @@ class Records:
             for epoch in plan.epochs()
             for step in range(epoch.first_step, epoch.first_step + epoch.steps)
         )
-        self._write_rows("schedule.csv", ("step", "epoch", "lr", "momentum"), rows)
-
-    def _write_rows(self, name: str, head: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-        text = io.StringIO(newline="")
-        csv.writer(text).writerows([head, *rows])
-        checkpoint.write_durably(self.folder / name, text.getvalue().encode())
+        write_rows(self.folder / "schedule.csv", ("step", "epoch", "lr", "momentum"), rows)
 
     def write_json(self, name: str, content: dict[str, Any]) -> None:
         checkpoint.write_durably(self.folder / name, json.dumps(content, indent=1).encode())
+
+
+def write_rows(path: Path, head: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    """A CSV file, whole or not at all."""
+    text = io.StringIO(newline="")
+    csv.writer(text).writerows([head, *rows])
+    checkpoint.write_durably(path, text.getvalue().encode())
 
 
 def wandb_mode() -> str:

@@ -62,7 +62,7 @@ class Run:
         state = start_processes()
         self.is_main = state.is_main_process
         self._handlers: list[logging.Handler] = []
-        self.stages, self.checkpoint = claim_folder(cfg, state)
+        self.stages, self.checkpoint, self._names = claim_folder(cfg, state)
         self.folder = Path(cfg.output) / cfg.run_name
         self.accelerator, note = make_accelerator(cfg)
         self._log_to(_Console(sys.stdout) if self.is_main else logging.NullHandler(), "%(message)s")
@@ -96,7 +96,7 @@ class Run:
 
                     # It may refuse, which leaves nothing behind.
                     self.mirror = S3Mirror(self.folder, self.cfg.s3)
-                self._lock = create_folder(self.folder, self.cfg, self.stages)
+                self._lock = create_folder(self.folder, self.cfg, self.stages, self._names)
                 self.records.keep_epochs(progress.epochs_done)
                 self._log_to_file(self.folder / "training_log.txt")
                 start_trackers(self.cfg, self.accelerator, self.folder, progress)

@@ -209,7 +209,7 @@ def _budgeted(
 ) -> Budgeted:
     """A run of one length: its default recipe, as if the share of the data were all of them, and what it takes."""
     seen = replace(facts, images=round(share * facts.images))
-    recipe = adapt(stages, settings, given, seen, settings["recipe"])
+    recipe = adapt(stages, settings, given, seen)
     if share < 1:
         recipe.stages[:] = [replace(s, data_fraction=share * s.data_fraction) for s in recipe.stages]
         recipe.notes.append(f"{share:.0%} of the data, to fit (--budget)")

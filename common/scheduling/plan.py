@@ -82,16 +82,12 @@ class Plan:
     def total_epochs(self) -> int:
         return sum(stage.epochs for stage in self.stages)
 
-    @property
-    def images_to_see(self) -> int:
-        return sum(self.stage_steps(i) * batch for i, batch in enumerate(self.global_batches))
-
     def epochs(self, start_epoch: int = 0) -> Iterator[EpochPlan]:
         """The run's epochs in order, from the one with this index."""
         index = first_step = 0
         for stage_index, stage in enumerate(self.stages):
             steps = self.steps_per_epoch(stage_index)
-            mixed_epochs = round(float(stage.mixup) * stage.epochs)
+            mixed_epochs = round(stage.mixup * stage.epochs)
             for epoch_in_stage in range(stage.epochs):
                 if index >= start_epoch:
                     yield EpochPlan(
@@ -107,7 +103,7 @@ class Plan:
                 index += 1
                 first_step += steps
 
-    def epochs_left(self, done: int = 0) -> list[tuple[int, int]]:
+    def epochs_left(self, done: int) -> list[tuple[int, int]]:
         """By stage: the epochs to come when so many of the run's are over, and how many of them are evaluated."""
         left, end = [], 0
         for stage in self.stages:

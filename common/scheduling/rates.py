@@ -76,6 +76,11 @@ def known_peak(settings: Mapping[str, Any], global_batch: int) -> float | None:
     return kept * ADAPTIVE_LR * math.sqrt(global_batch / LR_PER_IMAGES)
 
 
+def batch_power(settings: Mapping[str, Any]) -> float:
+    """The peak of a later stage follows this power of its batch: 1, or 1/2 by the rule for Adam and its like (`known_peak`)."""
+    return 1.0 if settings["lr"] != "auto" or is_sgd(settings["optimizer"]) else 0.5
+
+
 def cosine_cycle(step: int, total: int, rise: float, start: float, peak: float, end: float) -> float:
     """A cosine from `start` to `peak` over the first share `rise` of `total` steps, then a cosine to `end`.
 
@@ -102,15 +107,16 @@ class Rates:
     plan: Plan
     settings: ScheduleSettings
     peak_lr: float
+    batch_power: float = 1.0
 
     def peak(self, stage_index: int) -> float:
-        """A stage's highest learning rate: the first stage's times `lr_scale`, or in proportion to the stage's batch."""
+        """A stage's highest learning rate: the first stage's times `lr_scale`, or by the `batch_power` of the stage's batch."""
         stage, batches = self.plan.stages[stage_index], self.plan.global_batches
         limit = math.inf if self.settings.max_lr is None else self.settings.max_lr
         if stage.lr_scale is not None:
             scale = stage.lr_scale / (self.plan.stages[0].lr_scale or 1.0)
             return min(min(self.peak_lr, limit) * scale, limit)
-        return min(self.peak_lr * batches[stage_index] / batches[0], limit)
+        return min(self.peak_lr * (batches[stage_index] / batches[0]) ** self.batch_power, limit)
 
     def lr(self, step: int) -> float:
         """Learning rate of an optimizer step, before a parameter group's own scale."""

@@ -9,7 +9,7 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain, groupby, repeat
-from typing import Any, Literal
+from typing import Any
 
 from common.scheduling.rates import is_sgd, known_peak
 from common.scheduling.stages import (
@@ -18,7 +18,6 @@ from common.scheduling.stages import (
     STATISTICS,
     Stage,
     apportion,
-    couple_strength,
     in_patches,
 )
 
@@ -105,7 +104,6 @@ def adapt(
     settings: Mapping[str, Any],
     given: Collection[str],
     facts: Facts,
-    recipe: Literal["auto", "mild", "medium", "strong", "listed"] = "auto",
 ) -> Recipe:
     """The stages and settings for this data and machine; at the lists' own scale, those of the lists.
 
@@ -114,9 +112,10 @@ def adapt(
         settings: all of the script's settings by name.
         given: names of the settings that the user set; "stages" among them means that the list is the user's, and it stays whole.
         facts: about data and machine.
-        recipe: level of regularisation; auto = by the run's length; listed = change nothing at all.
     """
     result = Recipe(list(stages))
+    # The level of regularisation: auto = by the run's length; listed = change nothing at all.
+    recipe = settings["recipe"]
     if recipe == "listed":
         return result
     length, free = fitting_level(stages, facts), settings.keys() - set(given)
@@ -335,10 +334,10 @@ def _fit_regularisation(recipe: Recipe, settings: Mapping[str, Any], free: set[s
     if "erasing_prob" in free and settings["erasing_prob"]:
         recipe.values["erasing_prob"] = kept * settings["erasing_prob"]
         said.append(f"erasing in {recipe.values['erasing_prob']:.0%} (--erasing_prob)")
-    # 4.8 points in 19 epochs; the idea is EfficientNetV2's.
+    # 4.8 points in 19 epochs; the idea is EfficientNetV2's (Tan and Le, 2021).
     sizes = {stage.img_size for stage in recipe.stages}
     if "stages" in free and len(sizes) > 1:
-        recipe.stages[:] = couple_strength(recipe.stages)
+        recipe.stages[:] = [replace(s, strength=s.strength * s.img_size / max(sizes)) for s in recipe.stages]
         said.append("gentler on small images (--stages)")
     epochs = sum(stage.epochs for stage in recipe.stages)
     if said:

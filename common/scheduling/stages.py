@@ -41,12 +41,6 @@ def in_patches(pixels: float) -> int:
     return PATCH * max(1, round(pixels / PATCH))
 
 
-def couple_strength(stages: Sequence[Stage]) -> list[Stage]:
-    """Regularise small images less, in proportion to their side (the idea of EfficientNetV2, Tan and Le, 2021)."""
-    largest = max(stage.img_size for stage in stages)
-    return [replace(stage, strength=stage.strength * stage.img_size / largest) for stage in stages]
-
-
 def apportion(epochs: Sequence[int], total: int) -> list[int]:
     """Share `total` epochs out in proportion to `epochs`, at least one each; the sum is `total` if that is enough.
 

@@ -32,7 +32,6 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from common import UserError
-from common.data.loader import Loader, LoaderSettings
 from common.data.order import BatchItem, eval_items
 from common.data.sources.base import Source
 from common.data.sources.open import open_dataset, open_source
@@ -161,9 +160,7 @@ def soup_of(setup: Setup, ingredients: Sequence[Candidate]) -> dict[str, Tensor]
             norm.reset_running_stats()
             norm.momentum = None
             norm.train()
-        settings = LoaderSettings(setup.workers, model.settings.get("skip_unreadable", False))
-        loader = Loader(setup.train, setup.train, seed=0, settings=settings, device=model.device)
-        with closing(loader):
+        with closing(model.loader(setup.train, setup.workers)) as loader:
             for batch in loader.stream(statistics_items(setup)):
                 model.logits(batch.images)
         model.model.eval()

@@ -22,11 +22,10 @@ from torch.nn import functional as F
 
 from common import PositiveInt
 from common.config import TrainConfig, run_script
-from common.data.batches import Batches
 from common.data.loader import Batch
 from common.data.order import BatchItem
 from common.engine.fit import train_epoch
-from common.engine.setup import prepare_state, settle_plan
+from common.engine.setup import assembled
 from common.engine.trainer import Trainer
 from common.model import create_model
 from common.model.optimizer import create_optimizer
@@ -95,15 +94,12 @@ def ready(cfg: TrainConfig, steps: int) -> Iterator[Bench]:
     with start_run(cfg) as run:
         train = Blank(steps * cfg.stages[0].batch_size * cfg.accumulation)
         run.stages = cfg.stages
-        state = prepare_state(run, create_model(cfg.model, len(train.classes)), train)
-        plan = settle_plan(run, state, train)
-        batches = Batches(plan, train, train, cfg, cfg.seed, 0, 1)
-        trainer = Trainer(run, state, plan, batches, None)
-        epoch = next(plan.epochs())
-        trainer.enter_stage(epoch)
-        items = islice(batches.train_items(epoch), READY_BATCHES)
-        ready_batches = [fill(item, train, run.accelerator.device, cfg.channels_last) for item in items]
-        yield Bench(trainer, epoch, Rates(plan, cfg, 0.1), ready_batches)
+        with assembled(run, create_model(cfg.model, len(train.classes)), train, train) as trainer:
+            epoch = next(trainer.plan.epochs())
+            trainer.enter_stage(epoch)
+            items = islice(trainer.batches.train_items(epoch), READY_BATCHES)
+            ready_batches = [fill(item, train, run.accelerator.device, cfg.channels_last) for item in items]
+            yield Bench(trainer, epoch, Rates(trainer.plan, cfg, 0.1), ready_batches)
 
 
 def fill(item: BatchItem, source: Blank, device: torch.device, channels_last: bool = True) -> Batch:

@@ -26,7 +26,6 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from common import UserError
-from common.data.loader import Loader, LoaderSettings
 from common.data.order import eval_items
 from common.data.sources.base import Source
 from common.data.sources.folder import FolderSource
@@ -78,13 +77,11 @@ def answer(model: TrainedModel, source: Source, batch_size: int, workers: int | 
     """Ask the model about every image, once. UserError: one cannot be decoded, or the model does not know a class."""
     labels, classes = model.labels_of(source), len(model.cfg.classes)
     items = eval_items(len(source), model.size_for(source), batch_size, 0, 1, model.view)
-    settings = LoaderSettings(workers, model.settings.get("skip_unreadable", False))
-    channels_last = model.settings.get("channels_last", True)
-    loader = Loader(
-        source, source, seed=0, settings=settings, device=model.device, channels_last=channels_last
-    )
     logits, ranked = torch.empty(len(source), classes), np.empty((len(source), min(TOP, classes)), np.int64)
-    with closing(loader), tqdm(total=len(source), unit="img", disable=None) as bar:
+    with (
+        closing(model.loader(source, workers)) as loader,
+        tqdm(total=len(source), unit="img", disable=None) as bar,
+    ):
         for batch in loader.stream(items):
             some = model.logits(batch.images, with_flip if tta else one_view)
             logits[batch.item.indices] = some.cpu()

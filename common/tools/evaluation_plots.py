@@ -7,8 +7,8 @@ import numpy as np
 import pandas as pd
 import torch
 
-from common.data.decode import DecodeError, decode_batch
-from common.data.order import BatchItem, View
+from common.data.decode import DecodeError, decode_one
+from common.data.order import View
 from common.data.sources.base import Source
 from common.run import plots
 
@@ -170,11 +170,9 @@ def draw_mistakes(path: Path, source: Source, predictions: pd.DataFrame, note: s
 
 def tile(source: Source, index: int) -> np.ndarray:
     """The largest centred square of an image, uint8 [TILE, TILE, 3]; grey if it cannot be read (--skip_unreadable)."""
-    pixels = torch.empty(1, 3, TILE, TILE, dtype=torch.uint8).to(memory_format=torch.channels_last)
-    item = BatchItem(1, np.array([index]), TILE, TILE, 0, View(None, crop_pct=1.0))
     sizes = source.sizes()[[index]] if source.prepared else None
     try:
-        decode_batch([source.read(index, TILE)], item, 0, pixels, sizes)
+        pixels = decode_one(source.read(index, TILE), TILE, TILE, View(None, crop_pct=1.0), sizes)
     except (DecodeError, OSError):
-        pixels.fill_(128)
+        pixels = torch.full((1, 3, TILE, TILE), 128, dtype=torch.uint8)
     return pixels[0].permute(1, 2, 0).numpy()

@@ -25,7 +25,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from common import UserError
+from common import UserError, first_line
 from common.model.create import WEIGHTS
 from common.model.pretrained_cfg import CONFIG, SMALL_STEM, read_pretrained_cfg
 from common.tools.command_line import new_parser, one_sentence
@@ -164,7 +164,7 @@ def export(args: argparse.Namespace) -> str:
                     gaps[name] = write(net, cfg.img_size, folder / name)
                 # All that the exporters raise for a network that they cannot write.
                 except RuntimeError as error:
-                    reason = next(iter(str(error).splitlines()), type(error).__name__)
+                    reason = first_line(error)
                     raise UserError(f"{args.model} cannot be written as {name}: {reason}") from error
         run = args.model if (args.model / "config.yaml").is_file() else None
         parameters = sum(parameter.numel() for parameter in net.parameters())

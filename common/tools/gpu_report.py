@@ -6,11 +6,11 @@ Rows come in the order of their importance. Each has an estimate and is left out
 a row with the reason. `gpu_report.json` and `gpu_report.md` are written after every row, so that a kill loses nothing.
 `--rehearse` does the same with tiny sizes on any machine, so that the first real run is no debugging session.
 
-Needs torch, torchvision, timm, accelerate and safetensors; pytest for the tests, and what `--cifar`'s files need.
+Needs what requirements.txt lists, less datasets, wandb, boto3, pandas, pyarrow and matplotlib; pytest for the tests, and what
+`--cifar`'s files need.
 """
 
 import argparse
-import csv
 import gc
 import json
 import os
@@ -28,7 +28,7 @@ from collections.abc import Callable
 from contextlib import closing, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
-from itertools import chain, count, cycle
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,7 @@ from common.config import TrainConfig
 from common.data import open_dataset
 from common.data.loader import Loader, available_workers
 from common.engine import fit
+from common.engine.peak import endless_items
 from common.model import create_model
 from common.run import start_run
 from common.run.checkpoint import write_durably
@@ -197,12 +198,12 @@ def pyramid(sizes: Sizes, img_size: int) -> Figures:
     steps = 2 * sizes.steps
     with ready(config(sizes, img_size), steps) as bench:
         run, batches = bench.trainer.run, bench.trainer.batches
-        data, passes = Pictures(len(batches.train)), (replace(bench.epoch, index=index) for index in count())
+        data = Pictures(len(batches.train))
         figures = rates(sizes, bench, {"synthetic images/s": bench.train})
         where = {"device": run.accelerator.device, "channels_last": run.cfg.channels_last}
         loader = Loader(data, data, seed=0, settings=run.cfg, **where)
         with closing(loader):
-            stream = loader.stream(chain.from_iterable(map(batches.train_items, passes)))
+            stream = loader.stream(endless_items(bench.trainer, bench.epoch))
             figures |= rates(sizes, bench, {"pyramid images/s": lambda: bench.train(stream)})
         return figures | {"waited": f"{bench.trainer.meter.data_wait:.0%}", "workers": str(loader.workers)}
 
@@ -257,8 +258,7 @@ def cifar(sizes: Sizes, data_dir: str) -> Figures:
         with start_run(cfg) as run:
             train, val = open_dataset(cfg)
             fit(run, create_model(cfg.model, len(train.classes)), train, val)
-        with open(run.folder / "training_log.csv", newline="") as file:
-            log = [(float(row["val_top1"]), float(row["total_s"])) for row in csv.DictReader(file)]
+        log = [(float(row["val_top1"]), float(row["total_s"])) for row in run.records.rows()]
     reached = next((seconds for top1, seconds in log if top1 >= CIFAR_GOAL), "not reached")
     return {f"s to {CIFAR_GOAL:g} %": reached, "best top-1 %": max(log)[0], "s in all": log[-1][1]}
 

@@ -23,13 +23,12 @@ from typing import TextIO
 
 import numpy as np
 import pandas as pd
-import torch
 from PIL import Image
 from tqdm import tqdm
 
-from common.data.decode import DecodeError, decode_batch, read_header
+from common.data.decode import DecodeError, decode_one, read_header
 from common.data.loader import available_workers
-from common.data.order import BatchItem, View
+from common.data.order import View
 from common.data.sources.base import MissingSplit, Source
 from common.data.sources.folder import FolderSource
 from common.run import plots
@@ -46,7 +45,6 @@ def inspect_piece(sources: dict[str, Source], piece: Piece) -> pd.DataFrame:
     """Decode some images; a row for each: `kind` is its format and mode, `digest` a hash of its bytes."""
     split, indices = piece
     source, rows = sources[split], []
-    pixels = torch.empty((1, 3, 32, 32), dtype=torch.uint8, memory_format=torch.channels_last)
     for index in indices:
         row = {
             "split": split,
@@ -60,8 +58,7 @@ def inspect_piece(sources: dict[str, Source], piece: Piece) -> pd.DataFrame:
             row |= {"bytes": len(encoded), "digest": int.from_bytes(digest, signed=True)}
             # What is read of a pyramid is the largest copy; it knows the originals' sizes.
             height, width = source.sizes()[index].tolist() if source.prepared else read_header(encoded)[:2]
-            item = BatchItem(0, np.array([index]), 32, 32, 0, View(scale=None))
-            decode_batch([encoded], item, 0, pixels)
+            decode_one(encoded, 32, 32, View(scale=None))
             with Image.open(io.BytesIO(encoded)) as opened:
                 row |= {"height": height, "width": width, "kind": f"{opened.format} {opened.mode}"}
         except (DecodeError, OSError) as error:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from common import UserError
 from common.augment import Augment, AugmentSettings
+from common.data.loader import Loader, LoaderSettings
 from common.data.order import View
 from common.data.shapes import assign, choose_shapes
 from common.data.sources.base import Source
@@ -129,6 +130,12 @@ class TrainedModel:
                 f"the model does not know {len(unknown)} of the classes in {source.location}: {names} ({known})"
             )
         return np.array([rows[name] for name in source.classes])[source.labels]
+
+    def loader(self, source: Source, workers: int | None) -> Loader:
+        """Of any batches of a source, as the run loads them; to be closed."""
+        settings = LoaderSettings(workers, self.settings.get("skip_unreadable", False))
+        layout = self.settings.get("channels_last", True)
+        return Loader(source, source, seed=0, settings=settings, device=self.device, channels_last=layout)
 
     @torch.inference_mode()
     def logits(self, images: Tensor, transform: Callable[[nn.Module, Tensor], Tensor] = one_view) -> Tensor:

@@ -24,13 +24,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from common import UserError
-from common.data.decode import DecodeError, decode_batch, read_header
-from common.data.order import BatchItem
+from common.data.decode import DecodeError, decode_one, read_header
 from common.data.sources.base import EXTENSIONS
+from common.data.sources.folder import HIDDEN
 from common.tools.command_line import check_least, in_utf8, new_parser, one_sentence
 from common.tools.model_folder import TrainedModel, add_arguments
-
-VAL = 1
 
 
 class Prediction(NamedTuple):
@@ -50,11 +48,9 @@ def decode(model: TrainedModel, path: Path) -> Tensor | str:
     try:
         data = np.frombuffer(path.read_bytes(), np.uint8)
         ((height, width),) = model.shape_of(np.array([read_header(data)[:2]])).tolist()
-        pixels = torch.empty(1, 3, height, width, dtype=torch.uint8).to(memory_format=torch.channels_last)
-        decode_batch([data], BatchItem(VAL, np.zeros(1, np.int64), height, width, 0, model.view), 0, pixels)
+        return decode_one(data, height, width, model.view)
     except (DecodeError, OSError) as error:
         return getattr(error, "strerror", None) or str(error)
-    return pixels
 
 
 def logits_of(model: TrainedModel, images: Sequence[Tensor]) -> Tensor:
@@ -96,13 +92,20 @@ def find_images(paths: Sequence[Path]) -> list[Path]:
     for path in paths:
         if not path.exists():
             raise UserError(f"{path} does not exist")
-        below = (
-            sorted(p for p in path.rglob("*") if p.suffix.lower() in EXTENSIONS) if path.is_dir() else [path]
-        )
-        found |= dict.fromkeys(below)
+        found |= dict.fromkeys(_images_below(path) if path.is_dir() else [path])
     if not found:
         raise UserError(f"no image below {', '.join(map(str, paths))}")
     return list(found)
+
+
+def _images_below(folder: Path) -> list[Path]:
+    """As training lists them: those behind links too, and none that is hidden."""
+    images = list[Path]()
+    for place, folders, files in os.walk(os.fsencode(folder), followlinks=True):
+        folders[:] = [name for name in folders if not name.startswith(HIDDEN)]
+        paths = (Path(os.fsdecode(place), os.fsdecode(n)) for n in files if not n.startswith(HIDDEN))
+        images += [path for path in paths if path.suffix.lower() in EXTENSIONS]
+    return sorted(images)
 
 
 def write(predictions: Sequence[Prediction], csv_path: Path | None, json_path: Path | None) -> None:

@@ -32,15 +32,14 @@ from typing import Any, NamedTuple, TextIO
 
 import numpy as np
 import pyarrow as pa
-import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from common import UserError
-from common.data.decode import DecodeError, decode_batch, read_header
+from common.data.decode import DecodeError, decode_one, read_header
 from common.data.loader import available_workers, end_with_parent
-from common.data.order import BatchItem, View
+from common.data.order import View
 from common.data.sources.base import MissingSplit, Source
 from common.data.sources.open import open_source
 from common.run.checkpoint import write_durably
@@ -76,9 +75,7 @@ def encode_levels(encoded: np.ndarray, settings: Settings) -> tuple[list[bytes |
     """
     height, width, fast = read_header(encoded)
     # The training's own decoder, asked for the whole image at its own size: pixels, upright.
-    pixels = torch.empty((1, 3, height, width), dtype=torch.uint8, memory_format=torch.channels_last)
-    whole = BatchItem(0, np.zeros(1, np.int64), height, width, 0, View(scale=None, crop_pct=1.0))
-    decode_batch([encoded], whole, 0, pixels)
+    pixels = decode_one(encoded, height, width, View(scale=None, crop_pct=1.0))
     image = Image.fromarray(pixels[0].permute(1, 2, 0).numpy())
     if (pixels == pixels[:, :1]).all():
         # One channel says as much, in less space.
@@ -142,10 +139,6 @@ def encode_piece(
     return Encoded(pa.RecordBatch.from_pylist(rows, schemas[split]), failures, bytes_read)
 
 
-def _start_worker(_worker: int) -> None:
-    end_with_parent()
-
-
 def map_in_workers(function: Callable, arguments: Sequence, workers: int) -> Iterator:
     """Call a function of one argument in worker processes; the answers come in order.
 
@@ -156,7 +149,7 @@ def map_in_workers(function: Callable, arguments: Sequence, workers: int) -> Ite
         batch_size=None,
         collate_fn=function,
         num_workers=min(workers, len(arguments)),
-        worker_init_fn=_start_worker,
+        worker_init_fn=end_with_parent,
     )
     try:
         yield from loader
@@ -205,7 +198,9 @@ def write_shard(path: Path, schema: pa.Schema, answers: Iterator[Encoded], skip:
                     entry["rows"] += len(rows)
                     entry["read"] += sum(answer.bytes_read for answer in batch)
             os.fsync(file.fileno())
-        entry |= {"sha256": _checksum(temporary), "bytes": temporary.stat().st_size}
+        with open(temporary, "rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        entry |= {"sha256": digest, "bytes": temporary.stat().st_size}
         write_durably(note_of(path), json.dumps(entry).encode())
         temporary.rename(path)
         return entry
@@ -216,11 +211,6 @@ def write_shard(path: Path, schema: pa.Schema, answers: Iterator[Encoded], skip:
 
 def note_of(shard: Path) -> Path:
     return shard.parents[1] / NOTES / f"{shard.name}.json"
-
-
-def _checksum(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 # --- the unfinished pyramid -----------------------------------------------------------------------

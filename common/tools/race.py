@@ -33,6 +33,7 @@ import numpy as np
 import pandas as pd
 
 from common import UserError
+from common.data.loader import end_with_parent
 from common.run import plots
 from common.run.processes import SIGNALS
 from common.run.run import EXIT_INTERRUPTED
@@ -40,7 +41,7 @@ from common.scheduling.budget import BudgetSettings
 from common.tools.command_line import check_least, new_parser, one_sentence
 from common.tools.compare import COLOURS, as_text
 from common.tools.split import check_val_fraction, split
-from common.tools.yardstick import ROOT, scripts
+from common.tools.yardstick import ROOT, check_tree, scripts
 
 # Of the budget: for choosing. It comes off the winner's training: half would cost a halving of its time, which is more than strategies
 # were seen to differ by (docs/budget.md), a quarter costs 0.4 of one.
@@ -94,6 +95,11 @@ class Job:
         return read(self.folder / "receipt.json")
 
     @property
+    def seconds(self) -> float:
+        """What it took; of a race that was killed beside it the receipt alone knows."""
+        return max(self.ledger.get("seconds", 0.0), 60 * self.receipt.get("total_minutes", 0.0))
+
+    @property
     def top1(self) -> float:
         """Of the last epoch, in percent."""
         return self.receipt["last_top1"]
@@ -129,7 +135,10 @@ class Lanes:
         with self._lock:
             if self.closed:
                 raise UserError(STOPPED)
-            process = subprocess.Popen(words, stdout=log, stderr=log, env=environment)
+            # Left alone, it would train on beside what the next call starts.
+            process = subprocess.Popen(
+                words, stdout=log, stderr=log, env=environment, preexec_fn=end_with_parent
+            )
             self._running.add(process)
         try:
             return process.wait()
@@ -320,8 +329,7 @@ def check_same_race(args: argparse.Namespace) -> None:
 def whole_race(args: argparse.Namespace) -> str:
     """Run what has not ended yet, and return the report. UserError: a path is missing, the budget is too small, or a training failed."""
     budget_s = BudgetSettings(args.budget, args.usd_per_hour).budget_s()
-    if not (args.data_dir / "train").is_dir() or not (args.data_dir / "val").is_dir():
-        raise UserError(f"--data_dir {args.data_dir} must hold train/ and val/ with a folder for each class")
+    check_tree(args.data_dir)
     check_least(args, lanes=1, seed=0)
     check_val_fraction(args.val_fraction)
     with Lanes(args.lanes) as lanes:
@@ -340,7 +348,7 @@ def in_lanes(args: argparse.Namespace, budget_s: float, lanes: Lanes) -> str:
     last = [job for job in jobs if job.rung == jobs[-1].rung and job.receipt]
     winner = last[0]
     rest_s = budget_s - sum(
-        seconds_in_lanes([job.ledger.get("seconds", 0.0) for job in rung], args.lanes)
+        seconds_in_lanes([job.seconds for job in rung], args.lanes)
         for _, rung in groupby(jobs, attrgetter("rung"))
     )
     final = Job(winner.candidate, 0, rest_s, args.output / f"winner_{winner.candidate.name}")

@@ -53,6 +53,12 @@ class Job:
         return self.beside("json")
 
 
+def check_tree(data_dir: Path) -> None:
+    """UserError: it is not what the inner split and timm's script take."""
+    if not (data_dir / "train").is_dir() or not (data_dir / "val").is_dir():
+        raise UserError(f"--data_dir {data_dir} must hold train/ and val/ with a folder for each class")
+
+
 def scripts(args: argparse.Namespace) -> list[str]:
     return [*SCRIPTS, *(["finetune"] if args.weights else [])]
 
@@ -171,8 +177,7 @@ def draw(jobs: Sequence[Job], path: Path) -> None:
 
 def yardstick(args: argparse.Namespace) -> str:
     """Run what has not ended yet, and return the table as text. UserError: a path is missing, or a training failed."""
-    if not (args.data_dir / "train").is_dir() or not (args.data_dir / "val").is_dir():
-        raise UserError(f"--data_dir {args.data_dir} must hold train/ and val/ with a folder for each class")
+    check_tree(args.data_dir)
     if args.peers and not args.peers.is_file():
         raise UserError(f"--peers {args.peers} is no file: give the path of timm's train.py")
     args.output.mkdir(parents=True, exist_ok=True)

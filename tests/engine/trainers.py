@@ -72,7 +72,7 @@ def small_trainer(
             PartialState().device = run.accelerator.state.device = torch.device(device)
             run.stages = cfg.stages
             source = Blank(images, CLASSES)
-            state = prepare_state(run, model or Small(), source)
+            state = prepare_state(run, model or Small(), source, source)
             plan = settle_plan(run, state, source)
             batches = Batches(plan, source, source, cfg, cfg.seed, 0, 1)
             yield Trainer(run, state, plan, batches, None)

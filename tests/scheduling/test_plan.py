@@ -16,7 +16,6 @@ from common.scheduling import (
     resolve_lr,
 )
 from common.scheduling.rates import cosine_cycle
-from common.scheduling.stages import couple_strength
 from train_hybrid import HybridConfig
 
 
@@ -163,7 +162,6 @@ def test_epochs_are_whole_numbers_of_steps_and_can_be_entered_anywhere():
     ]
     assert list(plan.epochs(1)) == epochs[1:]
     assert plan.total_steps == 11
-    assert plan.images_to_see == 6 * 300 + 5 * 100
 
 
 @pytest.mark.parametrize("done", range(9))
@@ -204,10 +202,6 @@ def test_a_batch_that_does_not_fit_is_cut_into_equal_parts_never_into_crumbs(per
     assert plan.micro_batch(0) > min(25, per_process - 1)
     assert plan.micro_batch(0) <= 50
     assert per_process * 2 - plan.global_batches[0] < 2 * plan.accumulation(0)
-
-
-def test_strength_follows_the_image_size():
-    assert [s.strength for s in couple_strength([Stage(1, 56), Stage(1, 112)])] == [0.5, 1.0]
 
 
 def test_fewer_images_than_processes_is_a_sentence():

@@ -35,8 +35,8 @@ def settings_of(cfg) -> dict:
 
 def adapted(name: str, facts: Facts = SMALL, recipe: str = "auto", **changes):
     """The recipe for a script with these flags."""
-    cfg = dataclasses.replace(CONFIGS[name], **changes)
-    return adapt(cfg.curriculum(), settings_of(cfg), set(changes), facts, recipe)
+    cfg = dataclasses.replace(CONFIGS[name], recipe=recipe, **changes)
+    return adapt(cfg.curriculum(), settings_of(cfg), set(changes), facts)
 
 
 def every(recipe, name: str) -> set:

@@ -8,8 +8,8 @@ from typing import NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from common import UserError
-from common.data.sources.base import MissingSplit, first_line
+from common import UserError, first_line
+from common.data.sources.base import MissingSplit
 from common.data.sources.cache import cached_sizes, fingerprint_of
 
 

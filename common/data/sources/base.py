@@ -14,10 +14,6 @@ class MissingSplit(UserError):
     """The dataset is there, but not the split that was asked for."""
 
 
-def first_line(error: BaseException) -> str:
-    return str(error).partition("\n")[0] or type(error).__name__
-
-
 class Source(Protocol):
     """A labelled set of encoded images."""
 

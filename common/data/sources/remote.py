@@ -13,8 +13,7 @@ from urllib.parse import quote
 from pyarrow import fs
 from tqdm import tqdm
 
-from common import UserError
-from common.data.sources.base import first_line
+from common import UserError, first_line
 from common.data.sources.cache import cache_folder, fingerprint_of, locked
 
 log = logging.getLogger(__name__)
