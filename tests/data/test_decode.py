@@ -234,6 +234,14 @@ FAULTS = {
 }
 
 
+@pytest.mark.parametrize("kind", [np.float32, np.int32])
+def test_numbers_without_a_known_range_are_refused_and_not_trained_as_black(kind):
+    """A TIFF may hold 0 to 1, 0 to 4095 or anything else in 32 bits."""
+    grey = Image.fromarray(np.asarray(photograph().convert("L")).astype(kind))
+    with pytest.raises(DecodeError, match="make them 8 or 16 bits"):
+        decode([encode(grey, "TIFF")], (56, 56), CENTRED)
+
+
 @pytest.mark.parametrize("fault", FAULTS)
 def test_damage_is_named_with_its_place_in_the_batch(fault):
     encoded, why = FAULTS[fault]

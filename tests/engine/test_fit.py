@@ -1,6 +1,7 @@
 import csv
 import importlib
 import json
+import math
 import resource
 import shutil
 import signal
@@ -234,6 +235,16 @@ def test_a_finished_run_says_so_and_does_nothing(data, tmp_path, capsys):
     assert (run / "training_log.csv").read_bytes() == before
 
 
+def test_a_finished_run_without_its_checkpoints_is_not_overwritten(data, tmp_path):
+    run = run_training(StandardConfig, data, tmp_path, "run", *STANDARD)
+    shutil.rmtree(run / "checkpoints")
+    before = (run / "training_log.csv").read_bytes()
+    for more in ((), ("--resume", "none"), ("--seed", "7")):
+        with pytest.raises(UserError, match="a finished run whose checkpoints are gone; choose another"):
+            run_training(StandardConfig, data, tmp_path, "run", *STANDARD, *more)
+    assert (run / "training_log.csv").read_bytes() == before
+
+
 def test_a_finished_run_can_be_evaluated_later(data, tmp_path):
     run_training(RectConfig, data, tmp_path, "run", *STANDARD)
     run = run_training(RectConfig, data, tmp_path, "run", *STANDARD, "--final_eval")
@@ -245,6 +256,9 @@ def test_a_finished_run_can_be_evaluated_later(data, tmp_path):
         row for row in grid if row["img_size"] == 32 and row["crop"] == "whole" and row["flip"] == "no"
     ]
     assert as_trained[0]["top1"] == pytest.approx(float(rows(run)[-1]["val_top1"]), abs=1e-4)
+    best = json.loads((run / "final_eval.json").read_text())["best"]
+    assert best in grid
+    assert best["top1"] == max(row["top1"] for row in grid)
 
 
 def test_shapes_that_one_process_cannot_evaluate_are_left_out_by_all(data, tmp_path, monkeypatch):
@@ -275,23 +289,23 @@ def test_a_name_that_holds_another_run_is_refused(data, tmp_path):
 def test_nan_loss_stops_with_advice_and_keeps_the_good_checkpoint(data, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("common.engine.trainer.NAN_PATIENCE", 2)
     monkeypatch.setattr("common.run.run.LOOK_S", 0.0)
-    flags = (
-        "--epochs",
-        "8",
-        "--batch_size",
-        "16",
-        "--lr",
-        "1e18",
-        "--pct_start",
-        "0.9",
-    )
+    flags = ("--epochs", "8", "--batch_size", "16")
+    step = Trainer.train_step
+
+    def spoiled(t, epoch, *args):
+        if epoch.index == 1:
+            with torch.no_grad():
+                next(t.state.model.parameters()).fill_(math.nan)
+        step(t, epoch, *args)
+
+    monkeypatch.setattr(Trainer, "train_step", spoiled)
     with pytest.raises(SystemExit) as stop:
         run_training(StandardConfig, data, tmp_path, "run", *flags)
     assert stop.value.code == 2
     assert "lower --lr" in capsys.readouterr().err
     assert list((tmp_path / "run").glob("not_finite_rank0.json"))
-    for saved in (tmp_path / "run" / "checkpoints").glob("*/model.safetensors"):
-        assert all(t.isfinite().all() for t in load_file(saved).values())
+    (saved,) = (tmp_path / "run" / "checkpoints").glob("*/model.safetensors")
+    assert all(t.isfinite().all() for t in load_file(saved).values())
 
 
 @pytest.mark.parametrize("area", ["short", "constant"])
@@ -446,6 +460,16 @@ def test_the_peak_that_is_printed_is_the_one_in_force(data, tmp_path):
     assert "peak learning rate 0.3 " in (run / "training_log.txt").read_text()
 
 
+def test_timms_corrected_optimizers_decay_by_the_peak_in_force(data, tmp_path):
+    """By rate^2 / peak, where what timm takes for the peak is the rate that the optimizer was made with."""
+    flags = ("--epochs", "1", "--batch_size", "32", "--optimizer", "adamc", "--lr", "0.008")
+    run = run_training(StandardConfig, data, tmp_path, "run", *flags, "--layer_decay", "0.5")
+    groups = newest_whole(run / "checkpoints")[0][checkpoint.STATE]["optimizer"]["param_groups"]
+    assert len({group["lr_scale"] for group in groups}) > 1
+    for group in groups:
+        assert group["max_lr_snapshot"] == pytest.approx(0.001 * group["lr_scale"])
+
+
 def test_a_loss_that_is_never_finite_is_noticed_in_epochs_shorter_than_the_patience(
     data, tmp_path, capsys, monkeypatch
 ):
@@ -484,7 +508,13 @@ def test_patience_ends_a_run_whole_and_more_of_it_lets_the_run_go_on(data, tmp_p
     assert (run / "model" / "model.safetensors").exists()
     run_training(StandardConfig, data, tmp_path, "run", *flags)
     assert len(rows(run)) == 3
+    with monkeypatch.context() as patch:
+        # Killed between its last checkpoint and what tells of the end.
+        patch.setattr(fit_module, "finish", lambda *_, **__: None)
+        run_training(StandardConfig, data, tmp_path, "run", *flags, "--patience", "0")
     run_training(StandardConfig, data, tmp_path, "run", *flags, "--patience", "0")
+    for file in ("summary.json", "receipt.json"):
+        assert json.loads((run / file).read_text())["epochs"] == 4
     whole = run_training(StandardConfig, data, tmp_path, "whole", *flags)
     assert without_times(run) == without_times(whole)
     assert_same(weights(run), weights(whole))
@@ -527,6 +557,16 @@ def test_other_classes_than_the_checkpoints_are_refused(data, tmp_path, capsys):
     with pytest.raises(SystemExit):
         run_training(StandardConfig, other, tmp_path, "run", *flags)
     assert "has other classes" in capsys.readouterr().err
+
+
+def test_other_validation_images_than_the_checkpoints_are_refused(data, tmp_path, capsys):
+    flags = ("--epochs", "2", "--batch_size", "16")
+    run_training(StandardConfig, data, tmp_path, "run", *flags)
+    other = shutil.copytree(data, tmp_path / "other")
+    next((other / "val" / "class0").iterdir()).unlink()
+    with pytest.raises(SystemExit):
+        run_training(StandardConfig, other, tmp_path, "run", *flags)
+    assert "has other validation images" in capsys.readouterr().err
 
 
 def test_a_complete_run_keeps_the_machine_it_was_trained_on(data, tmp_path, monkeypatch):

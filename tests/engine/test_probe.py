@@ -225,11 +225,19 @@ def test_features_are_made_once_for_the_same_weights_images_and_view(
     assert len(made) == 1
     run_probe(data, base, tmp_path, "other_view", "--crop_pct", "1.0")
     assert len(made) == 2
+    # The same weights, which expect images that are normalised otherwise.
+    shutil.copytree(base, tmp_path / "other_mean")
+    config = tmp_path / "other_mean" / "config.json"
+    described = json.loads(config.read_text())
+    described["pretrained_cfg"]["mean"] = [0.1, 0.2, 0.3]
+    config.write_text(json.dumps(described))
+    run_probe(data, tmp_path / "other_mean", tmp_path, "other_statistics")
+    assert len(made) == 3
     # Other pixels under the same name, in the same folder.
     image = data / "train" / "class0" / "0.jpg"
     image.write_bytes((data / "train" / "class1" / "0.jpg").read_bytes())
     changed = run_probe(data, base, tmp_path, "other_pixels")
-    assert len(made) == 3
+    assert len(made) == 4
     assert not torch.equal(weights(changed)["fc.weight"], weights(first)["fc.weight"])
 
 

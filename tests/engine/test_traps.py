@@ -276,7 +276,7 @@ def test_the_average_is_told_the_number_of_the_step():
             original(model, step)
             for name, value in model.state_dict().items():
                 expected[name] = (
-                    expected[name].lerp(value, 1 - average.get_decay(len(given)))
+                    expected[name].lerp(value, 1 - min(t.run.cfg.ema_decay, 1 - len(given) ** -0.75))
                     if value.is_floating_point()
                     else value
                 )
@@ -288,6 +288,31 @@ def test_the_average_is_told_the_number_of_the_step():
         assert given == list(range(1, t.plan.total_steps + 1))
         for name, value in average.module.state_dict().items():
             torch.testing.assert_close(value, expected[name].to(value.dtype), msg=name)
+
+
+def test_processes_evaluate_the_mean_of_their_statistics(monkeypatch):
+    """Each has BatchNorm statistics of its own images; DDP's own way would be those of the first process."""
+    with small_trainer([stage()], ema=True) as t:
+        asked = []
+
+        def reduce(buffer, how):
+            asked.append(how)
+            return buffer + 1
+
+        monkeypatch.setattr("common.engine.trainer.evaluate", lambda *_: [])
+        epoch = next(t.plan.epochs())
+        t.enter_stage(epoch)
+        before = [model.bn1.running_mean.clone() for model in t.state.models.values()]
+        counted = t.state.model.bn1.num_batches_tracked.clone()
+        with monkeypatch.context() as patch:
+            patch.setattr(type(t.run.accelerator), "num_processes", 2)
+            patch.setattr(t.run.accelerator, "reduce", reduce)
+            t.evaluate(epoch, iter(()))
+        # Two of BatchNorm's three buffers, of the weights and of their average.
+        assert asked == ["mean"] * 4
+        for model, mean in zip(t.state.models.values(), before, strict=True):
+            assert torch.equal(model.bn1.running_mean, mean + 1)
+        assert torch.equal(t.state.model.bn1.num_batches_tracked, counted)
 
 
 # --- what a resumed run finds again --------------------------------------------------------------------------------

@@ -159,11 +159,16 @@ def test_prune(tmp_path):
     saved(tmp_path, 1, 2, 3, 4, 5)
     (tmp_path / name(5) / "manifest.json").unlink()
     (tmp_path / f"{name(6)}.tmp").mkdir()
-    (tmp_path / "mine").mkdir()
+    mine = ["mine", f"{name(2)}_good", "the_best"]
+    for copy in mine:
+        (tmp_path / copy).mkdir()
     checkpoint.prune(tmp_path, keep=2, also={name(1), name(99)})
-    assert names(tmp_path) == ["mine", name(1), name(3), name(4)]
+    assert names(tmp_path) == sorted([*mine, name(1), name(3), name(4)])
     checkpoint.prune(tmp_path, keep=1)
-    assert names(tmp_path) == ["mine", name(4)]
+    assert names(tmp_path) == sorted([*mine, name(4)])
+    saved(tmp_path, 3)
+    assert names(tmp_path) == sorted([*mine, name(3)])
+    assert checkpoint.newest_whole(tmp_path)[0]["state.json"]["progress"]["step"] == 3
 
 
 def test_an_older_format_is_refused_in_one_sentence(tmp_path):

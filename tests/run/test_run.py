@@ -182,6 +182,22 @@ def test_a_folder_that_another_program_trains_in_is_refused_and_left_alone(tmp_p
     begun()
 
 
+def test_what_another_program_has_trained_since_is_not_undone(tmp_path, capsys):
+    """Both were started before either had trained; this one gets the folder when the other has ended."""
+    cfg = StandardConfig(output=str(tmp_path), run_name="run", trackers="none", mixed_precision="no")
+
+    def begun_late() -> None:
+        with start_run(cfg) as run:
+            (tmp_path / "run" / "checkpoints" / "step_00000009").mkdir(parents=True)
+            run.begin(Progress())
+
+    with pytest.raises(SystemExit, match="2"):
+        begun_late()
+    assert "another program has trained in" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step_00000009"]
+    assert not (tmp_path / "run" / "config.yaml").exists()
+
+
 def test_what_could_not_be_written_is_said_though_a_signal_ends_the_run(tmp_path, capsys):
     def fail() -> None:
         raise UserError("cannot write the checkpoint")

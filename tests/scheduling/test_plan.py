@@ -11,6 +11,7 @@ from common.scheduling import (
     Rates,
     ScheduleSettings,
     Stage,
+    batch_power,
     known_peak,
     make_plan,
     resolve_lr,
@@ -107,6 +108,16 @@ def test_progressive_peaks_follow_the_batch_up_to_the_limit():
 def test_only_sgd_needs_a_sweep(settings, peak):
     known = known_peak({"lr": "auto", "lr_scaling": "linear", "optimizer": "sgd", **settings}, 1024)
     assert known == (None if peak is None else pytest.approx(peak))
+
+
+def test_adams_later_stages_follow_the_square_root_of_their_batch_as_the_first_does():
+    in_force = {"lr": "auto", "lr_scaling": "linear", "optimizer": "adamw"}
+    plan = make_plan([Stage(1, batch_size=512), Stage(1, batch_size=128)], 2048, 1)
+    peaks = [known_peak(in_force, batch) for batch in plan.global_batches]
+    rates = Rates(plan, ScheduleSettings(), peaks[0], batch_power(in_force))
+    assert [rates.peak(0), rates.peak(1)] == pytest.approx(peaks)
+    # A rate that is given follows --lr_scaling, and the finder's is SGD's.
+    assert batch_power({**in_force, "lr": 1e-3}) == batch_power({**in_force, "optimizer": "sgd"}) == 1
 
 
 def test_scales_multiply_the_global_cycle_and_never_jump_upward():

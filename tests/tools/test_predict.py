@@ -74,6 +74,21 @@ def test_what_cannot_be_read_is_named_and_left_out(
     assert ended.value.code == 1
 
 
+def test_a_folder_is_listed_as_training_lists_it(images: Path, tmp_path: Path) -> None:
+    image, below = images / "val" / "class0" / "0.jpg", tmp_path / "a"
+    (tmp_path / "elsewhere").mkdir()
+    (below / ".hidden").mkdir(parents=True)
+    for place in (
+        below / "1.jpg",
+        below / ".2.jpg",
+        below / ".hidden" / "3.jpg",
+        tmp_path / "elsewhere" / "4.JPG",
+    ):
+        place.write_bytes(image.read_bytes())
+    (below / "more").symlink_to(tmp_path / "elsewhere")
+    assert predict.find_images([tmp_path / "a"]) == [below / "1.jpg", below / "more" / "4.JPG"]
+
+
 def test_names_that_are_not_utf8_are_written(run: Path, images: Path, tmp_path: Path) -> None:
     """As from an archive of a system that wrote Latin-1."""
     (tmp_path / "in").mkdir()
