@@ -87,7 +87,7 @@ class RecordSettings:
     run_name: str = ""
     """Name of this run's folder; empty = script and time."""
     resume: str = "auto"
-    """auto = go on where the run named --run_name stopped; a run folder, a checkpoint or s3://...; none = start anew."""
+    """auto = go on where the run named --run_name stopped; a run folder, a checkpoint or s3://...; none = never go on: a folder that holds a run is refused."""
     save_freq_last: PositiveInt = 5
     """Epochs between checkpoints."""
     checkpoint_minutes: NonNegativeFloat = 15.0
@@ -196,7 +196,7 @@ class OneSizeConfig(TrainConfig):
     img_size: PositiveInt = 224
     """Side of the image in pixels."""
     batch_size: PositiveInt = 512
-    """Images per process and optimizer step; cut down to a small dataset."""
+    """Images per process and micro-batch, of which an optimizer step takes --accumulation; cut down to a small dataset."""
     mixup_share: ClosedUnitInterval = 0.9
     """Share of the epochs in which all layers train, from the first of them, that use MixUp/CutMix."""
 
@@ -237,9 +237,9 @@ def as_plain(cfg: Any) -> dict[str, Any]:
 
 
 def repeatable(cfg: TrainConfig, stages: Sequence[Stage]) -> dict[str, Any]:
-    """Settings that train these stages again, given as --config; those that they were made from are left out."""
+    """Settings that train these stages again, given as --config; those that they were made from are left out, and which run it was."""
     # Stages that a budget has lengthened would be shrunk again.
-    left_out = cfg.read_by_curriculum() | {"budget", "debug"}
+    left_out = cfg.read_by_curriculum() | {"budget", "debug", "run_name", "resume", "dry_run"}
     kept = {name: value for name, value in as_plain(cfg).items() if name not in left_out}
     return {**kept, "stages": [as_plain(stage) for stage in stages]}
 
@@ -267,7 +267,7 @@ Config = TypeVar("Config", bound=TrainConfig)
 # How a type reads in a sentence.
 WORDS = {
     "tuple": 'two numbers such as "[0.35, 1]"',
-    "list": "a list of stages (README.md shows one)",
+    "list": 'a list such as "[{epochs: 5, img_size: 96, batch_size: 64}]" (a file goes to --config)',
     "NoneType": "null",
     "bool": "true or false",
     "int": "a whole number",

@@ -214,7 +214,7 @@ def disk(t: Trainer) -> Finding:
     kept = KEEP_CHECKPOINTS + 2 + (t.plan.total_epochs // run.cfg.keep_every if run.cfg.keep_every else 0)
     free = shutil.disk_usage(folder).free / 1e9
     text = f"disk: {kept} checkpoints of {one:.2g} GB, {free:,.3g} GB free in {folder} (--output)"
-    if not os.access(folder, os.W_OK):
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
         return Finding("error", f"disk: {folder} cannot be written; choose another --output")
     if kept * one > free:
         return Finding("error", f"{text}; choose another --output or a larger --keep_every")

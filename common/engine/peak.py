@@ -31,8 +31,8 @@ KEEPING_STATISTICS = 0.5
 def settle_rates(t: Trainer) -> Rates:
     """Learning rates around the peak that was given, found now, or found before."""
     run, cfg, progress = t.run, t.run.cfg, t.state.progress
-    if progress.peak_lr == 0:
-        progress.peak_lr = known_peak(vars(cfg), t.plan.global_batches[0]) or find_peak(t)
+    known = progress.peak_lr or known_peak(vars(cfg), t.plan.global_batches[0])
+    progress.peak_lr = known or find_peak(t)
     rates = Rates(t.plan, cfg, progress.peak_lr, batch_power(vars(cfg)))
     highest = max(map(rates.peak, range(len(t.plan.stages))))
     for group in t.state.optimizer.param_groups:
@@ -43,7 +43,7 @@ def settle_rates(t: Trainer) -> Rates:
     with rank0_errors():
         if run.is_main:
             run.records.write_schedule(t.plan, rates)
-    t.lap("finder")
+    t.lap("start" if known else "finder")
     return rates
 
 

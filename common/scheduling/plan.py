@@ -51,9 +51,10 @@ class Plan:
                     f"stage {number} has {images} images, fewer than processes; set --num_processes to that or less"
                 )
             if images < batch:
+                # Micro-batches are down to a single image by then.
                 raise UserError(
                     f"stage {number} has {images} images, fewer than its global batch of {batch}; "
-                    f"lower --batch_size to {images // self.processes} or less"
+                    f"lower --accumulation to {images // self.processes} or less"
                 )
 
     def accumulation(self, stage_index: int) -> int:

@@ -266,7 +266,7 @@ def _fit_batches(recipe: Recipe, settings: Mapping[str, Any], free: set[str], fa
         recipe.stages[i] = replace(stage, batch_size=batch, data_fraction=max(stage.data_fraction, needed))
     batches = [stage.batch_size for stage in recipe.stages]
     if batches != listed:
-        fitted, before = (list(dict.fromkeys(sizes)) for sizes in (batches, listed))
+        fitted, before = (", ".join(map(str, dict.fromkeys(sizes))) for sizes in (batches, listed))
         recipe.notes.append(f"batches of {fitted}, not {before}, for more steps (--batch_size)")
     shares = [stage.data_fraction for stage in recipe.stages]
     if shares != listed_shares:

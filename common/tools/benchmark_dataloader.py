@@ -27,7 +27,7 @@ from common.data.order import BatchItem, View
 from common.data.sources.base import Source
 from common.data.sources.folder import FolderSource
 from common.data.sources.open import open_source
-from common.tools.command_line import new_parser, one_sentence
+from common.tools.command_line import check_least, new_parser, one_sentence
 
 SCALE = (0.08, 1.0)  # of the random crops, the same for all
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -225,7 +225,7 @@ def main(args: list[str] | None = None) -> None:
     add("--originals", help="the folder of class folders a pyramid was made of, for the other loaders")
     add("--sizes", type=int, nargs="+", default=[224, 128, 56], help="of the stages (default: 224 128 56)")
     add("--workers", type=int, nargs="+", help="counts to try (default: 1, 2, 4 ... up to the CPUs)")
-    add("--batch_size", type=int, default=64)
+    add("--batch_size", type=int, default=64, help="images at a time (default: 64)")
     policies = ("trivial", "rand", "three")
     add("--auto_augment", nargs="+", choices=policies, default=[], help="also measure ours with these")
     add("--passes", type=int, default=3, help="of which the median counts (default: 3)")
@@ -234,6 +234,9 @@ def main(args: list[str] | None = None) -> None:
     add("--json", type=Path, help="write the rows to this file")
     options = parser.parse_args(args)
     with one_sentence(parser):
+        check_least(options, batch_size=1, passes=1)
+        if not 0 < options.seconds < math.inf or min(options.sizes) < 1:
+            raise UserError("--seconds and all of --sizes must be numbers above 0")
         rows = benchmark(options)
     if options.json:
         rows.to_json(options.json, orient="records", indent=1)

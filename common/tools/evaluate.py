@@ -36,7 +36,7 @@ from common.run import plots
 from common.run.receipt import wilson
 from common.tools.command_line import check_least, in_utf8, make_folder, new_parser, one_sentence
 from common.tools.evaluation_plots import draw_confusion, draw_mistakes, draw_reliability
-from common.tools.model_folder import TrainedModel, add_arguments
+from common.tools.model_folder import TrainedModel, add_arguments, fingerprint, model_place
 
 TOP = 5
 BATCH_SIZE = 64
@@ -245,18 +245,20 @@ def evaluate(args: argparse.Namespace) -> str:
         )
     model = TrainedModel(args.model, args.mixed_precision)
     source = open_split(model, args.data_dir, args.split)
+    model.settings["skip_unreadable"] = args.skip_unreadable or model.settings.get("skip_unreadable", False)
     if len(source) < 2:
         raise UserError(f"{source.location} holds {len(source)} images; an evaluation takes two or more")
-    make_folder(args.to, "--to")
     has_log = (args.model / "training_log.csv").is_file()
     log_top1, batch_size = logged(args.model) if has_log else (None, BATCH_SIZE)
     answers = answer(model, source, args.batch_size or batch_size, args.workers, args.tta)
     names, matrix = model.cfg.classes, confusion_matrix(answers)
     table, pairs, calibration = per_class(matrix, names), confused_pairs(matrix, names), calibrate(answers)
     views = "two views (flip)" if args.tta else "one view"
-    title = f"{in_utf8(args.model)} on {in_utf8(source.location)}\n\n{len(source)} images of {args.split}, {views} at {model.cfg.img_size} px"
+    weights = f"weights {fingerprint(model_place(args.model))}"
+    title = f"{in_utf8(args.model)}, {weights}, on {in_utf8(source.location)}\n\n{len(source)} images of {args.split}, {views} at {model.cfg.img_size} px"
     same_way = args.data_dir is None and args.split == "val" and not args.tta
     text = report(head(title, answers, table, log_top1 if same_way else None), table, pairs, calibration)
+    make_folder(args.to, "--to")
     (args.to / "report.txt").write_text(text)
     table.to_csv(args.to / "per_class.csv")
     every_image = predictions(source, answers, names)
@@ -275,6 +277,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add("--data_dir", help="whatever the training scripts read (default: the run's)")
     add("--split", choices=("val", "test"), default="val", help="(default: %(default)s)")
     add("--to", type=Path, default=Path("evaluation"), help="folder for the results (default: %(default)s)")
+    add(
+        "--skip_unreadable",
+        action="store_true",
+        help="another image of the class stands in (default: the run's)",
+    )
     add("--tta", action="store_true", help="mean of the image and its mirror image")
     add("--batch_size", type=int, help=f"images at a time (default: the run's, or {BATCH_SIZE})")
     add("--workers", type=int, help="processes that read images (default: one per usable CPU)")

@@ -30,7 +30,7 @@ from common.model.create import WEIGHTS
 from common.model.pretrained_cfg import CONFIG, SMALL_STEM, read_pretrained_cfg
 from common.tools.command_line import new_parser, one_sentence
 from common.tools.model_card import Card, write_card
-from common.tools.model_folder import TrainedModel, add_target, check_target, model_place
+from common.tools.model_folder import TrainedModel, add_target, check_target, fingerprint, model_place
 
 ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 # Largest difference of a logit, as a share of the largest logit where that is above 1.
@@ -169,7 +169,10 @@ def export(args: argparse.Namespace) -> str:
         run = args.model if (args.model / "config.yaml").is_file() else None
         parameters = sum(parameter.numel() for parameter in net.parameters())
         made_from = (run, args.evaluation, args.license, gaps, args.normalized)
-        write_card(folder, Card(args.push, args.push or args.to.name, cfg, parameters, *made_from))
+        write_card(
+            folder,
+            Card(args.push, args.push or args.to.name, cfg, fingerprint(place), parameters, *made_from),
+        )
         folder.replace(args.to)
     said = [f"{args.to}: {', '.join(sorted(path.name for path in args.to.iterdir()))}"]
     said += [f"{name} agrees with PyTorch within {gap:.0e}" for name, gap in gaps.items()]

@@ -52,6 +52,7 @@ from common.run.checkpoint import write_durably
 from common.run.progress import peak_memory_mb
 from common.scheduling import Stage
 from common.tools.benchmark_loop import Bench, Blank, bare_loop, in_turns, ready
+from common.tools.command_line import new_parser
 
 ROOT = Path(__file__).parents[2]
 # Steps without a look in which nothing may wait for the device.
@@ -353,10 +354,12 @@ def write(out: Path, head: dict[str, str], sizes: Sizes, rows: list[Row]) -> Non
 
 def main(arguments: list[str] | None = None) -> None:
     began = time.monotonic()
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--minutes", type=float, default=8.0, help="stop in time")
+    parser = new_parser("gpu_report", __doc__)
+    parser.add_argument("--minutes", type=float, default=8.0, help="to stop in (default: 8)")
     parser.add_argument("--rehearse", action="store_true", help="tiny sizes, on any machine")
-    parser.add_argument("--out", type=Path, default=Path("gpu_report"), help="folder of the report")
+    parser.add_argument(
+        "--out", type=Path, default=Path("gpu_report"), help="folder of the report (default: gpu_report)"
+    )
     parser.add_argument("--peers", default="", help="folder with timm's train.py")
     parser.add_argument("--cifar", default="", help="CIFAR-10, as --data_dir takes it")
     args = parser.parse_args(arguments)

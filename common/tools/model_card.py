@@ -35,6 +35,7 @@ class Card:
     repo: str | None  # where on the Hub it will be
     name: str  # of the model, elsewhere
     cfg: PretrainedCfg
+    weights: str  # their fingerprint
     parameters: int
     run: Path | None  # the folder of the run that made it
     evaluation: Path | None  # a folder that `evaluate` wrote
@@ -177,8 +178,13 @@ def per_class(folder: Path, card: Card) -> str:
         raise UserError(
             f"--evaluation {card.evaluation} is not a folder that evaluate wrote ({why})"
         ) from error
-    if table["class"].tolist() != card.cfg.classes:
-        raise UserError(f"--evaluation {card.evaluation} is about a model of other classes")
+    if (
+        table["class"].tolist() != card.cfg.classes
+        or f"weights {card.weights}," not in head.partition("\n")[0]
+    ):
+        raise UserError(
+            f"--evaluation {card.evaluation} is about other weights; make one of these with evaluate"
+        )
     shown = (
         "Every class"
         if len(table) <= MOST_CLASSES

@@ -1,6 +1,7 @@
 """A trained model as its run evaluated it: classes, shapes, crop, normalisation, precision. What `predict` and `evaluate` share."""
 
 import argparse
+import hashlib
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +20,7 @@ from common.data.shapes import assign, choose_shapes
 from common.data.sources.base import Source
 from common.data.sources.open import DataSettings, open_dataset
 from common.engine.evaluate import one_view
-from common.model.create import create_finetuned_model
+from common.model.create import WEIGHTS, create_finetuned_model
 from common.model.pretrained_cfg import CONFIG, PretrainedCfg, read_pretrained_cfg
 from common.run.processes import Precision, resolve_precision
 
@@ -55,6 +56,12 @@ def check_target(folder: Path) -> None:
         raise UserError(f"--to {folder} is there already and not an empty folder; choose another")
     if not folder.absolute().parent.is_dir():
         raise UserError(f"--to {folder}: there is no folder {folder.parent}")
+
+
+def fingerprint(place: Path) -> str:
+    """Of a model's weights, for a report that is about them and no others."""
+    with open(place / WEIGHTS, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
 class TrainedModel:

@@ -295,6 +295,10 @@ def prepare(
     sources = open_splits(data_dir)
     if any(source.prepared for source in sources.values()):
         raise UserError(f"--data_dir {data_dir} is a pyramid already")
+    for name in set(SPLITS) - sources.keys():
+        tell(
+            f"there is no {name}, which training needs beside it: python -m common.tools.split makes both of one folder"
+        )
     partial_dir = out.with_name(out.name + ".partial")
     try:
         with occupy(partial_dir):

@@ -13,6 +13,7 @@ import heapq
 import json
 import math
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -26,11 +27,13 @@ from dataclasses import dataclass
 from itertools import groupby
 from operator import attrgetter
 from pathlib import Path
+from queue import SimpleQueue
 from types import FrameType
 from typing import Any, TextIO
 
 import numpy as np
 import pandas as pd
+import torch
 
 from common import UserError
 from common.data.loader import end_with_parent
@@ -38,10 +41,10 @@ from common.run import plots
 from common.run.processes import SIGNALS
 from common.run.run import EXIT_INTERRUPTED
 from common.scheduling.budget import BudgetSettings
-from common.tools.command_line import check_least, new_parser, one_sentence
+from common.tools.command_line import check_least, make_folder, new_parser, one_sentence
 from common.tools.compare import COLOURS, as_text
 from common.tools.split import check_val_fraction, split
-from common.tools.yardstick import ROOT, check_tree, scripts
+from common.tools.yardstick import ROOT, check_tree, reason, scripts
 
 # Of the budget: for choosing. It comes off the winner's training: half would cost a halving of its time, which is more than strategies
 # were seen to differ by (docs/budget.md), a quarter costs 0.4 of one.
@@ -53,6 +56,7 @@ OF_THE_SPLIT = {"data_dir", "val_fraction", "seed"}
 # In the sentence of a script whose planner finds that the budget buys no run: that candidate is out. All else that a script refuses
 # is for the user to mend.
 TOO_SMALL = "is too small for an epoch of each stage"
+NEEDED = r"it takes (\d+)s"
 STOPPED = "the race was stopped; the same command goes on from here"
 
 
@@ -110,6 +114,9 @@ class Lanes:
 
     def __init__(self, count: int) -> None:
         self.count, self.closed = count, False
+        self._free = SimpleQueue[int]()
+        for lane in range(count):
+            self._free.put(lane)
         self._running: set[subprocess.Popen[bytes]] = set()
         # A second signal may come while the first is being passed on.
         self._lock = threading.RLock()
@@ -152,11 +159,14 @@ class Lanes:
         def one(job: Job) -> None:
             if self.closed:
                 return
+            lane = self._free.get()
             try:
-                run(job, args, data_dir, self)
+                run(job, args, data_dir, self, lane)
             except BaseException:
                 self.closed = True
                 raise
+            finally:
+                self._free.put(lane)
 
         with ThreadPoolExecutor(self.count) as pool:
             list(pool.map(one, jobs))
@@ -183,13 +193,18 @@ def command(job: Job, args: argparse.Namespace, data_dir: Path) -> list[str]:
     return words + [word for flag, value in given.items() if value is not None for word in (flag, str(value))]
 
 
-def reason(log: str) -> str:
-    """A log's last error, or its last line where there is none: what was waiting to be printed may come behind the error."""
-    lines = log.strip().splitlines() or [""]
-    return next((line for line in reversed(lines) if line.startswith("error: ")), lines[-1])
+def environment(lane: int, lanes: int) -> dict[str, str]:
+    """Of a training: lanes share the cores, unless the caller has, and each has a GPU of its own."""
+    variables = dict(os.environ)
+    if lanes > 1:
+        variables.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // lanes)))
+    if gpus := torch.cuda.device_count():
+        visible = variables.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(gpus)))
+        variables["CUDA_VISIBLE_DEVICES"] = visible.split(",")[lane]
+    return variables
 
 
-def run(job: Job, args: argparse.Namespace, data_dir: Path, lanes: Lanes) -> None:
+def run(job: Job, args: argparse.Namespace, data_dir: Path, lanes: Lanes, lane: int) -> None:
     """Train, unless that has ended before; a candidate that is refused, its budget being too small, is out.
 
     UserError: the training was stopped, failed, or was refused for another reason, of which nothing is kept.
@@ -198,15 +213,13 @@ def run(job: Job, args: argparse.Namespace, data_dir: Path, lanes: Lanes) -> Non
         return
     print(f"{time.strftime('%H:%M:%S')}  {job.folder.name}: {job.budget_s / 60:.1f} min", flush=True)
     log, before, began = job.beside("log"), job.ledger.get("seconds", 0.0), time.monotonic()
-    # Lanes share the cores.
-    threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // args.lanes))} if args.lanes > 1 else {}
     with log.open("a") as file:
         # What an earlier attempt said does not count.
         start = file.tell()
-        code = lanes.call(command(job, args, data_dir), file, {**threads, **os.environ})
+        code = lanes.call(command(job, args, data_dir), file, environment(lane, args.lanes))
     why = reason(log.read_bytes()[start:].decode(errors="replace"))
     if code == 2 and TOO_SMALL not in why:
-        raise UserError(f"{job.folder.name} was refused: {why.removeprefix('error: ')} ({log})")
+        raise UserError(f"{job.folder.name} was refused: {why} ({log})")
     ledger = {"seconds": before + time.monotonic() - began, "exit_code": code, "why": why}
     job.beside("json").write_text(json.dumps(ledger))
     # Or before it could save anything.
@@ -245,9 +258,11 @@ def race(args: argparse.Namespace, budget_s: float, inner: Path, lanes: Lanes) -
         jobs += [job for job in rung_jobs if not job.receipt]
         ended = sorted((job for job in rung_jobs if job.receipt), key=attrgetter("top1"), reverse=True)
         if not ended:
-            why = rung_jobs[0].ledger["why"]
+            least = [int(re.findall(NEEDED, job.ledger["why"])[0]) for job in rung_jobs]
+            enough = math.ceil(max(least) / share * budget_s / 60)
             raise UserError(
-                f"--budget {args.budget} is too small for a race; {rung_jobs[0].folder.name}: {why}"
+                f"--budget {args.budget} is too small for a race: each run would have {share:.0f} s, and takes {min(least)} s or "
+                f"more; with {enough}min all could run"
             )
         jobs += ended
         if len(ended) == 1:
@@ -322,7 +337,7 @@ def check_same_race(args: argparse.Namespace) -> None:
         if OF_THE_SPLIT & set(other):
             for name in ("inner", "inner.partial"):
                 shutil.rmtree(args.output / name, ignore_errors=True)
-    args.output.mkdir(parents=True, exist_ok=True)
+    make_folder(args.output, "--output")
     path.write_text(json.dumps(settings, indent=1))
 
 
@@ -331,6 +346,8 @@ def whole_race(args: argparse.Namespace) -> str:
     budget_s = BudgetSettings(args.budget, args.usd_per_hour).budget_s()
     check_tree(args.data_dir)
     check_least(args, lanes=1, seed=0)
+    if args.lanes > (gpus := torch.cuda.device_count()) > 0:
+        raise UserError(f"--lanes {args.lanes} are more than the GPUs here; {gpus} can run side by side")
     check_val_fraction(args.val_fraction)
     with Lanes(args.lanes) as lanes:
         return in_lanes(args, budget_s, lanes)
@@ -353,7 +370,7 @@ def in_lanes(args: argparse.Namespace, budget_s: float, lanes: Lanes) -> str:
     )
     final = Job(winner.candidate, 0, rest_s, args.output / f"winner_{winner.candidate.name}")
     refusals = [
-        f"{job.candidate.name} was refused: {job.ledger['why'].removeprefix('error: --budget ')}"
+        f"{job.candidate.name} was refused: {job.ledger['why'].removeprefix('--budget ')}"
         for job in jobs
         if not job.receipt
     ]
@@ -381,9 +398,7 @@ def in_lanes(args: argparse.Namespace, budget_s: float, lanes: Lanes) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = new_parser(
-        "race", "Which strategy for this data at equal cost: successive halving over whole runs."
-    )
+    parser = new_parser("race", __doc__)
     add = parser.add_argument
     add("--data_dir", type=Path, required=True, help="ImageFolder tree with train/ and val/")
     add("--budget", required=True, help="for everything, the winner's training included: 45min, 2h, 12usd")

@@ -55,7 +55,7 @@ def check(folder: Path) -> tuple[str, bool]:
         with open(folder / "training_log.csv", newline="") as file:
             rows = list(csv.DictReader(file))
         results = list(checks(receipt, rows))
-    except FileNotFoundError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise UserError(
             f"{folder} has no receipt to check: {Path(error.filename).name} is missing"
         ) from error

@@ -48,6 +48,10 @@ def plan_split(folder: Path, val_fraction: float, seed: int) -> Plan:
     source = FolderSource(folder)
     if "train" in source.classes and set(VAL_NAMES) & set(source.classes):
         raise UserError(f"--data_dir {folder} is split already: it holds {', '.join(source.classes)}")
+    if source.classes == ["train"]:
+        raise UserError(
+            f"--data_dir {folder} holds nothing but train; pass --data_dir {folder / 'train'}, whose folders are the classes"
+        )
     plan: Plan = {"train": {}, "val": {}}
     for label, name in enumerate(source.classes):
         members = np.flatnonzero(source.labels == label)
@@ -97,7 +101,7 @@ def split(folder: Path, out: Path, val_fraction: float, seed: int, how: str) -> 
     except OSError as error:
         if error.errno == errno.EXDEV:
             raise UserError("--how link needs --out on the disk of --data_dir; take --how copy") from error
-        again = "the same command goes on from here"
+        again = "the same command goes on from here" if partial.is_dir() else "choose another --out"
         raise UserError(f"cannot {how} to {partial}: {error.strerror}; {again}") from error
     return plan
 

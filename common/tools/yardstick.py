@@ -25,7 +25,7 @@ import torch
 from common import UserError
 from common.data.loader import end_with_parent
 from common.run import plots
-from common.tools.command_line import new_parser, one_sentence
+from common.tools.command_line import check_least, make_folder, new_parser, one_sentence
 from common.tools.compare import COLOURS, DASHES, as_text, save
 
 SCRIPTS = ("standard", "progressive", "hybrid", "rect")
@@ -102,10 +102,21 @@ def peer_job(args: argparse.Namespace, seed: int, rate: float, crops: tuple[str,
     return Job(trainer, seed, command, folder)
 
 
+def reason(log: str) -> str:
+    """A log's last error, or its last line where there is none: what was waiting to be printed may come behind the error."""
+    lines = log.strip().splitlines() or [""]
+    return next((line for line in reversed(lines) if line.startswith("error: ")), lines[-1]).removeprefix(
+        "error: "
+    )
+
+
 def run(job: Job) -> None:
     """Train, and write down what it took: CPU seconds of the process and all its loaders, and wall seconds."""
     new = {"attempts": 0, "command": job.command}
     receipt = json.loads(job.receipt.read_text()) if job.receipt.exists() else new
+    # A command that was refused has trained nothing.
+    if receipt.get("exit_code") == 2:
+        receipt = new
     if receipt["command"] != job.command:
         raise UserError(
             f"--output {job.folder.parent} has {job.folder.name} of another command: choose another"
@@ -130,7 +141,8 @@ def run(job: Job) -> None:
     receipt["exit_code"] = process.returncode
     job.receipt.write_text(json.dumps(receipt, indent=1))
     if process.returncode:
-        raise UserError(f"{job.trainer} ended with exit code {process.returncode}: see {log.name}")
+        why = reason(job.beside("log").read_text(errors="replace"))
+        raise UserError(f"{job.trainer} ended with exit code {process.returncode}: see {log.name} ({why})")
 
 
 def read_curve(job: Job) -> pd.DataFrame:
@@ -180,7 +192,8 @@ def yardstick(args: argparse.Namespace) -> str:
     check_tree(args.data_dir)
     if args.peers and not args.peers.is_file():
         raise UserError(f"--peers {args.peers} is no file: give the path of timm's train.py")
-    args.output.mkdir(parents=True, exist_ok=True)
+    check_least(args, lanes=1, epochs=1, img_size=1)
+    make_folder(args.output, "--output")
     jobs = make_jobs(args)
     with ThreadPoolExecutor(args.lanes) as lanes:
         list(lanes.map(run, jobs))

@@ -179,6 +179,15 @@ def test_the_disk(free_gb, level, tmp_path, monkeypatch):
     assert "--output" in finding.sentence
 
 
+def test_an_output_that_is_a_file_is_an_error(tmp_path):
+    t = at_rest()
+    (tmp_path / "file").touch()
+    t.run.folder = tmp_path / "file" / "new"
+    t.state.model, t.state.ema = torch.nn.Linear(5, 5), None
+    t.state.optimizer = SimpleNamespace(state={})
+    assert disk(t).level == "error"
+
+
 def test_where_wandb_keeps_a_run(monkeypatch, tmp_path, capfd):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.delenv("WANDB_API_KEY", raising=False)

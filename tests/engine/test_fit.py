@@ -491,9 +491,7 @@ def test_the_runs_own_config_repeats_what_was_adapted(strategy, data, base, tmp_
     config = ["--config", str(first / "config.yaml"), "--run_name", "again"]
     sys.modules[config_class.__module__].main(parse_args(config_class, "", config))
     assert_same(weights(first), weights(tmp_path / "again"))
-    assert (tmp_path / "again" / "config.yaml").read_text() == (first / "config.yaml").read_text().replace(
-        "first", "again"
-    )
+    assert (tmp_path / "again" / "config.yaml").read_text() == (first / "config.yaml").read_text()
 
 
 def test_patience_ends_a_run_whole_and_more_of_it_lets_the_run_go_on(data, tmp_path, capsys, monkeypatch):

@@ -87,6 +87,9 @@ def test_the_resolved_config_is_saved_and_can_be_run_again(data, tmp_path):
     assert (stage.epochs, stage.img_size, stage.batch_size, cfg.model) == (2, 32, 16, "test_resnet")
     # What the list was made from is not said twice.
     assert "epochs" not in yaml.safe_load((run / "config.yaml").read_text())
+    # Nor which run it was, or how it went on: the file is for another one.
+    run_training(StandardConfig, data, tmp_path, "", "--resume", str(run))
+    assert not {"run_name", "resume", "dry_run"} & yaml.safe_load((run / "config.yaml").read_text()).keys()
 
 
 def test_csv_has_the_promised_columns(data, tmp_path):

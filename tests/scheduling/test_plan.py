@@ -215,6 +215,12 @@ def test_a_batch_that_does_not_fit_is_cut_into_equal_parts_never_into_crumbs(per
     assert per_process * 2 - plan.global_batches[0] < 2 * plan.accumulation(0)
 
 
+def test_more_micro_batches_than_images_name_the_flag_that_can_be_lowered():
+    assert make_plan([Stage(1, batch_size=64)], 60, 2, accumulation=30).global_batches == (60,)
+    with pytest.raises(UserError, match="lower --accumulation to 30 or less"):
+        make_plan([Stage(1, batch_size=64)], 60, 2, accumulation=31)
+
+
 def test_fewer_images_than_processes_is_a_sentence():
     with pytest.raises(UserError, match="3 images, fewer than processes; set --num_processes"):
         make_plan([Stage(1, 32, 8)], 3, 4)

@@ -104,6 +104,10 @@ def test_worker_counts():
     [
         (["--workers", "2", "0"], "error: --workers takes counts of at least 1, not 0"),
         (["--auto_augment", "bogus"], "invalid choice: 'bogus'"),
+        (["--batch_size", "0"], "error: --batch_size must be at least 1, not 0"),
+        (["--passes", "0"], "error: --passes must be at least 1, not 0"),
+        (["--sizes", "32", "0"], "error: --seconds and all of --sizes must be numbers above 0"),
+        (["--seconds", "nan"], "error: --seconds and all of --sizes must be numbers above 0"),
     ],
 )
 def test_what_cannot_be_measured_is_refused_first(tree, capsys, flags, words):

@@ -118,6 +118,20 @@ def test_images_of_one_aspect_are_seen_in_their_rectangle(
     assert set(seen) == {(32, 48)}
 
 
+def test_an_image_that_cannot_be_read_is_refused_or_replaced_and_leaves_no_folder(
+    run: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    data = shutil.copytree(images, tmp_path / "images")
+    (data / "val" / "class1" / "0.jpg").write_bytes(b"no picture")
+    words = [str(run), "--data_dir", str(data), "--to", str(tmp_path / "to"), "--workers", "0"]
+    with pytest.raises(SystemExit):
+        tool.main(words)
+    assert "or pass --skip_unreadable" in capsys.readouterr().err
+    assert not (tmp_path / "to").exists()
+    tool.main([*words, "--skip_unreadable"])
+    assert (tmp_path / "to" / "report.txt").is_file()
+
+
 def test_a_difference_to_the_log_is_counted(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     other = shutil.copytree(run, tmp_path / "other")
     log = pd.read_csv(other / "training_log.csv")

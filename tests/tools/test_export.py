@@ -186,11 +186,13 @@ def test_the_cards_six_lines_run(
 def test_classes_may_be_called_by_numbers(tmp_path: Path) -> None:
     names = ["000", "001", "010"]
     evaluate.per_class(np.diag([1, 2, 3]), names).to_csv(tmp_path / "per_class.csv")
-    (tmp_path / "report.txt").write_text("a model on images\n\ntop-1 all\n\ncalibration: none\n")
+    (tmp_path / "report.txt").write_text(
+        "a model, weights 0a1b, on images\n\ntop-1 all\n\ncalibration: none\n"
+    )
     (tmp_path / "confusion.png").touch()
     (tmp_path / "m").mkdir()
     described = replace(cfg("resnet18"), classes=names)
-    card = Card(None, "m", described, 1, None, tmp_path, "unknown", {}, False)
+    card = Card(None, "m", described, "0a1b", 1, None, tmp_path, "unknown", {}, False)
     text = per_class(tmp_path / "m", card)
     assert re.findall(r"^\| (\w+) \| 100.0%", text, re.MULTILINE) == names
 
@@ -334,7 +336,8 @@ def refused(capsys: pytest.CaptureFixture, *arguments: object) -> str:
         (["{run}", "--to", "{empty}/none/m"], "there is no folder"),
         (["{run}", "--normalized"], "--normalized is about the programs; pass --onnx or --pt2 too"),
         (["{run}", "--evaluation", "{empty}"], "is not a folder that evaluate wrote (No such file"),
-        (["{run}", "--evaluation", "{other}"], "is about a model of other classes"),
+        (["{run}", "--evaluation", "{of_others}"], "is about other weights; make one of these with evaluate"),
+        (["{run}", "--evaluation", "{other}"], "is about other weights; make one of these with evaluate"),
         (["{run}", "--push", "flowers"], "--push takes a name like organisation/model, not flowers"),
         (["{run}", "--push", "a/b/c"], "--push takes a name like organisation/model, not a/b/c"),
         (["{run}", "--push", "me/flowers"], "needs a login at the Hub: run `hf auth login`, or set HF_TOKEN"),
@@ -355,10 +358,14 @@ def test_refusals_are_one_sentence_and_write_nothing(
     other = shutil.copytree(evaluation, tmp_path / "other")
     table = (other / "per_class.csv").read_text()
     (other / "per_class.csv").write_text(table.replace("class2", "klasse"))
+    of_others = shutil.copytree(evaluation, tmp_path / "of_others")
+    report = (of_others / "report.txt").read_text()
+    (of_others / "report.txt").write_text(re.sub("weights [0-9a-f]{16},", f"weights {'0' * 16},", report))
     (tmp_path / "empty").mkdir()
-    words = [word.format(run=run, empty=tmp_path / "empty", other=other) for word in arguments]
+    places = {"run": run, "empty": tmp_path / "empty", "other": other, "of_others": of_others}
+    words = [word.format(**places) for word in arguments]
     assert sentence in refused(capsys, *words, *([] if "--to" in words else ["--to", tmp_path / "m"]))
-    assert {path.name for path in tmp_path.iterdir()} == {"empty", "other"}
+    assert {path.name for path in tmp_path.iterdir()} == {"empty", "other", "of_others"}
 
 
 def test_a_folder_is_pushed_or_stays_whole(

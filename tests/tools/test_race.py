@@ -1,12 +1,14 @@
 import inspect
 import json
 import os
+import re
 import runpy
 import signal
 import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -184,7 +186,22 @@ def refused(capsys: pytest.CaptureFixture, *words: str) -> str:
 
 
 def test_the_planners_sentence_is_known() -> None:
-    assert race.TOO_SMALL in inspect.getsource(budget.plan_budget)
+    source = inspect.getsource(budget.plan_budget)
+    assert race.TOO_SMALL in source
+    assert re.search(race.NEEDED, source.replace("{needed}", "7"))
+
+
+def test_each_lane_has_a_gpu_of_its_own(
+    flags: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert [race.environment(lane, 2)["CUDA_VISIBLE_DEVICES"] for lane in range(2)] == ["0", "1"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,3")
+    assert [race.environment(lane, 2)["CUDA_VISIBLE_DEVICES"] for lane in range(2)] == ["5", "3"]
+    assert "--lanes 3 are more than the GPUs here; 2 can" in refused(
+        capsys, *flags, "--budget", "1h", "--lanes", "3"
+    )
 
 
 def test_what_is_wrong_is_said_and_the_corrected_command_goes_on(
@@ -212,7 +229,10 @@ def test_a_larger_budget_goes_on_where_none_was_trained(
 ) -> None:
     monkeypatch.setattr(race, "scripts", lambda _: ["rect"])
     said = refused(capsys, *flags, "--budget", "1min")
-    assert "--budget 1min is too small for a race; rung1_rect_resnet18: error: --budget" in said
+    assert (
+        "--budget 1min is too small for a race: each run would have 15 s, and takes 120 s or more; with 8min all"
+        in said
+    )
     # Nor was anything by a child that a signal met in its first second.
     (tmp_path / "out" / "rung1_hybrid_resnet18.json").write_text(
         '{"seconds": 1, "exit_code": -15, "why": ""}'
@@ -269,9 +289,11 @@ def test_our_scripts_know_their_commands(
     monkeypatch.setattr(race, "ROOT", ROOT)
     commands = []
 
-    def collect(job: race.Job, args, data_dir: Path, _lanes: race.Lanes) -> None:
+    def collect(job: race.Job, args, data_dir: Path, *_: Any) -> None:
         commands.append(race.command(job, args, data_dir))
-        job.beside("json").write_text(json.dumps({"seconds": 1.0, "exit_code": 2, "why": "enough"}))
+        job.beside("json").write_text(
+            json.dumps({"seconds": 1.0, "exit_code": 2, "why": "it takes 9s or more"})
+        )
 
     monkeypatch.setattr(race, "run", collect)
     more = "--budget 40h --img_size 32 --mixed_precision no --workers 0 --usd_per_hour 1"

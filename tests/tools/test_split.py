@@ -162,12 +162,19 @@ def _split_already(folder: Path) -> None:
         (folder / name).rename(folder / new)
 
 
+def _train_alone(folder: Path) -> None:
+    for path in list(folder.iterdir()):
+        (folder / "train").mkdir(exist_ok=True)
+        path.rename(folder / "train" / path.name)
+
+
 @pytest.mark.parametrize(
     ("spoil", "words"),
     [
         (lambda folder: shutil.rmtree(folder), "is not a folder"),
         (_single, "holds one image only"),
         (_split_already, "is split already"),
+        (_train_alone, "/train, whose folders are the classes"),
         (lambda folder: (folder.parent / "out").mkdir(), "exists already"),
         (lambda folder: image_folder(folder.parent / "out.partial", {"x": 1}), "is in the way"),
     ],

@@ -83,14 +83,30 @@ def test_a_training_that_fails_is_named_and_starts_anew(
     assert "timm 0.05            25.0 ± 0.0" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("flag", "value"), [("--data_dir", "nowhere"), ("--peers", "nowhere.py")])
+def test_a_refused_command_is_quoted_and_a_corrected_one_goes_on(
+    flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    refusing = "import sys; print('error: --model is wrong', file=sys.stderr); sys.exit(2)"
+    (tmp_path / "train.py").write_text(refusing)
+    with pytest.raises(SystemExit):
+        yardstick.main([*flags, "--seeds", "0", "--model", "wrong"])
+    assert "ended with exit code 2: see " in (said := capsys.readouterr().err)
+    assert said.endswith("(--model is wrong)\n")
+    (tmp_path / "train.py").write_text(PEER)
+    yardstick.main([*flags, "--seeds", "0"])
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [("--data_dir", "nowhere"), ("--peers", "nowhere.py"), ("--lanes", "0"), ("--epochs", "0")],
+)
 def test_a_path_that_is_not_there_is_refused(
     flag: str, value: str, flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     with pytest.raises(SystemExit) as ended:
         yardstick.main([*flags, flag, value])
     assert ended.value.code == 2
-    assert f"{flag} {value}" in capsys.readouterr().err
+    assert re.search(f"{flag}.* {value}", capsys.readouterr().err)
     assert not (tmp_path / "out").exists()
 
 

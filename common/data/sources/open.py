@@ -75,7 +75,7 @@ def open_source(data_dir: str, split: str, streaming: bool = False) -> Source:
     folder = Path(data_dir).expanduser()
     if not folder.is_dir():
         if folder.exists() or not re.fullmatch(r"\w[\w.-]*/[\w.-]+", data_dir):
-            raise UserError(f"--data_dir {data_dir} is not a folder")
+            raise UserError(f"--data_dir {data_dir} is not a folder; a dataset of the hub is named org/name")
         return open_datasets(data_dir, names)
     if shards := sorted(folder.glob("data/*.arrow")):
         return open_shards(data_dir, shards, names)
