@@ -251,5 +251,5 @@ def _pretrained_name(name: str, weights: str) -> str:
 
 
 def did_you_mean(name: str, known: Sequence[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=3)
+    close = difflib.get_close_matches(name, dict.fromkeys(known), n=3)
     return f"; did you mean {', '.join(close)}?" if close else ""

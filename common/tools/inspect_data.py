@@ -121,6 +121,7 @@ def report(data_dir: str, images: pd.DataFrame) -> str:
     texts = [
         table.map("{:,}".format).to_string(index_names=False, max_rows=24, show_dimensions=False)
         for table in tables
+        if not table.empty
     ]
     if (classes.nunique() == 1).all():
         same = ", all with the same number of images" if len(classes) > 1 else ""
