@@ -267,7 +267,7 @@ Config = TypeVar("Config", bound=TrainConfig)
 # How a type reads in a sentence.
 WORDS = {
     "tuple": 'two numbers such as "[0.35, 1]"',
-    "list": 'a list such as "[{epochs: 5, img_size: 96, batch_size: 64}]" (a file goes to --config)',
+    "list": 'a list of stages such as "[{epochs: 5, img_size: 96, batch_size: 64}]" (a file goes to --config)',
     "NoneType": "null",
     "bool": "true or false",
     "int": "a whole number",

@@ -252,7 +252,7 @@ def seconds_by_part(
     return {
         "start": costs.start_s,
         "calibration": costs.calibration_s,
-        "finder": sweep * (stages[0].step_s + stages[0].wait_s),
+        **({"finder": sweep * (stages[0].step_s + stages[0].wait_s)} if sweep else {}),
         "compile": sum(m.enter_s for m in stages),
         **training,
         "wait": sum(n * m.wait_s for n, m in zip(steps, stages, strict=True)),
