@@ -31,7 +31,7 @@ class RectConfig(TrainConfig):
     epochs: PositiveInt = 90
     """Passes over the training set."""
     batch_size: PositiveInt = 256
-    """Images per process and optimizer step."""
+    """Images per process and micro-batch, of which an optimizer step takes --accumulation."""
     target_size: PositiveInt = 224
     """Short side in pixels, or with --rect_area constant the side of the square of equal area."""
     mixup_share: ClosedUnitInterval = 0.9
